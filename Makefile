@@ -1,0 +1,49 @@
+# make demo   makes .venv, installs, runs the demonstration
+# make test   the same .venv, lint and the whole test suite
+#
+# Variables:
+#   PYTHON=python3.12     the interpreter .venv is made with (3.10 or newer)
+#   TORCH_INDEX=<url>     package index to take torch from, e.g. the one with PyTorch's CPU-only builds
+#   TORCH=torch==2.13.0   which torch to install
+#   PYTEST_ARGS="-k demo" more arguments for pytest
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+TORCH_INDEX ?=
+# A machine with a GPU gets the ordinary torch, any other the version tested on CPU.
+TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
+NATIVE := $(wildcard CMakeLists.txt kernels/CMakeLists.txt kernels/include/* kernels/cpu/*)
+
+.PHONY: demo test lint install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/kvcompress demo
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The package's parts lie in three folders; they are put together the way the wheel does before mypy reads them.
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	rm -rf build/typecheck && mkdir -p build/typecheck && cp -R kvcompress_hf build/typecheck/
+	cp -R kernels patches build/typecheck/kvcompress_hf/
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p kvcompress_hf
+
+install: $(VENV)/.installed
+
+# torch first and by itself: it decides which build (CPU or GPU) everything after it uses.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	@touch $@
+
+# Runs again when the native code or the package's metadata change; Python files are used in place.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
+	$(BIN)/pip install -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,25 @@
+"""The operations on pages: one set, several backends.
+
+`get_backend(device)` picks one; `reference.py` is the oracle every other is tested against.
+"""
+
+from .backend import Backend, DecodePlan, WindowScores
+from .cpu import CpuBackend
+from .dispatch import get_backend
+from .layout import PageLayout, TierLayout, page_layout
+from .reference import ReferenceBackend
+from .types import Rows, Tail
+
+__all__ = [
+    "Backend",
+    "CpuBackend",
+    "DecodePlan",
+    "PageLayout",
+    "ReferenceBackend",
+    "Rows",
+    "Tail",
+    "TierLayout",
+    "WindowScores",
+    "get_backend",
+    "page_layout",
+]

@@ -1,0 +1,183 @@
+"""ctypes mirrors of the argument structs in `include/abi.h`. `library.load_library` checks their sizes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+
+MAX_TIERS = 4
+MAX_FIELDS = 4
+
+KVC_OK, KVC_BAD_ARGUMENT, KVC_TAIL_FULL, KVC_NO_ISA = range(4)
+
+
+def _fields(**groups: str) -> list[tuple[str, type]]:
+    """`[(name, type)]` in order; group names are a C type, with a number to keep them apart."""
+    types = {"ptr": c_void_p, "i64": c_int64, "i32": c_int32, "f32": c_float}
+    return [(name, types[group.split("_")[0]]) for group, names in groups.items() for name in names.split()]
+
+
+class KvcTier(Structure):
+    _fields_ = _fields(
+        i32="key_bits value_bits rotate_keys slots", i64="keys key_params values value_params fields used"
+    )
+
+
+class KvcLayout(Structure):
+    _fields_ = [
+        *_fields(i32="head_dim dtype n_tiers n_fields", i64="page_bytes", i32_b="rotation_block reserved"),
+        ("tier", KvcTier * MAX_TIERS),
+    ]
+
+
+class KvcRows(Structure):
+    _fields_ = [
+        *_fields(ptr="layout slabs", i32="slab_shift rows"),
+        ("table", c_void_p * MAX_TIERS),
+        ("table_stride", c_int64 * MAX_TIERS),
+        ("length", c_void_p * MAX_TIERS),
+    ]
+
+
+class KvcTail(Structure):
+    _fields_ = _fields(ptr="k v length position fields", i64="capacity")
+
+
+class KvcAppend(Structure):
+    _fields_ = [
+        ("tail", KvcTail),
+        *_fields(
+            ptr="k v",
+            i64="k_b k_h k_t v_b v_h v_t",
+            ptr_b="valid",
+            i32="position batch kv_heads n_k head_dim dtype n_fields reserved",
+        ),
+    ]
+
+
+class KvcDecode(Structure):
+    _fields_ = [
+        ("rows", KvcRows),
+        ("tail", KvcTail),
+        *_fields(
+            ptr="q k v",
+            i64="q_b q_h k_b k_h v_b v_h",
+            ptr_b="out",
+            i64_b="out_b out_h",
+            ptr_c="sinks valid",
+            f32="scale softcap",
+            i32="window position_field position batch kv_heads group append sum_field square_field",
+        ),
+    ]
+
+
+class KvcChunk(Structure):
+    _fields_ = [
+        ("rows", KvcRows),
+        ("tail", KvcTail),
+        *_fields(
+            ptr="q k v",
+            i64="q_b q_h q_t k_b k_h k_t v_b v_h v_t",
+            ptr_b="out",
+            i64_b="out_b out_h out_t",
+            ptr_c="lse allowed bias sinks",
+            f32="scale softcap",
+            i32="window position_field position key_position batch kv_heads group n_q n_k",
+        ),
+    ]
+
+
+class KvcScores(Structure):
+    _fields_ = [
+        ("rows", KvcRows),
+        ("tail", KvcTail),
+        *_fields(ptr="q k", i64="q_b q_h q_t k_b k_h k_t", ptr_b="query_valid key_valid"),
+        ("past", c_void_p * MAX_TIERS),
+        ("past_stride", c_int64 * MAX_TIERS),
+        *_fields(
+            ptr="tail_out fresh sinks",
+            f32="scale softcap",
+            i32="window position_field position key_position exclude power batch kv_heads group n_q n_k",
+        ),
+    ]
+
+
+class KvcPack(Structure):
+    _fields_ = [
+        ("rows", KvcRows),
+        *_fields(
+            i32="tier batch kv_heads n_fields",
+            ptr="k v",
+            i64="k_b k_h k_t v_b v_h v_t",
+            ptr_b="index",
+            i64_b="index_b index_h",
+            ptr_c="count",
+            i64_c="count_b count_h",
+        ),
+        ("field", c_void_p * MAX_FIELDS),
+        ("field_b", c_int64 * MAX_FIELDS),
+        ("field_h", c_int64 * MAX_FIELDS),
+        *_fields(i32="overflow reserved"),
+    ]
+
+
+class KvcMove(Structure):
+    _fields_ = [("rows", KvcRows), *_fields(i32="tier n", ptr="row dst src")]
+
+
+class KvcRetier(Structure):
+    _fields_ = [("rows", KvcRows), *_fields(i32="src_tier dst_tier n overflow", ptr="row dst src")]
+
+
+class KvcFields(Structure):
+    _fields_ = [("rows", KvcRows), *_fields(i32="tier field write reserved", ptr="values", i64="stride")]
+
+
+class KvcDense(Structure):
+    _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="k v", i64="stride")]
+
+
+class KvcCopy(Structure):
+    _fields_ = _fields(ptr="slabs", i64="page_bytes", i32="slab_shift n", ptr_b="dst src")
+
+
+class KvcConvert(Structure):
+    _fields_ = _fields(ptr="layout from_pages to_pages", i32="tier n to_canonical reserved")
+
+
+OPERATIONS: dict[str, type[Structure]] = {
+    "append": KvcAppend,
+    "pack": KvcPack,
+    "move": KvcMove,
+    "retier": KvcRetier,
+    "fields": KvcFields,
+    "dense": KvcDense,
+    "copy": KvcCopy,
+    "convert": KvcConvert,
+    "decode": KvcDecode,
+    "chunk": KvcChunk,
+    "scores": KvcScores,
+}
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Declares the exported functions and checks that both sides agree on every struct.
+
+    Args:
+        library: The loaded library.
+
+    Raises:
+        ImportError: The library was built from other sources than this package.
+    """
+    library.kvc_layout.argtypes = [c_void_p]
+    library.kvc_isa_name.restype = ctypes.c_char_p
+    library.kvc_sizeof.restype = c_int64
+    library.kvc_sizeof.argtypes = [ctypes.c_char_p]
+    structs: dict[str, type[Structure]] = {"layout": KvcLayout, **OPERATIONS}
+    for name, struct in structs.items():
+        if library.kvc_sizeof(name.encode()) != ctypes.sizeof(struct):
+            raise ImportError(
+                f"the native library does not match this package (arguments of {name!r}): reinstall kvcompress_hf"
+            )
+    for name in OPERATIONS:
+        getattr(library, f"kvc_{name}").argtypes = [ctypes.c_int, c_void_p]

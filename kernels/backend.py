@@ -1,0 +1,426 @@
+"""The operations every backend offers. Shapes, units and meanings are written here once.
+
+Shapes use `batch`, `kv_heads`, `q_heads` (a multiple of `kv_heads`; query head `h` reads KV head
+`h // (q_heads // kv_heads)`), `head_dim`, and `rows = batch * kv_heads`. Keys, values and queries are in the
+layout's native dtype and may be non-contiguous (expanded too) except in their last dimension. Everything
+happens in place; an operation that raises has changed nothing unless stated.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .layout import PageLayout
+from .types import Rows, Tail
+
+__all__ = ["Backend", "DecodePlan", "WindowScores"]
+
+
+class WindowScores(NamedTuple):
+    """Result of `Backend.window_scores`, float32.
+
+    Args:
+        past: Per tier `[batch, q_heads, width]`, in slot order, zero beyond a row's length.
+        tail: `[batch, q_heads, capacity]`; capacity 0 without a tail.
+        fresh: `[batch, q_heads, n_k]`.
+    """
+
+    past: list[Tensor]
+    tail: Tensor
+    fresh: Tensor
+
+
+class DecodePlan(abc.ABC):
+    """A prepared `decode_attention` over fixed rows and a fixed tail; made by `Backend.plan_decode`.
+
+    The plan reads tables, lengths and slabs where they were when it was made: contents may change, but after
+    one of those tensors was replaced a new plan is needed.
+    """
+
+    @abc.abstractmethod
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        position: int,
+        valid: Tensor | None = None,
+        append: bool = True,
+    ) -> Tensor:
+        """One decoding step. Only what changes between steps is an argument.
+
+        Args:
+            q: `[batch, q_heads, 1, head_dim]`.
+            k: New keys `[batch, kv_heads, 1, head_dim]`; ignored unless `append`.
+            v: New values, like `k`.
+            position: Logical position of the new token.
+            valid: bool `[batch]`; where false the new token is padding: not stored, output zero.
+            append: Whether to write `k` and `v` to the tail first.
+
+        Returns:
+            `[batch, 1, q_heads, head_dim]`.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or the tail is full.
+        """
+
+
+class Backend(abc.ABC):
+    """The operations on pages and the tail.
+
+    Attributes:
+        name: Short name: `"cpu-avx512vnni"`, `"cpu-avx2"`, `"cpu-scalar"` or `"reference"`.
+        reason: Why this backend was picked, in a few words.
+    """
+
+    name: str
+    reason: str
+
+    @abc.abstractmethod
+    def append(self, tail: Tail, k: Tensor, v: Tensor, position: int, valid: Tensor | None = None) -> None:
+        """Writes new tokens to the tail, from slot `tail.lengths[b]` on, and advances the lengths.
+
+        The fields of the new slots are set to zero. Padding is skipped: it takes no slot.
+
+        Args:
+            tail: The tail.
+            k: New keys `[batch, kv_heads, n, head_dim]`.
+            v: New values, like `k`.
+            position: Logical position of token 0; token `t` is at `position + t`, padding or not.
+            valid: bool `[batch, n]`, false = padding; `None` = all valid.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or the tail has too few free slots.
+        """
+
+    @abc.abstractmethod
+    def pack(
+        self,
+        rows: Rows,
+        tier: int,
+        k: Tensor,
+        v: Tensor,
+        counts: Tensor,
+        index: Tensor | None = None,
+        fields: Mapping[str, Tensor] | None = None,
+    ) -> int:
+        """Quantises tokens into a tier, from slot `rows.lengths[tier][row]` on.
+
+        Lengths are not updated: the caller does that. The pages must already be in the table.
+
+        Args:
+            rows: The rows to add to.
+            tier: The tier.
+            k: Keys `[batch, kv_heads, n, head_dim]`.
+            v: Values, like `k`.
+            counts: `int32 [batch, kv_heads]`: slots to add to each row.
+            index: `int32 [batch, kv_heads, m]`: source token of each new slot; `None` = 0, 1, 2, ...
+            fields: Slot fields by name, each `[batch, kv_heads, n]` by source token, of the field's dtype. All
+                fields of the layout must be given.
+
+        Returns:
+            The number of slots whose range did not fit fp16 scales and was clamped.
+
+        Raises:
+            ValueError: A shape, dtype, tier or field name is wrong.
+        """
+
+    @abc.abstractmethod
+    def move(self, rows: Rows, tier: int, row: Tensor, dst: Tensor, src: Tensor) -> None:
+        """Copies slots inside their row and tier: keys, values, parameters and fields together.
+
+        Args:
+            rows: The rows.
+            tier: The tier.
+            row: `int32 [n]`.
+            dst: `int32 [n]` destination slots.
+            src: `int32 [n]` source slots; no slot of a row is both a source and a destination.
+
+        Raises:
+            ValueError: A shape or dtype or the tier is wrong.
+        """
+
+    @abc.abstractmethod
+    def retier(self, rows: Rows, row: Tensor, src_tier: int, src: Tensor, dst_tier: int, dst: Tensor) -> int:
+        """Re-quantises slots into another tier of their row; fields are copied.
+
+        Args:
+            rows: The rows.
+            row: `int32 [n]`.
+            src_tier: The tier to read.
+            src: `int32 [n]` slots to read.
+            dst_tier: The tier to write.
+            dst: `int32 [n]` slots to write; their pages must already be in the table.
+
+        Returns:
+            The number of slots whose range did not fit fp16 scales and was clamped.
+
+        Raises:
+            ValueError: A shape or dtype or a tier is wrong.
+        """
+
+    @abc.abstractmethod
+    def read_field(self, rows: Rows, tier: int, field: str, width: int) -> Tensor:
+        """Reads a slot field of every row.
+
+        Args:
+            rows: The rows.
+            tier: The tier.
+            field: The field's name.
+            width: Slots to read.
+
+        Returns:
+            `[rows, width]`, int32 for `"position"`, else float32; zero beyond a row's length.
+
+        Raises:
+            ValueError: The tier or field does not exist.
+        """
+
+    @abc.abstractmethod
+    def write_field(self, rows: Rows, tier: int, field: str, values: Tensor) -> None:
+        """Writes a slot field of every row; entries beyond a row's length are ignored.
+
+        Args:
+            rows: The rows.
+            tier: The tier.
+            field: The field's name.
+            values: `[rows, width]` of the field's dtype.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or the tier or field does not exist.
+        """
+
+    @abc.abstractmethod
+    def read_slots(self, rows: Rows, tier: int, width: int) -> tuple[Tensor, Tensor]:
+        """Reads keys and values back: dequantised, un-rotated.
+
+        Args:
+            rows: The rows.
+            tier: The tier.
+            width: Slots to read.
+
+        Returns:
+            `(k, v)`, float32 `[rows, width, head_dim]` each; zero beyond a row's length.
+
+        Raises:
+            ValueError: The tier does not exist.
+        """
+
+    @abc.abstractmethod
+    def copy_pages(
+        self, slabs: Sequence[Tensor], slab_addresses: Tensor, slab_shift: int, dst: Tensor, src: Tensor
+    ) -> None:
+        """Copies whole pages.
+
+        Args:
+            slabs: As in `Rows`.
+            slab_addresses: As in `Rows`.
+            slab_shift: As in `Rows`.
+            dst: `int32 [n]` page ids to write.
+            src: `int32 [n]` page ids to read; no page is both a source and a destination.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
+
+    @abc.abstractmethod
+    def decode_attention(
+        self,
+        q: Tensor,
+        k_new: Tensor | None,
+        v_new: Tensor | None,
+        rows: Rows,
+        tail: Tail,
+        *,
+        position: int,
+        scale: float,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        valid: Tensor | None = None,
+        append: bool = True,
+        sum_field: str | None = None,
+        square_field: str | None = None,
+    ) -> Tensor:
+        """Attention of one new token per sequence over all packed slots and the tail.
+
+        Logits are `scale * q.k`, then `softcap * tanh(logit / softcap)`.
+
+        Args:
+            q: `[batch, q_heads, 1, head_dim]`.
+            k_new: `[batch, kv_heads, 1, head_dim]`, written to the tail first when `append`, else ignored.
+            v_new: Like `k_new`.
+            rows: The packed slots.
+            tail: The tail.
+            position: Logical position of the new token.
+            scale: Factor on the dot products.
+            softcap: Soft cap of the logits; `None` = none.
+            window: Only slots with `position - slot position < window` are seen (needs the field `"position"`
+                once anything is packed); `None` = all.
+            sinks: float32 `[q_heads]`: an extra logit in each softmax denominator.
+            valid: bool `[batch]`; where false the new token is padding: not stored, output zero.
+            append: Whether to write `k_new`, `v_new` to the tail.
+            sum_field: Field to which each slot's probability, summed over the group of query heads, is added.
+            square_field: The same for the squared probability.
+
+        Returns:
+            `[batch, 1, q_heads, head_dim]` in the native dtype.
+
+        Raises:
+            ValueError: A shape, dtype or field name is wrong, or the tail is full.
+        """
+
+    @abc.abstractmethod
+    def chunk_attention(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        v_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int | None = None,
+        scale: float,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of a block of new tokens over all packed slots, the tail, and the new tokens themselves.
+
+        Nothing is stored. Packed and tail slots are visible to every query (subject to the window); new keys
+        up to the query's own position, or as `allowed` says.
+
+        Args:
+            q: `[batch, q_heads, n_q, head_dim]`; query `i` is at `position + i`.
+            k_new: `[batch, kv_heads, n_k, head_dim]`; new key `j` is at `key_position + j`.
+            v_new: Like `k_new`.
+            rows: The packed slots.
+            tail: The tail, or `None`.
+            position: Logical position of query 0.
+            key_position: Logical position of new key 0; `None` = `position`.
+            scale: As in `decode_attention`.
+            softcap: As in `decode_attention`.
+            window: As in `decode_attention`; applies to new keys as well.
+            sinks: As in `decode_attention`.
+            allowed: bool `[batch, n_q, n_k]`: which new keys a query may see, in place of causality.
+            bias: float32 `[batch, n_q, n_k]`, added to the logits of new keys after the soft cap.
+            return_lse: Whether to return the log-sum-exp as well.
+
+        Returns:
+            `[batch, n_q, q_heads, head_dim]` in the native dtype; a query that sees nothing gives zeros. With
+            `return_lse` also float32 `[batch, q_heads, n_q]`: the natural log of each softmax denominator, the
+            sink included.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
+
+    @abc.abstractmethod
+    def window_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        power: int = 2,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> WindowScores:
+        """Sums `probability ** power` over the queries, for every key and query head.
+
+        With all queries of a chunk these are its column scores (the sums of the attention matrix's columns).
+        New keys are seen causally. No queries x keys matrix is kept in memory.
+
+        Args:
+            q: `[batch, q_heads, n_q, head_dim]`; query `i` is at `position + i`.
+            k_new: `[batch, kv_heads, n_k, head_dim]`; new key `j` is at `key_position + j`.
+            rows: The packed slots.
+            tail: The tail, or `None`.
+            position: Logical position of query 0.
+            key_position: Logical position of new key 0.
+            scale: As in `decode_attention`.
+            power: 1 or 2.
+            exclude: A query at `i` adds to the score of a key at `j` only if `i - j >= exclude`. The softmax is
+                not affected. Packed slots without the field `"position"` are taken to be old enough.
+            softcap: As in `decode_attention`.
+            window: As in `decode_attention`.
+            sinks: As in `decode_attention`.
+            query_valid: bool `[batch, n_q]`; invalid queries add nothing.
+            key_valid: bool `[batch, n_k]`; invalid new keys are not seen.
+
+        Returns:
+            The scores of packed slots, tail slots and new keys.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or `power` is neither 1 nor 2.
+        """
+
+    @abc.abstractmethod
+    def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
+        """Converts pages from this backend's inner order to the canonical one (`include/page_layout.h`).
+
+        Args:
+            layout: Their layout.
+            tier: Their tier.
+            pages: `uint8 [n, page_bytes]`.
+
+        Returns:
+            New pages of the same shape.
+
+        Raises:
+            ValueError: The shape, dtype or tier is wrong.
+        """
+
+    @abc.abstractmethod
+    def from_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
+        """Inverse of `to_canonical`, with the same arguments."""
+
+    @abc.abstractmethod
+    def plan_decode(
+        self,
+        rows: Rows,
+        tail: Tail,
+        *,
+        scale: float,
+        q_heads: int,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        sum_field: str | None = None,
+        square_field: str | None = None,
+    ) -> DecodePlan:
+        """Prepares `decode_attention` for many steps over the same rows and tail.
+
+        Args:
+            rows: The packed slots.
+            tail: The tail.
+            scale: As in `decode_attention`, like the others.
+            q_heads: Number of query heads.
+            softcap: Soft cap.
+            window: Window.
+            sinks: Sinks.
+            sum_field: Field of sums.
+            square_field: Field of sums of squares.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: A shape, dtype or field name is wrong.
+        """

@@ -1,0 +1,271 @@
+"""Checks of arguments, shared by the backends, so that a mistake is a `ValueError` and never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import DTYPES, POSITION, PageLayout
+from .types import Rows, Tail
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | None],
+    dtype: torch.dtype,
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
+    """Checks shape (`None` = any size), dtype, device and, unless told otherwise, a contiguous last dimension."""
+    if tensor.dim() != len(shape) or any(
+        want is not None and got != want for got, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    if contiguous and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+
+
+def check_tier(layout: PageLayout, tier: int) -> None:
+    """Checks a tier index."""
+    if not 0 <= tier < len(layout.tiers):
+        raise ValueError(f"tier must be between 0 and {len(layout.tiers) - 1}, got {tier}")
+
+
+def check_rows(rows: Rows, device: torch.device, kv_heads: int | None = None) -> None:
+    """Checks the tables, lengths and slabs of rows (not the page ids inside the tables)."""
+    layout = rows.layout
+    tiers = len(layout.tiers)
+    if len(rows.tables) != tiers or len(rows.lengths) != tiers:
+        raise ValueError(
+            f"rows need one table and one lengths per tier ({tiers}), got {len(rows.tables)} and {len(rows.lengths)}"
+        )
+    count = rows.lengths[0].shape[0]
+    for tier in range(tiers):
+        check_tensor(f"lengths[{tier}]", rows.lengths[tier], (count,), torch.int32, device)
+        check_tensor(f"tables[{tier}]", rows.tables[tier], (count, None), torch.int32, device)
+    for i, slab in enumerate(rows.slabs):
+        check_tensor(f"slabs[{i}]", slab, (None, layout.page_bytes), torch.uint8, device)
+        if slab.shape[0] > 1 and slab.stride(0) != layout.page_bytes:
+            raise ValueError(f"slabs[{i}] must be contiguous, got strides {slab.stride()}")
+    check_tensor(
+        "slab_addresses", rows.slab_addresses, (len(rows.slabs),), torch.int64, torch.device("cpu")
+    )
+    if not 0 <= rows.slab_shift < 31:
+        raise ValueError(f"slab_shift must be between 0 and 30, got {rows.slab_shift}")
+    if kv_heads is not None and (kv_heads == 0 or count % kv_heads):
+        raise ValueError(f"rows must be batch x kv_heads: {count} rows do not divide by {kv_heads} KV heads")
+
+
+def check_tail(tail: Tail, layout: PageLayout, batch: int, kv_heads: int, device: torch.device) -> None:
+    """Checks a tail against the layout and the batch."""
+    shape = (batch, kv_heads, None, layout.head_dim)
+    check_tail_tensors(tail, layout.dtype, shape, len(layout.fields), device)
+
+
+def check_tail_tensors(
+    tail: Tail, dtype: torch.dtype, shape: Sequence[int | None], n_fields: int | None, device: torch.device
+) -> None:
+    """Checks that the tensors of a tail agree with each other, and with what is given (`None` = anything)."""
+    check_tensor("tail.k", tail.k, shape, dtype, device)
+    batch, kv_heads, capacity, _ = tail.k.shape
+    check_tensor("tail.v", tail.v, tail.k.shape, dtype, device)
+    check_tensor("tail.lengths", tail.lengths, (batch,), torch.int32, device)
+    check_tensor("tail.positions", tail.positions, (batch, capacity), torch.int32, device)
+    together = {"k": tail.k, "v": tail.v, "positions": tail.positions}
+    if tail.fields is not None:
+        check_tensor("tail.fields", tail.fields, (n_fields, batch, kv_heads, capacity), torch.int32, device)
+        together["fields"] = tail.fields
+    for name, tensor in together.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"tail.{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def check_room(tail: Tail, new: int, valid: Tensor | None) -> None:
+    """Checks that the tail has a free slot for every valid new token."""
+    added = new if valid is None else valid.sum(-1).to(tail.lengths.dtype)
+    if tail.lengths.numel() and int((tail.lengths + added).max()) > tail.capacity:
+        raise ValueError(
+            f"the tail is full: it holds {tail.capacity} slots per row and has up to {int(tail.lengths.max())} in "
+            f"use, so {new} more tokens do not fit; pack first"
+        )
+
+
+def check_append(tail: Tail, k: Tensor, v: Tensor, valid: Tensor | None, device: torch.device) -> None:
+    """Checks the arguments of `append`."""
+    check_tensor("tail.k", tail.k, (None, None, None, None), tail.k.dtype, device)
+    batch, kv_heads, capacity, head_dim = tail.k.shape
+    if tail.k.dtype not in DTYPES:
+        raise ValueError(f"the tail must be {', '.join(map(str, DTYPES))}, got {tail.k.dtype}")
+    check_tail_tensors(tail, tail.k.dtype, (batch, kv_heads, capacity, head_dim), None, device)
+    check_tensor("k", k, (batch, kv_heads, None, head_dim), tail.k.dtype, device)
+    check_tensor("v", v, k.shape, tail.k.dtype, device)
+    if valid is not None:
+        check_tensor("valid", valid, (batch, k.shape[2]), torch.bool, device, contiguous=False)
+    check_room(tail, k.shape[2], valid)
+
+
+def check_packed_width(rows: Rows, tier: int, lengths: Tensor) -> None:
+    """Checks that the table of a tier has an entry for every page up to the given lengths `[rows]`."""
+    most = int(lengths.max()) if lengths.numel() else 0
+    capacity = rows.tables[tier].shape[1] * rows.layout.tiers[tier].slots
+    if most > capacity or (lengths.numel() and int(lengths.min()) < 0):
+        raise ValueError(f"slots must be between 0 and {capacity} (table of tier {tier}), got {most}")
+
+
+def check_pack(
+    rows: Rows,
+    tier: int,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    index: Tensor | None,
+    fields: Mapping[str, Tensor],
+    device: torch.device,
+) -> None:
+    """Checks the arguments of `pack`."""
+    layout = rows.layout
+    check_tier(layout, tier)
+    check_tensor("k", k, (None, None, None, layout.head_dim), layout.dtype, device)
+    check_tensor("v", v, k.shape, layout.dtype, device)
+    batch, kv_heads, tokens = k.shape[:3]
+    check_rows(rows, device, kv_heads)
+    if rows.count != batch * kv_heads:
+        raise ValueError(f"k has {batch} x {kv_heads} rows, the tables have {rows.count}")
+    if counts.shape != (batch, kv_heads) or counts.dtype != torch.int32 or counts.device != device:
+        raise ValueError(
+            f"counts must be int32 [{batch}, {kv_heads}] on {device}, got {counts.dtype} {list(counts.shape)}"
+        )
+    available = tokens
+    if index is not None:
+        check_tensor("index", index, (batch, kv_heads, None), torch.int32, device, contiguous=False)
+        available = index.shape[2]
+    if counts.numel():
+        least, most = (int(x) for x in counts.aminmax())
+        if least < 0 or most > available:
+            raise ValueError(f"counts must be between 0 and {available}, got {least} to {most}")
+        if index is not None and most:
+            used = index if least == available else index.masked_fill(
+                torch.arange(available, device=device) >= counts.unsqueeze(-1), 0
+            )
+            low, high = (int(x) for x in used.aminmax())
+            if low < 0 or high >= tokens:
+                raise ValueError(f"index must be between 0 and {tokens - 1}, got {low} to {high}")
+    check_packed_width(rows, tier, rows.lengths[tier] + counts.reshape(-1))
+    if set(fields) != set(layout.fields):
+        raise ValueError(f"pack needs exactly the slot fields {layout.fields}, got {tuple(fields)}")
+    for name, values in fields.items():
+        shape = (batch, kv_heads, tokens)
+        check_tensor(f"field {name!r}", values, shape, layout.field_dtype(name), device, contiguous=False)
+
+
+def check_slots(rows: Rows, tier: int, row: Tensor, device: torch.device, **slots: Tensor) -> None:
+    """Checks lists of slots `[n]` of rows `[n]` in one tier."""
+    check_tier(rows.layout, tier)
+    check_tensor("row", row, (None,), torch.int32, device)
+    n = row.shape[0]
+    for name, slot in slots.items():
+        check_tensor(name, slot, (n,), torch.int32, device)
+    if n == 0:
+        return
+    low, high = (int(x) for x in row.aminmax())
+    if low < 0 or high >= rows.count:
+        raise ValueError(f"row must be between 0 and {rows.count - 1}, got {low} to {high}")
+    for slot in slots.values():
+        check_packed_width(rows, tier, torch.stack(slot.aminmax()) + 1)
+        if int(slot.min()) < 0:
+            raise ValueError(f"slots must not be negative, got {int(slot.min())}")
+
+
+def check_width(rows: Rows, tier: int, width: int) -> None:
+    """Checks the number of slots to read."""
+    check_tier(rows.layout, tier)
+    if width < 0:
+        raise ValueError(f"width must not be negative, got {width}")
+    check_packed_width(rows, tier, rows.lengths[tier])
+
+
+def check_query(q: Tensor, kv_heads: int, layout: PageLayout, device: torch.device) -> None:
+    """Checks queries `[batch, q_heads, n_q, head_dim]`."""
+    check_tensor("q", q, (None, None, None, layout.head_dim), layout.dtype, device)
+    if kv_heads == 0 or q.shape[1] % kv_heads or q.shape[1] == 0:
+        raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {q.shape[1]}")
+
+
+def check_heads(rows: Rows, batch: int, kv_heads: int, q_heads: int) -> None:
+    """Checks that rows, batch and heads agree."""
+    if rows.count != batch * kv_heads:
+        raise ValueError(f"the tail has {batch} x {kv_heads} rows, the tables have {rows.count}")
+    if q_heads <= 0 or kv_heads <= 0 or q_heads % kv_heads:
+        raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {q_heads}")
+
+
+def check_attention(
+    layout: PageLayout,
+    q_heads: int,
+    rows: Rows,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    device: torch.device,
+) -> None:
+    """Checks the options all attention operations share."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if window is not None:
+        if window <= 0:
+            raise ValueError(f"window must be positive or None, got {window}")
+        if POSITION not in layout.fields and any(rows.width(tier) for tier in range(len(layout.tiers))):
+            raise ValueError(f"a window needs the slot field {POSITION!r}; this layout has {layout.fields}")
+    if sinks is not None:
+        check_tensor("sinks", sinks, (q_heads,), torch.float32, device)
+
+
+def check_accumulators(layout: PageLayout, tail: Tail | None, *fields: str | None) -> None:
+    """Checks the fields that decoding adds probabilities to."""
+    for name in fields:
+        if name is None:
+            continue
+        layout.field_index(name)
+        if layout.field_dtype(name) != torch.float32:
+            raise ValueError(f"probabilities cannot be added to the int32 field {name!r}")
+        if tail is not None and tail.fields is None:
+            raise ValueError(f"the tail has no slot fields, but {name!r} is to be updated")
+
+
+def check_pages(layout: PageLayout, tier: int, pages: Tensor, device: torch.device) -> None:
+    """Checks whole pages `[n, page_bytes]`."""
+    check_tier(layout, tier)
+    check_tensor("pages", pages, (None, layout.page_bytes), torch.uint8, device)
+
+
+def check_page_ids(slabs: Sequence[Tensor], slab_shift: int, dst: Tensor, src: Tensor, device: torch.device) -> None:
+    """Checks lists of page ids `[n]`."""
+    check_tensor("src", src, (None,), torch.int32, device)
+    check_tensor("dst", dst, (src.shape[0],), torch.int32, device)
+    for name, ids in (("src", src), ("dst", dst)):
+        if ids.numel():
+            low, high = (int(x) for x in ids.aminmax())
+            if low < 0 or (high >> slab_shift) >= len(slabs):
+                raise ValueError(f"{name} must be page ids of {len(slabs)} slabs, got {low} to {high}")
+
+
+def check_block(q: Tensor, k: Tensor, rows: Rows, tail: Tail | None, device: torch.device) -> None:
+    """Checks a block of queries and new keys against the rows and the tail."""
+    layout = rows.layout
+    check_tensor("k_new", k, (None, None, None, layout.head_dim), layout.dtype, device)
+    batch, kv_heads = k.shape[:2]
+    check_query(q, kv_heads, layout, device)
+    check_tensor("q", q, (batch, None, None, layout.head_dim), layout.dtype, device)
+    check_rows(rows, device, kv_heads)
+    if rows.count != batch * kv_heads:
+        raise ValueError(f"k_new has {batch} x {kv_heads} rows, the tables have {rows.count}")
+    if tail is not None:
+        check_tail(tail, layout, batch, kv_heads, device)

@@ -1,0 +1,681 @@
+// The engine shared by decode, chunk and window scores: logits, softmax and value products over one *tile* of at
+// most 64 slots, for up to four query rows of a KV head at a time. Tiles are gathered from pages, 16-slot block by
+// block, so that their size does not depend on the page's; codes are used where they lie, never expanded.
+#ifndef KVC_ATTENTION_CORE_H
+#define KVC_ATTENTION_CORE_H
+#include <stdlib.h>
+#include "abi.h"
+#include "simd.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace kvc {
+namespace KVC_ISA {
+namespace {
+
+constexpr int kTile = 64;           // slots
+constexpr int kBlocks = kTile / 16;
+constexpr int kHeads = 4;           // query rows handled together
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kMasked = -3e38f;   // logit of a slot that may not be seen; exp2() makes it exactly 0
+constexpr float kFloor = -1e30f;    // running maximum before anything was seen
+constexpr int32_t kNowhere = INT32_MIN;    // position of a lane that holds no slot: outside of every range
+constexpr int32_t kOldest = INT32_MIN + 1; // position of a slot that stores none: inside of every range
+
+// ---- memory ----------------------------------------------------------------------------------------------------
+// Scratch memory of a thread, kept between calls: the kernel would otherwise spend its time in page faults.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { free(base_); }
+  char* reserve(int64_t bytes) {  // null when there is no memory
+    if (bytes > size_) {
+      free(base_);
+      size_ = (bytes + bytes / 4 + 4095) & ~int64_t(4095);
+      base_ = static_cast<char*>(aligned_alloc(4096, size_));
+      if (!base_) size_ = 0;
+    }
+    return base_;
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t size_ = 0;
+};
+
+struct Carve {  // hands out 64-byte aligned parts of a block; with base 0 it only counts
+  char* base;
+  int64_t at = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(base + at);
+    at += (n * (int64_t)sizeof(T) + 63) & ~int64_t(63);
+    return p;
+  }
+};
+
+KVC_INLINE int64_t element_bytes(int dtype) { return dtype == KVC_F32 ? 4 : 2; }
+KVC_INLINE int min_int(int64_t a, int64_t b) { return (int)(a < b ? a : b); }
+KVC_INLINE int max_threads() {
+#if defined(_OPENMP)
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+KVC_INLINE int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+template <int DTYPE>
+KVC_INLINE vf load_native(const void* p, int64_t at) {
+  const char* c = static_cast<const char*>(p);
+  if (DTYPE == KVC_F32) return load(c + 4 * at);
+  if (DTYPE == KVC_F16) return from_f16(c + 2 * at);
+  return from_bf16(c + 2 * at);
+}
+static inline void load_floats(float* out, const void* p, int64_t at, int n, int dtype) {
+  for (int i = 0; i < n; i += kLanes)
+    store(out + i, dtype == KVC_F32   ? load_native<KVC_F32>(p, at + i)
+                   : dtype == KVC_F16 ? load_native<KVC_F16>(p, at + i)
+                                      : load_native<KVC_BF16>(p, at + i));
+}
+static inline void store_floats(void* p, int64_t at, const float* x, int n, int dtype) {
+  char* c = static_cast<char*>(p) + at * element_bytes(dtype);
+  for (int i = 0; i < n; i += kLanes) {
+    if (dtype == KVC_F32) store(c + 4 * i, load(x + i));
+    else if (dtype == KVC_F16) to_f16(c + 2 * i, load(x + i));
+    else to_bf16(c + 2 * i, load(x + i));
+  }
+}
+
+// ---- tiles -----------------------------------------------------------------------------------------------------
+enum TileKind { kNative, kRows, kCodes };  // keys in blocks of 16; keys row-major (the tail); codes
+
+struct Tile {
+  TileKind kind;
+  int row, tier;                // tier: index, or n_tiers for the tail, n_tiers + 1 for new keys
+  int key_bits, value_bits;
+  bool rotated, masked;         // masked: some lane may be unseen, look at position
+  int start, n, blocks;         // first slot, slots, ceil(n / 16)
+  const uint8_t *keys[kBlocks], *values[kBlocks];
+  const uint8_t *next_keys[kBlocks], *next_values[kBlocks];  // to prefetch; never null
+  const uint8_t *key_params[kBlocks], *value_params[kBlocks];
+  int64_t param_bytes;          // from scale to offset
+  int64_t value_stride;         // native: elements from slot to slot
+  char* fields[kBlocks];        // field f of a block is at fields + f * field_bytes
+  int64_t field_bytes;
+  alignas(64) int32_t position[kTile];
+  alignas(64) float value_scale[kTile], value_offset[kTile];
+  float largest_scale;
+};
+
+struct Pages {  // how to reach the slots of a call's rows
+  const KvcRows* rows;
+  const KvcTail* tail;
+  int kv_heads, position_field;
+  bool need_position;           // a window or exclusion looks at positions
+  int64_t elt;
+
+  int length(int row, int tier) const { return rows->length[tier][row]; }
+  char* page(int row, int tier, int index) const {
+    const int32_t id = rows->table[tier][row * rows->table_stride[tier] + index];
+    const int32_t slab = id >> rows->slab_shift, inside = id & ((1 << rows->slab_shift) - 1);
+    return reinterpret_cast<char*>(rows->slabs[slab]) + inside * rows->layout->page_bytes;
+  }
+};
+
+KVC_INLINE void clear_next(Tile& t) {
+  for (int b = 0; b < kBlocks; ++b) {
+    const int from = b < t.blocks ? b : 0;
+    t.next_keys[b] = t.keys[from];
+    t.next_values[b] = t.values[from];
+  }
+}
+
+// Marks the lanes past the last slot; positions of the others must be set.
+KVC_INLINE void close_positions(Tile& t) {
+  for (int i = t.n; i < t.blocks * 16; ++i) t.position[i] = kNowhere;
+}
+
+// Slots start .. start + n of a tier; start is a multiple of 16, n at most kTile.
+static inline void packed_tile(Tile& t, const Pages& p, int row, int tier, int start, int n) {
+  const KvcLayout& layout = *p.rows->layout;
+  const KvcTier& f = layout.tier[tier];
+  const int d = layout.head_dim;
+  t.kind = f.key_bits ? kCodes : kNative;
+  t.row = row;
+  t.tier = tier;
+  t.key_bits = f.key_bits;
+  t.value_bits = f.value_bits;
+  t.rotated = f.rotate_keys;
+  t.start = start;
+  t.n = n;
+  t.blocks = (n + 15) / 16;
+  t.param_bytes = 2 * f.slots;
+  t.field_bytes = 4 * f.slots;
+  t.value_stride = d;
+  const int64_t key_block = f.key_bits ? 2 * d * f.key_bits : 16 * d * p.elt;
+  const int64_t value_block = f.key_bits ? 2 * d * f.value_bits : 16 * d * p.elt;
+  int index = start / f.slots, block = (start - index * f.slots) / 16;
+  char* page = p.page(row, tier, index);
+  for (int b = 0; b < t.blocks; ++b) {
+    if (block == f.slots / 16) {
+      page = p.page(row, tier, ++index);
+      block = 0;
+    }
+    const uint8_t* u = reinterpret_cast<const uint8_t*>(page);
+    t.keys[b] = u + f.keys + block * key_block;
+    t.values[b] = u + f.values + block * value_block;
+    t.key_params[b] = u + f.key_params + 32 * block;
+    t.value_params[b] = u + f.value_params + 32 * block;
+    t.fields[b] = page + f.fields + 64 * block;
+    ++block;
+  }
+  clear_next(t);
+  const bool positions = p.need_position && p.position_field >= 0;
+  t.masked = positions || n % 16;
+}
+// The part that reads page memory, left until the tile is about to be used (its lines were prefetched meanwhile).
+static inline void open_tile(Tile& t, const Pages& p) {
+  if (t.masked && t.tier < p.rows->layout->n_tiers) {
+    if (p.need_position && p.position_field >= 0)
+      for (int b = 0; b < t.blocks; ++b) memcpy(t.position + 16 * b, t.fields[b] + p.position_field * t.field_bytes, 64);
+    else
+      for (int i = 0; i < t.n; ++i) t.position[i] = kOldest;
+    close_positions(t);
+  }
+}
+static inline void load_value_params(Tile& t) {
+  vf largest = vf{};
+  for (int b = 0; b < t.blocks; ++b)
+    for (int i = 0; i < 16; i += kLanes) {
+      const int at = 16 * b + i;
+      vf scale = from_f16(t.value_params[b] + 2 * i), offset = from_f16(t.value_params[b] + t.param_bytes + 2 * i);
+      if (at + kLanes > t.n)  // past the end lies garbage, perhaps NaN
+        for (int e = 0; e < kLanes; ++e)
+          if (at + e >= t.n) scale[e] = offset[e] = 0.f;
+      store(t.value_scale + at, scale);
+      store(t.value_offset + at, offset);
+      largest = max(largest, scale);
+    }
+  t.largest_scale = reduce_max(largest);
+}
+
+// Slots of the tail, keys row-major.
+static inline void tail_tile(Tile& t, const Pages& p, int row, int start, int n) {
+  const KvcLayout& layout = *p.rows->layout;
+  const KvcTail& tail = *p.tail;
+  const int64_t batch = row / p.kv_heads, d = layout.head_dim, first = row * tail.capacity + start;
+  t.kind = kRows;
+  t.row = row;
+  t.tier = layout.n_tiers;
+  t.key_bits = t.value_bits = 0;
+  t.rotated = false;
+  t.start = start;
+  t.n = n;
+  t.blocks = (n + 15) / 16;
+  t.value_stride = d;
+  for (int b = 0; b < t.blocks; ++b) {
+    const int64_t at = (first + 16 * b) * d * p.elt;
+    t.keys[b] = static_cast<const uint8_t*>(tail.k) + at;
+    t.values[b] = static_cast<const uint8_t*>(tail.v) + at;
+    t.fields[b] = static_cast<char*>(tail.fields) + (first + 16 * b) * 4;
+  }
+  t.field_bytes = (int64_t)p.rows->rows * tail.capacity * 4;
+  clear_next(t);
+  t.masked = p.need_position || n % 16;
+  if (t.masked) {
+    memcpy(t.position, tail.position + batch * tail.capacity + start, 4 * n);
+    close_positions(t);
+  }
+}
+
+// Makes `t` prefetch the tile that follows it.
+static inline void look_ahead(Tile& t, const Tile& ahead, const Pages& pages) {
+  for (int b = 0; b < ahead.blocks; ++b) {
+    t.next_keys[b] = ahead.keys[b];
+    t.next_values[b] = ahead.values[b];
+    if (ahead.kind == kCodes) {
+      prefetch(ahead.key_params[b]);
+      prefetch(ahead.key_params[b] + ahead.param_bytes);
+      prefetch(ahead.value_params[b]);
+      prefetch(ahead.value_params[b] + ahead.param_bytes);
+    }
+    if (pages.need_position && pages.position_field >= 0 && ahead.tier < pages.rows->layout->n_tiers)
+      prefetch(ahead.fields[b] + pages.position_field * ahead.field_bytes);
+  }
+}
+
+// ---- query rows ------------------------------------------------------------------------------------------------
+struct Queries {  // up to kHeads query rows of one KV head, in every form that the row's tiers ask for
+  int count;
+  alignas(64) float q[kHeads][KVC_MAX_HEAD_DIM];
+  alignas(64) int32_t pairs[kHeads][KVC_MAX_HEAD_DIM / 2];  // two bf16 dims per lane
+  Words words[2];                                           // codes; [1]: Hadamard-rotated
+  float step[2][kHeads], sum[2][kHeads];                    // logit = step * scale * dot + sum * offset
+};
+struct Softmax {  // running state of the same rows
+  float m[kHeads], alpha[kHeads], weight_step[kHeads];
+  alignas(64) float l[kHeads][16], z[kHeads][16];  // lane-wise sums of p, and of p * value offset
+  alignas(64) float o[kHeads][KVC_MAX_HEAD_DIM];
+};
+struct Scratch {
+  alignas(64) float s[kHeads][kTile];
+  Words weights;
+};
+struct Visible {  // what one query row may see: first < position <= last, and more for new keys
+  int32_t first, last;
+  const uint8_t* allowed;  // by slot, or null
+  const float* bias;       // by slot, or null
+};
+struct Logits {  // how dot products become base-2 logits
+  float scale;   // scale * log2(e)
+  float cap_in, cap_out;  // soft-cap; cap_out 0 = none
+};
+static inline Logits logits_of(float scale, float softcap) {
+  return {scale * kLog2e, softcap > 0 ? 2.f / softcap : 0.f, softcap > 0 ? softcap * kLog2e : 0.f};
+}
+
+static inline void clear(Softmax& s, int count, int d) {
+  for (int h = 0; h < count; ++h) {
+    s.m[h] = kFloor;
+    memset(s.l[h], 0, sizeof s.l[h]);
+    memset(s.z[h], 0, sizeof s.z[h]);
+    memset(s.o[h], 0, d * sizeof(float));
+  }
+}
+
+static inline void quantise_query(Queries& q, int form, int h, const float* x, int d, float scale) {
+  vf largest = vf{};
+  for (int i = 0; i < d; i += kLanes) largest = max(largest, max(load(x + i), -load(x + i)));
+  const float peak = reduce_max(largest);
+#if KVC_ISA_avx512 || KVC_ISA_avx2
+  const float inverse = peak > 1e-30f ? kWeightLimit / peak : 0.f;
+  const float step = peak / kWeightLimit;
+#else
+  const float inverse = 1.f, step = 1.f;
+  (void)peak;
+#endif
+  vf sum = vf{};
+  for (int i = 0; i < d; i += kLanes) sum = sum + put(q.words[form], h, i, load(x + i) * all(inverse));
+  q.step[form][h] = step * scale;
+  q.sum[form][h] = reduce_add(sum) * step * scale;
+}
+
+struct Forms {  // which forms of a query the layout's tiers need
+  bool plain, rotated;
+};
+static inline Forms forms_of(const KvcLayout& layout) {
+  Forms f = {false, false};
+  for (int t = 0; t < layout.n_tiers; ++t)
+    if (layout.tier[t].key_bits) (layout.tier[t].rotate_keys ? f.rotated : f.plain) = true;
+  return f;
+}
+
+// One query row at element `at` of p, native dtype.
+static inline void set_query(Queries& q, int h, const void* p, int64_t at, const KvcLayout& layout, Forms forms,
+                             const Logits& logits) {
+  const int d = layout.head_dim;
+  load_floats(q.q[h], p, at, d, layout.dtype);
+#if KVC_ISA_avx512
+  if (layout.dtype == KVC_BF16) memcpy(q.pairs[h], static_cast<const char*>(p) + 2 * at, 2 * d);
+#endif
+  if (forms.plain) quantise_query(q, 0, h, q.q[h], d, logits.scale);
+  if (forms.rotated) {
+    alignas(64) float r[KVC_MAX_HEAD_DIM];
+    memcpy(r, q.q[h], d * sizeof(float));
+    hadamard(r, d, layout.rotation_block);
+    quantise_query(q, 1, h, r, d, logits.scale);
+  }
+}
+
+// ---- logits ----------------------------------------------------------------------------------------------------
+template <int BITS, int G, int NB>
+KVC_INLINE void code_logits(const Tile& t, const Queries& q, int b0, int d, float (*s)[kTile]) {
+  constexpr int kPer = 8 / BITS;
+  const Words& w = q.words[t.rotated];
+  const int n = d / (4 * kPer);
+  for (int part = 0; part < kParts; ++part) {
+    Dot sum[NB][G];
+    KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = dot_zero();
+    for (int i = 0; i < n; ++i) {
+      KVC_UNROLL for (int b = 0; b < NB; ++b) {
+        const int64_t at = 64 * i + part * KVC_WIDTH;
+        if (part == 0) prefetch(t.next_keys[b0 + b] + at);
+        const Raw x = load_raw(t.keys[b0 + b] + at);
+        KVC_UNROLL for (int j = 0; j < kPer; ++j) {
+          const Codes c = codes<BITS>(x, j);
+          KVC_UNROLL for (int h = 0; h < G; ++h) dot<true>(sum[b][h], c, w, h, i * kPer + j);
+        }
+      }
+    }
+    KVC_UNROLL for (int b = 0; b < NB; ++b) {
+      const uint8_t* params = t.key_params[b0 + b] + 2 * kLanes * part;
+      const vf scale = from_f16(params), offset = from_f16(params + t.param_bytes);
+      KVC_UNROLL for (int h = 0; h < G; ++h)
+        store(s[h] + 16 * (b0 + b) + kLanes * part,
+              value<true>(sum[b][h]) * (scale * all(q.step[t.rotated][h])) + offset * all(q.sum[t.rotated][h]));
+    }
+  }
+}
+
+template <int DTYPE, int G, int NB>
+KVC_INLINE void native_logits(const Tile& t, const Queries& q, int b0, int d, float scale, float (*s)[kTile]) {
+  for (int part = 0; part < kParts; ++part) {
+    vf sum[NB][G];
+    KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = vf{};
+    const int n = DTYPE == KVC_F32 ? d : d / 2;  // 64-byte vectors of a block
+    for (int i = 0; i < n; ++i) {
+      KVC_UNROLL for (int b = 0; b < NB; ++b) {
+        const int64_t at = 64 * i + part * KVC_WIDTH;
+        if (part == 0) prefetch(t.next_keys[b0 + b] + at);
+        const uint8_t* p = t.keys[b0 + b] + at;
+        if (DTYPE == KVC_F32) {
+          const vf k = load(p);
+          KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = k * all(q.q[h][i]) + sum[b][h];
+        } else {
+          const vu pair = (vu)load_int(p);
+#if KVC_ISA_avx512
+          if (DTYPE == KVC_BF16) {
+            KVC_UNROLL for (int h = 0; h < G; ++h)
+              sum[b][h] = _mm512_dpbf16_ps(sum[b][h], (__m512bh)pair, (__m512bh)_mm512_set1_epi32(q.pairs[h][i]));
+            continue;
+          }
+#endif
+          const vf k0 = DTYPE == KVC_BF16 ? (vf)(pair << 16) : from_f16_bits(pair & 0xffffu);
+          const vf k1 = DTYPE == KVC_BF16 ? (vf)(pair & 0xffff0000u) : from_f16_bits(pair >> 16);
+          KVC_UNROLL for (int h = 0; h < G; ++h)
+            sum[b][h] = k1 * all(q.q[h][2 * i + 1]) + (k0 * all(q.q[h][2 * i]) + sum[b][h]);
+        }
+      }
+    }
+    KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h)
+      store(s[h] + 16 * (b0 + b) + kLanes * part, sum[b][h] * all(scale));
+  }
+}
+
+template <int DTYPE, int G>
+KVC_INLINE void row_logits(const Tile& t, const Queries& q, int d, float scale, float (*s)[kTile]) {
+  for (int i = 0; i < t.n; ++i) {
+    const uint8_t* p = t.keys[i / 16] + (i % 16) * d * (DTYPE == KVC_F32 ? 4 : 2);
+    vf sum[G];
+    KVC_UNROLL for (int h = 0; h < G; ++h) sum[h] = vf{};
+    for (int j = 0; j < d; j += kLanes) {
+      const vf k = load_native<DTYPE>(p, j);
+      KVC_UNROLL for (int h = 0; h < G; ++h) sum[h] = k * load(q.q[h] + j) + sum[h];
+    }
+    KVC_UNROLL for (int h = 0; h < G; ++h) s[h][i] = reduce_add(sum[h]) * scale;
+  }
+}
+
+// Blocks of 16 slots that share one pass over the query, so that about eight sums are alive.
+template <int G>
+constexpr int blocks_at_once() {
+  return G >= 3 ? 2 : 4;
+}
+
+template <int BITS, int G>
+static void all_code_logits(const Tile& t, const Queries& q, int d, float (*s)[kTile]) {
+  constexpr int kOnce = blocks_at_once<G>();
+  int b = 0;
+  for (; b + kOnce <= t.blocks; b += kOnce) code_logits<BITS, G, kOnce>(t, q, b, d, s);
+  for (; b < t.blocks; ++b) code_logits<BITS, G, 1>(t, q, b, d, s);
+}
+template <int DTYPE, int G>
+static void all_native_logits(const Tile& t, const Queries& q, int d, float scale, float (*s)[kTile]) {
+  constexpr int kOnce = blocks_at_once<G>();
+  if (t.kind == kRows) {
+    row_logits<DTYPE, G>(t, q, d, scale, s);
+    return;
+  }
+  int b = 0;
+  for (; b + kOnce <= t.blocks; b += kOnce) native_logits<DTYPE, G, kOnce>(t, q, b, d, scale, s);
+  for (; b < t.blocks; ++b) native_logits<DTYPE, G, 1>(t, q, b, d, scale, s);
+}
+
+template <int G>
+static void tile_logits(const Tile& t, const Queries& q, const KvcLayout& layout, float scale, float (*s)[kTile]) {
+  const int d = layout.head_dim;
+  if (t.kind == kCodes) {
+    if (t.key_bits == 8) all_code_logits<8, G>(t, q, d, s);
+    else if (t.key_bits == 4) all_code_logits<4, G>(t, q, d, s);
+    else all_code_logits<2, G>(t, q, d, s);
+  } else {
+    if (layout.dtype == KVC_F32) all_native_logits<KVC_F32, G>(t, q, d, scale, s);
+    else if (layout.dtype == KVC_F16) all_native_logits<KVC_F16, G>(t, q, d, scale, s);
+    else all_native_logits<KVC_BF16, G>(t, q, d, scale, s);
+  }
+}
+
+// Base-2 logits of a tile for all rows of q, before soft-cap and masks.
+static inline void compute_logits(const Tile& t, const Queries& q, const KvcLayout& layout, const Logits& logits,
+                                  float (*s)[kTile]) {
+  switch (q.count) {
+    case 1: return tile_logits<1>(t, q, layout, logits.scale, s);
+    case 2: return tile_logits<2>(t, q, layout, logits.scale, s);
+    case 3: return tile_logits<3>(t, q, layout, logits.scale, s);
+    default: return tile_logits<4>(t, q, layout, logits.scale, s);
+  }
+}
+
+// The first n lanes from memory, zeros after them.
+KVC_INLINE vf load_first(const float* p, int n) {
+  if (n >= kLanes) return load(p);
+  alignas(64) float x[kLanes] = {};
+  for (int e = 0; e < n; ++e) x[e] = p[e];
+  return load(x);
+}
+KVC_INLINE vi load_flags(const uint8_t* p, int n) {
+  typedef uint8_t flags __attribute__((vector_size(kLanes)));
+  flags f = {};
+  memcpy(&f, p, n >= kLanes ? kLanes : n > 0 ? n : 0);
+  return __builtin_convertvector(f, vi);
+}
+
+// Soft-cap, bias and masks in place; returns the largest logit.
+static inline float finish_logits(float* s, const Tile& t, const Logits& logits, const Visible& see) {
+  vf largest = all(kMasked);
+  const int n = 16 * t.blocks;
+  for (int i = 0; i < n; i += kLanes) {
+    vf x = load(s + i);
+    if (logits.cap_out != 0.f) {  // cap * tanh(y / cap), tanh(u) = 1 - 2 / (e^2u + 1)
+      const vf e = exp2(min(x * all(logits.cap_in), all(64.f)));
+      x = all(logits.cap_out) * (all(1.f) - all(2.f) / (e + all(1.f)));
+    }
+    if (see.bias) x = x + load_first(see.bias + i, t.n - i) * all(kLog2e);
+    if (t.masked) {
+      const vi at = load_int(t.position + i);
+      x = (at > all(see.first)) & (at <= all(see.last)) ? x : all(kMasked);
+    }
+    if (see.allowed) x = load_flags(see.allowed + i, t.n - i) != 0 ? x : all(kMasked);
+    store(s + i, x);
+    largest = max(largest, x);
+  }
+  return reduce_max(largest);
+}
+
+// ---- softmax and values ----------------------------------------------------------------------------------------
+// Logits of row h become probabilities relative to the running maximum: floats in w.s for native values, words
+// (times the value scale) for codes.
+static inline void softmax_row(const Tile& t, Softmax& r, int h, float largest, Scratch& w) {
+  const float m = largest > r.m[h] ? largest : r.m[h];
+  const float alpha = m > r.m[h] ? exp2(r.m[h] - m) : 1.f;
+  r.alpha[h] = alpha;
+  r.m[h] = m;
+  float* s = w.s[h];
+  const int n = 16 * t.blocks;
+  vf l[kParts], z[kParts];
+  KVC_UNROLL for (int k = 0; k < kParts; ++k) {
+    l[k] = load(r.l[h] + k * kLanes) * all(alpha);
+    z[k] = load(r.z[h] + k * kLanes) * all(alpha);
+  }
+  if (t.value_bits == 0) {
+    for (int i = 0; i < n; i += 16) KVC_UNROLL for (int k = 0; k < kParts; ++k) {
+      const vf p = exp2(load(s + i + k * kLanes) - all(m));
+      l[k] = l[k] + p;
+      store(s + i + k * kLanes, p);
+    }
+  } else {
+    // Rounding weights down to nothing would lose their share of the values' mean, as codes are not negative: what
+    // rounding took away is given back times the middle code.
+    const float half = ((1 << t.value_bits) - 1) * 0.5f;
+#if KVC_ISA_avx512 || KVC_ISA_avx2
+    const float peak = largest > kFloor ? t.largest_scale * exp2(largest - m) : 0.f;
+    const float inverse = peak > 1e-30f ? kWeightLimit / peak : 0.f;
+    const float step = peak / kWeightLimit;
+#else
+    const float inverse = 1.f, step = 1.f;
+#endif
+    r.weight_step[h] = step;
+    for (int i = 0; i < n; i += 16) KVC_UNROLL for (int k = 0; k < kParts; ++k) {
+      const int at = i + k * kLanes;
+      const vf p = exp2(load(s + at) - all(m));
+      l[k] = l[k] + p;
+      const vf x = p * load(t.value_scale + at);
+      const vf kept = put(w.weights, h, at, x * all(inverse)) * all(step);
+      z[k] = p * load(t.value_offset + at) + ((x - kept) * all(half) + z[k]);
+    }
+  }
+  KVC_UNROLL for (int k = 0; k < kParts; ++k) {
+    store(r.l[h] + k * kLanes, l[k]);
+    store(r.z[h] + k * kLanes, z[k]);
+  }
+}
+
+template <int BITS, int G, int NV>
+KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0, int d) {
+  constexpr int kPer = 8 / BITS, kGroups = 4 / kPer;  // 64-byte vectors per 16 slots and 16 dims
+  Dot sum[G][NV];
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v] = dot_zero();
+  for (int b = 0; b < t.blocks; ++b) {
+    const uint8_t *p = t.values[b] + v0 * KVC_WIDTH, *next = t.next_values[b] + v0 * KVC_WIDTH;
+    KVC_UNROLL for (int g = 0; g < kGroups; ++g) {
+      Raw x[NV];
+      KVC_UNROLL for (int v = 0; v < NV; ++v) {
+        x[v] = load_raw(p + (int64_t)g * d * 4 + v * KVC_WIDTH);
+        if (v % kParts == 0) prefetch(next + (int64_t)g * d * 4 + v * KVC_WIDTH);
+      }
+      KVC_UNROLL for (int j = 0; j < kPer; ++j) {
+        KVC_UNROLL for (int v = 0; v < NV; ++v) {
+          const Codes c = codes<BITS>(x[v], j);
+          KVC_UNROLL for (int h = 0; h < G; ++h) dot<true>(sum[h][v], c, w.weights, h, b * 4 + g * kPer + j);
+        }
+      }
+    }
+  }
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
+    float* o = r.o[h] + (v0 + v) * kLanes;
+    store(o, value<true>(sum[h][v]) * all(r.weight_step[h]) + load(o) * all(r.alpha[h]));
+  }
+}
+
+template <int DTYPE, int G, int NV>
+KVC_INLINE void native_values(const Tile& t, const Scratch& w, Softmax& r, int v0) {
+  constexpr int kElt = DTYPE == KVC_F32 ? 4 : 2;
+  vf sum[G][NV];
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v] = vf{};
+  for (int b = 0; b < t.blocks; ++b) {
+    const uint8_t* p = t.values[b] + (int64_t)v0 * kLanes * kElt;
+    const uint8_t* next = t.next_values[b] + (int64_t)v0 * kLanes * kElt;
+    const int n = min_int(16, t.n - 16 * b);
+    const int64_t stride = t.value_stride * kElt;
+    for (int i = 0; i < n; ++i) {
+      KVC_UNROLL for (int v = 0; v < NV; ++v) {
+        if (v * kLanes * kElt % 64 == 0) prefetch(next + i * stride + v * kLanes * kElt);
+        const vf x = load_native<DTYPE>(p + i * stride, v * kLanes);
+        KVC_UNROLL for (int h = 0; h < G; ++h) sum[h][v] = x * all(w.s[h][16 * b + i]) + sum[h][v];
+      }
+    }
+  }
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
+    float* o = r.o[h] + (v0 + v) * kLanes;
+    store(o, sum[h][v] + load(o) * all(r.alpha[h]));
+  }
+}
+
+template <int BITS, int G>
+static void all_code_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
+  constexpr int kOnce = G >= 3 ? 2 : 4;
+  const int n = d / kLanes;
+  int v = 0;
+  for (; v + kOnce <= n; v += kOnce) code_values<BITS, G, kOnce>(t, w, r, v, d);
+  for (; v < n; ++v) code_values<BITS, G, 1>(t, w, r, v, d);
+}
+template <int DTYPE, int G>
+static void all_native_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
+  constexpr int kOnce = KVC_WIDTH == 64 || G < 3 ? 4 : 2;
+  const int n = d / kLanes;
+  int v = 0;
+  for (; v + kOnce <= n; v += kOnce) native_values<DTYPE, G, kOnce>(t, w, r, v);
+  for (; v < n; ++v) native_values<DTYPE, G, 1>(t, w, r, v);
+}
+
+template <int G>
+static void tile_values(const Tile& t, const Scratch& w, Softmax& r, const KvcLayout& layout) {
+  const int d = layout.head_dim;
+  if (t.value_bits == 8) all_code_values<8, G>(t, w, r, d);
+  else if (t.value_bits == 4) all_code_values<4, G>(t, w, r, d);
+  else if (t.value_bits == 2) all_code_values<2, G>(t, w, r, d);
+  else if (layout.dtype == KVC_F32) all_native_values<KVC_F32, G>(t, w, r, d);
+  else if (layout.dtype == KVC_F16) all_native_values<KVC_F16, G>(t, w, r, d);
+  else all_native_values<KVC_BF16, G>(t, w, r, d);
+}
+static inline void add_values(const Tile& t, const Scratch& w, Softmax& r, int count, const KvcLayout& layout) {
+  switch (count) {
+    case 1: return tile_values<1>(t, w, r, layout);
+    case 2: return tile_values<2>(t, w, r, layout);
+    case 3: return tile_values<3>(t, w, r, layout);
+    default: return tile_values<4>(t, w, r, layout);
+  }
+}
+
+// ---- results ---------------------------------------------------------------------------------------------------
+// Adds the state b (o, l, z relative to its own maximum) of the same rows to a.
+static inline void merge(Softmax& a, const Softmax& b, int count, int d) {
+  for (int h = 0; h < count; ++h) {
+    const float m = a.m[h] > b.m[h] ? a.m[h] : b.m[h];
+    const vf fa = all(exp2(a.m[h] - m)), fb = all(exp2(b.m[h] - m));
+    a.m[h] = m;
+    for (int i = 0; i < 16; i += kLanes) {
+      store(a.l[h] + i, load(a.l[h] + i) * fa + load(b.l[h] + i) * fb);
+      store(a.z[h] + i, load(a.z[h] + i) * fa + load(b.z[h] + i) * fb);
+    }
+    for (int i = 0; i < d; i += kLanes) store(a.o[h] + i, load(a.o[h] + i) * fa + load(b.o[h] + i) * fb);
+  }
+}
+
+// log2 of a positive number, to float precision.
+static inline float log2_of(float x) {
+  return __builtin_log2f(x);
+}
+
+// Normalises row h into o; returns the base-2 log of the denominator, sink included (-inf: nothing seen, no sink).
+static inline float finish_row(Softmax& r, int h, int d, const float* sink) {
+  float l = 0.f, z = 0.f, m = r.m[h], alpha = 1.f;
+  for (int i = 0; i < 16; i += kLanes) {
+    l += reduce_add(load(r.l[h] + i));
+    z += reduce_add(load(r.z[h] + i));
+  }
+  if (sink) {
+    const float s = *sink * kLog2e, top = s > m ? s : m;
+    alpha = exp2(m - top);
+    l = l * alpha + exp2(s - top);
+    m = top;
+  }
+  const float scale = l > 0.f || l != l ? alpha / l : 0.f;  // NaN goes through
+  for (int i = 0; i < d; i += kLanes) store(r.o[h] + i, (load(r.o[h] + i) + all(z)) * all(scale));
+  return l > 0.f || l != l ? m + log2_of(l) : -__builtin_inff();
+}
+
+}  // namespace
+}  // namespace KVC_ISA
+}  // namespace kvc
+#endif

@@ -1,0 +1,202 @@
+// scores(): sum over the queries of probability ** power, for every key and query head. Logits are computed twice,
+// first for the normalisers of all queries, then for the sums: no queries x keys matrix is ever in memory.
+#include "attention_block.h"
+#include "ops.h"
+
+namespace kvc {
+namespace KVC_ISA {
+namespace {
+
+constexpr int kPieceTiles = 16;  // tiles per task of the second pass
+
+struct Worker {
+  Tile tiles[2];
+  Scratch scratch;
+  Queries queries[kQueryGroups];
+  float m[kQueryRows];
+  alignas(64) float l[kQueryRows][16];
+};
+
+struct Scores {
+  const KvcScores* a;
+  const KvcLayout* layout;
+  Past past;
+  Logits logits;
+  Forms forms;
+  float* norms;  // [rows][n_q * group] base-2 log of the denominators; +inf: the query adds nothing
+
+  int64_t query_rows() const { return (int64_t)a->n_q * a->group; }
+  bool valid(int b, int t) const { return !a->query_valid || a->query_valid[(int64_t)b * a->n_q + t]; }
+
+  int load_queries(int row, int first, Worker& w) const {
+    const int b = row / a->kv_heads, h0 = (row % a->kv_heads) * a->group;
+    const int rows = min_int(kQueryRows, query_rows() - first), groups = (rows + kHeads - 1) / kHeads;
+    for (int c = 0; c < groups; ++c) {
+      Queries& q = w.queries[c];
+      q.count = min_int(kHeads, rows - c * kHeads);
+      for (int i = 0; i < q.count; ++i) {
+        const int r = first + c * kHeads + i, t = r / a->group, h = h0 + r % a->group;
+        set_query(q, i, a->q, b * a->q_b + h * a->q_h + t * a->q_t, *layout, forms, logits);
+      }
+    }
+    return groups;
+  }
+
+  // Calls f(tile, row in block, logits, largest logit) for every query row of a block and tile; `exclude` newest
+  // positions are hidden.
+  template <class F>
+  void visit(int row, int first, int groups, int from, int to, int exclude, Worker& w, F f) const {
+    const int b = row / a->kv_heads;
+    TileWalk walk(past, row, from, to);
+    Tile *tile = &w.tiles[0], *ahead = &w.tiles[1];
+    for (bool more = walk.next(*tile); more;) {
+      more = walk.next(*ahead);
+      if (more) look_ahead(*tile, *ahead, past.pages);
+      Tile& t = *tile;
+      open_tile(t, past.pages);
+      const bool fresh = t.tier == layout->n_tiers + 1;
+      for (int c = 0; c < groups; ++c) {
+        const Queries& q = w.queries[c];
+        const int r0 = first + c * kHeads;
+        if (fresh && t.position[0] > a->position + (r0 + q.count - 1) / a->group - exclude) continue;
+        compute_logits(t, q, *layout, logits, w.scratch.s);
+        for (int i = 0; i < q.count; ++i) {
+          const int position = a->position + (r0 + i) / a->group;
+          const Visible see = {a->window ? position - a->window : INT32_MIN,
+                               fresh || exclude ? position - exclude : INT32_MAX,
+                               fresh && a->key_valid ? a->key_valid + (int64_t)b * a->n_k + t.start : nullptr, nullptr};
+          f(t, c * kHeads + i, w.scratch.s[i], finish_logits(w.scratch.s[i], t, logits, see));
+        }
+      }
+      Tile* other = tile;
+      tile = ahead;
+      ahead = other;
+    }
+  }
+
+  void normalise(int row, int first, Worker& w) const {
+    const int groups = load_queries(row, first, w), b = row / a->kv_heads, h0 = (row % a->kv_heads) * a->group;
+    for (int r = 0; r < kQueryRows; ++r) {
+      w.m[r] = kFloor;
+      memset(w.l[r], 0, sizeof w.l[r]);
+    }
+    visit(row, first, groups, 0, past.tiles(row), 0, w, [&w](const Tile& t, int r, const float* s, float largest) {
+      const float m = largest > w.m[r] ? largest : w.m[r];
+      const vf alpha = all(exp2(w.m[r] - m));
+      w.m[r] = m;
+      vf l[kParts];
+      KVC_UNROLL for (int k = 0; k < kParts; ++k) l[k] = load(w.l[r] + k * kLanes) * alpha;
+      for (int i = 0; i < 16 * t.blocks; i += 16)
+        KVC_UNROLL for (int k = 0; k < kParts; ++k) l[k] = l[k] + exp2(load(s + i + k * kLanes) - all(m));
+      KVC_UNROLL for (int k = 0; k < kParts; ++k) store(w.l[r] + k * kLanes, l[k]);
+    });
+    const int rows = min_int(kQueryRows, query_rows() - first);
+    for (int r = 0; r < rows; ++r) {
+      float l = 0.f, m = w.m[r];
+      for (int i = 0; i < 16; i += kLanes) l += reduce_add(load(w.l[r] + i));
+      if (a->sinks) {
+        const float s = a->sinks[h0 + (first + r) % a->group] * kLog2e, top = s > m ? s : m;
+        l = l * exp2(m - top) + exp2(s - top);
+        m = top;
+      }
+      const bool used = valid(b, (first + r) / a->group) && !(l <= 0.f);
+      norms[row * query_rows() + first + r] = used ? m + log2_of(l) : __builtin_inff();
+    }
+  }
+
+  float* destination(const Tile& t, int b, int h) const {
+    const int64_t row = (int64_t)b * a->kv_heads * a->group + h;
+    if (t.tier < layout->n_tiers) return a->past[t.tier] + row * a->past_stride[t.tier] + t.start;
+    if (t.tier == layout->n_tiers) return a->tail_out ? a->tail_out + row * a->tail.capacity + t.start : nullptr;
+    return a->fresh + row * a->n_k + t.start;
+  }
+
+  void clear(int row, int from, int to, Tile& t) const {
+    const int b = row / a->kv_heads, h0 = (row % a->kv_heads) * a->group;
+    TileWalk walk(past, row, from, to);
+    while (walk.next(t))
+      for (int g = 0; g < a->group; ++g)
+        if (float* out = destination(t, b, h0 + g)) memset(out, 0, t.n * sizeof(float));
+  }
+
+  void accumulate(int row, int from, int to, Worker& w) const {
+    const int b = row / a->kv_heads, h0 = (row % a->kv_heads) * a->group;
+    clear(row, from, to, w.tiles[0]);
+    for (int first = 0; first < query_rows(); first += kQueryRows) {
+      const int groups = load_queries(row, first, w);
+      const float* norm = norms + row * query_rows() + first;
+      visit(row, first, groups, from, to, a->exclude, w, [&](const Tile& t, int r, const float* s, float) {
+        float* out = destination(t, b, h0 + (first + r) % a->group);
+        if (!out) return;
+        for (int i = 0; i < t.n; i += kLanes) {
+          vf p = exp2(load(s + i) - all(norm[r]));
+          if (a->power == 2) p = p * p;
+          if (i + kLanes <= t.n) store(out + i, load(out + i) + p);
+          else
+            for (int e = 0; i + e < t.n; ++e) out[i + e] += p[e];
+        }
+      });
+    }
+  }
+};
+
+thread_local Arena arena;
+
+}  // namespace
+
+int scores(KvcScores* a) {
+  const KvcLayout& layout = *a->rows.layout;
+  Scores s;
+  s.a = a;
+  s.layout = &layout;
+  s.logits = logits_of(a->scale, a->softcap);
+  s.forms = forms_of(layout);
+  s.past.pages = {&a->rows, &a->tail, a->kv_heads, a->position_field, a->window != 0 || a->exclude != 0,
+                  element_bytes(layout.dtype)};
+  s.past.fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->k), a->k_b, a->k_h, a->k_t, a->k_b,
+                  a->k_h, a->k_t, a->n_k, a->key_position, true};
+  s.past.measure();
+  const int rows = a->batch * a->kv_heads;
+  const int64_t blocks = (s.query_rows() + kQueryRows - 1) / kQueryRows;
+
+  double slots = 0;
+  int most = 0;
+  for (int row = 0; row < rows; ++row) {
+    const int tiles = s.past.tiles(row);
+    slots += 64. * tiles;
+    if (tiles > most) most = tiles;
+  }
+  const int pieces = (most + kPieceTiles - 1) / kPieceTiles;
+  int threads = max_threads();
+  if (slots * s.query_rows() * layout.head_dim < 1.5e6 * threads) threads = 1;
+
+  Carve carve = {nullptr};
+  Worker* workers = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    workers = carve.take<Worker>(threads);
+    s.norms = carve.take<float>(s.query_rows() * rows);
+    s.past.interleaved = carve.take<char>(s.past.row_bytes * rows);
+    if (pass == 0) {
+      char* base = arena.reserve(carve.at);
+      if (!base) return KVC_BAD_ARGUMENT;
+      carve = {base};
+    }
+  }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row) s.past.prepare(row);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < blocks * rows; ++i)
+      s.normalise((int)(i % rows), (int)((blocks - 1 - i / rows) * kQueryRows), workers[thread_index()]);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < (int64_t)pieces * rows; ++i) {
+      const int row = (int)(i % rows), from = (int)(i / rows) * kPieceTiles;
+      s.accumulate(row, from, from + kPieceTiles, workers[thread_index()]);
+    }
+  }
+  return KVC_OK;
+}
+
+}  // namespace KVC_ISA
+}  // namespace kvc

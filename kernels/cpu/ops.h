@@ -1,0 +1,32 @@
+// Every operation of the CPU backend, once per instruction set. A source file with kernels is compiled several
+// times, each time with KVC_ISA set to avx512, avx2 or scalar (and KVC_ISA_avx512 etc. defined to 1): it puts
+// everything it defines into namespace kvc::KVC_ISA or makes it static, so that no function compiled for one
+// instruction set can be linked into another's code. For the same reason it instantiates no std:: templates
+// that may end up out of line.
+//
+// All operations return KVC_OK or another KVC_ status of abi.h, and validate only what cannot be checked from
+// Python without reading tensors (a full tail); shapes, types and indices are the caller's responsibility.
+#ifndef KVC_OPS_H
+#define KVC_OPS_H
+#include "abi.h"
+
+#define KVC_DECLARE_OPS(isa)      \
+  namespace kvc {                 \
+  namespace isa {                 \
+  int append(KvcAppend*);         \
+  int pack(KvcPack*);             \
+  int move(KvcMove*);             \
+  int retier(KvcRetier*);         \
+  int fields(KvcFields*);         \
+  int dense(KvcDense*);           \
+  int copy(KvcCopy*);             \
+  int convert(KvcConvert*);       \
+  int decode(KvcDecode*);         \
+  int chunk(KvcChunk*);           \
+  int scores(KvcScores*);         \
+  }                               \
+  }
+KVC_DECLARE_OPS(avx512)
+KVC_DECLARE_OPS(avx2)
+KVC_DECLARE_OPS(scalar)
+#endif

@@ -1,0 +1,646 @@
+// Storing and moving slots: pack, move, retier, fields, dense, copy, convert. Compiled once per instruction set.
+//
+// The unit of work is an aligned block of 16 slots of one page: keys are handled transposed, [dim][16 slots], which
+// is how pages hold them, so that rotation, range and codes of 16 slots are computed side by side. Inner loops have
+// 16 steps and no calls, for the compiler to vectorise. No multiply and add may be fused here (CMakeLists.txt):
+// the codes must be those of quantize.py, bit for bit.
+#include <cmath>
+
+#include "ops.h"
+#include "simd.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace kvc {
+namespace KVC_ISA {
+namespace {
+
+constexpr int kBlock = KVC_SLOT_MULTIPLE;  // slots in a block
+constexpr float kHalfMax = 65504.f;
+constexpr float kTwoBitShrink = 0.6f;
+constexpr int64_t kSerialElements = 1 << 14;  // smaller jobs are not worth waking threads for
+
+#define KVC_LANES _Pragma("omp simd") for (int l = 0; l < kBlock; l++)
+
+struct Tier {  // a tier of a layout with the numbers its inner loops need
+  const KvcLayout* layout;
+  const KvcTier* tier;
+  int head_dim, n_fields, slots;
+  bool native;
+  int element;      // bytes of a native element
+  int key_words;    // 32-bit words of keys per slot (they lie 16 words apart)
+  int value_group;  // slots sharing a 32-bit word of values (quantised)
+
+  Tier(const KvcLayout* l, int index)
+      : layout(l),
+        tier(&l->tier[index]),
+        head_dim(l->head_dim),
+        n_fields(l->n_fields),
+        slots(tier->slots),
+        native(tier->key_bits == 0),
+        element(l->dtype == KVC_F32 ? 4 : 2),
+        key_words(native ? head_dim * element / 4 : head_dim * tier->key_bits / 32),
+        value_group(native ? 0 : 32 / tier->value_bits) {}
+
+  // First key word of a slot; its others follow every kBlock words.
+  uint32_t* key(uint8_t* page, int slot) const {
+    return reinterpret_cast<uint32_t*>(page + tier->keys) + slot / kBlock * key_words * kBlock + slot % kBlock;
+  }
+  uint8_t* native_value(uint8_t* page, int slot) const {
+    return page + tier->values + static_cast<int64_t>(slot) * head_dim * element;
+  }
+  // Value words of a slot, one per dim, shared with the other slots of its group.
+  uint32_t* value(uint8_t* page, int slot) const {
+    return reinterpret_cast<uint32_t*>(page + tier->values) + slot / value_group * head_dim;
+  }
+  int value_shift(int slot) const {
+    const int in_group = slot % value_group;
+    return in_group % 4 * 8 + in_group / 4 * tier->value_bits;
+  }
+  uint32_t value_mask() const { return (1u << tier->value_bits) - 1; }
+  uint16_t* key_params(uint8_t* page) const { return reinterpret_cast<uint16_t*>(page + tier->key_params); }
+  uint16_t* value_params(uint8_t* page) const { return reinterpret_cast<uint16_t*>(page + tier->value_params); }
+  uint32_t* field(uint8_t* page, int index) const {
+    return reinterpret_cast<uint32_t*>(page + tier->fields) + static_cast<int64_t>(index) * slots;
+  }
+};
+
+uint8_t* page_address(const int64_t* slabs, int shift, int64_t page_bytes, int32_t id) {
+  return reinterpret_cast<uint8_t*>(slabs[id >> shift]) + (id & ((1 << shift) - 1)) * page_bytes;
+}
+
+uint8_t* page_of(const KvcRows& rows, int tier, int row, int slot) {
+  const int32_t id = rows.table[tier][row * rows.table_stride[tier] + slot / rows.layout->tier[tier].slots];
+  return page_address(rows.slabs, rows.slab_shift, rows.layout->page_bytes, id);
+}
+
+float half_to_float(uint16_t h) {
+  alignas(64) uint16_t in[kBlock] = {h};
+  return from_f16(in)[0];
+}
+
+void to_floats(const void* from, int dtype, int n, float* to) {
+  const char* p = static_cast<const char*>(from);
+  for (int i = 0; i < n; i += kLanes) {
+    if (dtype == KVC_F32) store(to + i, load(p + 4 * i));
+    if (dtype == KVC_F16) store(to + i, from_f16(p + 2 * i));
+    if (dtype == KVC_BF16) store(to + i, from_bf16(p + 2 * i));
+  }
+}
+
+void from_floats(const float* from, int dtype, int n, void* to) {
+  char* p = static_cast<char*>(to);
+  for (int i = 0; i < n; i += kLanes) {
+    if (dtype == KVC_F32) store(p + 4 * i, load(from + i));
+    if (dtype == KVC_F16) to_f16(p + 2 * i, load(from + i));
+    if (dtype == KVC_BF16) to_bf16(p + 2 * i, load(from + i));
+  }
+}
+
+// Orthonormal Walsh-Hadamard transform of 16 slots side by side: x[head_dim][16].
+void rotate(float* x, int head_dim, int block) {
+  for (int half = 1; half < block; half *= 2) {
+    for (int i = 0; i < head_dim; i += 2 * half) {
+      for (int j = i; j < i + half; j++) {
+        float* a = x + j * kBlock;
+        float* b = x + (j + half) * kBlock;
+        KVC_LANES {
+          const float s = a[l], t = b[l];
+          a[l] = s + t;
+          b[l] = s - t;
+        }
+      }
+    }
+  }
+  const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(block)));
+  for (int i = 0; i < head_dim * kBlock; i++) x[i] *= norm;
+}
+
+// Stored (fp16) scale and offset of a slot from its range, and whether they had to be clamped.
+struct Affine {
+  uint16_t scale, offset;
+  float step, zero;  // the stored numbers as floats
+  bool overflow;
+};
+
+float clamped(float x, float low) {  // NaN becomes 0
+  if (!(x == x)) return 0.f;
+  return x < low ? low : x > kHalfMax ? kHalfMax : x;
+}
+
+Affine affine(float low, float high, int bits) {
+  if (bits == 2) {
+    const float centre = low * 0.5f + high * 0.5f;
+    const float half = (high * 0.5f - low * 0.5f) * kTwoBitShrink;
+    low = centre - half;
+    high = centre + half;
+  }
+  const float scale = (high - low) / static_cast<float>((1 << bits) - 1);
+  Affine a;
+  a.overflow = !(std::fabs(low) <= kHalfMax && std::fabs(high) <= kHalfMax && scale <= kHalfMax);
+  a.scale = kvc::KVC_ISA::to_f16(clamped(scale, 0.f));
+  a.offset = kvc::KVC_ISA::to_f16(clamped(low, -kHalfMax) + 0.f);  // + 0: no negative zero
+  a.step = half_to_float(a.scale);
+  a.zero = half_to_float(a.offset);
+  return a;
+}
+
+// Rounds to the nearest code, half to even: adding 1.5 * 2^23 leaves the integer in the low bits.
+inline uint32_t code_of(float x, float zero, float step, float top) {
+  float t = (x - zero) / step;
+  t = step > 0.f ? t : 0.f;
+  t = t > 0.f ? t : 0.f;  // NaN too
+  t = t < top ? t : top;
+  t += 12582912.f;
+  uint32_t bits;
+  memcpy(&bits, &t, 4);
+  return bits - 0x4B400000u;
+}
+
+// What one thread needs to store a block.
+struct Scratch {
+  alignas(64) float keys[KVC_MAX_HEAD_DIM * kBlock];    // [dim][16 slots]
+  alignas(64) float values[kBlock * KVC_MAX_HEAD_DIM];  // [16 slots][dim]
+  alignas(64) uint32_t codes[kBlock * KVC_MAX_HEAD_DIM];
+  alignas(64) float row[KVC_MAX_HEAD_DIM];
+
+  void set_key(int lane, int head_dim) {  // from row
+    for (int d = 0; d < head_dim; d++) keys[d * kBlock + lane] = row[d];
+  }
+};
+
+// Quantises scratch.keys of the slots in `active` (bit = lane) into a block; returns the lanes that overflowed.
+template <int BITS>
+uint32_t store_keys(const Tier& t, uint8_t* page, int first, uint32_t active, Scratch& scratch) {
+  float* x = scratch.keys;
+  alignas(64) float low[kBlock], high[kBlock], zero[kBlock], step[kBlock];
+  alignas(64) uint32_t keep[kBlock], nan[kBlock];
+  KVC_LANES { low[l] = INFINITY, high[l] = -INFINITY, nan[l] = 0; }
+  for (int d = 0; d < t.head_dim; d++) {
+    float* row = x + d * kBlock;
+    KVC_LANES {
+      const float y = row[l] == row[l] ? row[l] : 0.f;
+      nan[l] |= row[l] == row[l] ? 0u : 1u;
+      row[l] = y;
+      low[l] = y < low[l] ? y : low[l];
+      high[l] = y > high[l] ? y : high[l];
+    }
+  }
+  uint32_t overflow = 0;
+  uint16_t* params = t.key_params(page) + first;
+  for (int l = 0; l < kBlock; l++) {
+    const bool on = active >> l & 1;
+    keep[l] = on ? 0u : ~0u;
+    zero[l] = 0, step[l] = 0;
+    if (!on) continue;
+    const Affine a = affine(low[l], high[l], BITS);
+    params[l] = a.scale;
+    params[t.slots + l] = a.offset;
+    zero[l] = a.zero, step[l] = a.step;
+    if (a.overflow || nan[l]) overflow |= 1u << l;
+  }
+  constexpr int kPerByte = 8 / BITS;
+  constexpr float kTop = (1 << BITS) - 1;
+  uint32_t* words = t.key(page, first);
+  for (int i = 0; i < t.key_words; i++) {
+    alignas(64) uint32_t word[kBlock] = {};
+    for (int j = 0; j < kPerByte; j++) {
+      for (int e = 0; e < 4; e++) {
+        const float* row = x + (4 * (kPerByte * i + j) + e) * kBlock;
+        const int shift = 8 * e + BITS * j;
+        KVC_LANES { word[l] |= code_of(row[l], zero[l], step[l], kTop) << shift; }
+      }
+    }
+    uint32_t* to = words + i * kBlock;
+    KVC_LANES { to[l] = (to[l] & keep[l]) | (word[l] & ~keep[l]); }
+  }
+  return overflow;
+}
+
+// Quantises scratch.values of the slots in `active` into a block; returns the lanes that overflowed.
+template <int BITS>
+uint32_t store_values(const Tier& t, uint8_t* page, int first, uint32_t active, Scratch& scratch) {
+  uint32_t overflow = 0;
+  uint16_t* params = t.value_params(page) + first;
+  constexpr float kTop = (1 << BITS) - 1;
+  for (int s = 0; s < kBlock; s++) {
+    if (!(active >> s & 1)) continue;
+    float* x = scratch.values + s * t.head_dim;
+    alignas(64) float low[kBlock], high[kBlock];
+    alignas(64) uint32_t nan[kBlock];
+    KVC_LANES { low[l] = INFINITY, high[l] = -INFINITY, nan[l] = 0; }
+    for (int d = 0; d < t.head_dim; d += kBlock) {
+      float* part = x + d;
+      KVC_LANES {
+        const float y = part[l] == part[l] ? part[l] : 0.f;
+        nan[l] |= part[l] == part[l] ? 0u : 1u;
+        part[l] = y;
+        low[l] = y < low[l] ? y : low[l];
+        high[l] = y > high[l] ? y : high[l];
+      }
+    }
+    for (int l = 1; l < kBlock; l++) {
+      low[0] = low[l] < low[0] ? low[l] : low[0];
+      high[0] = high[l] > high[0] ? high[l] : high[0];
+      nan[0] |= nan[l];
+    }
+    const Affine a = affine(low[0], high[0], BITS);
+    params[s] = a.scale;
+    params[t.slots + s] = a.offset;
+    if (a.overflow || nan[0]) overflow |= 1u << s;
+    uint32_t* codes = scratch.codes + s * t.head_dim;
+    const int shift = t.value_shift(s);
+    const float zero = a.zero, step = a.step;
+    for (int d = 0; d < t.head_dim; d += kBlock) {
+      const float* part = x + d;
+      uint32_t* to = codes + d;
+      KVC_LANES { to[l] = code_of(part[l], zero, step, kTop) << shift; }
+    }
+  }
+  constexpr int kGroup = 32 / BITS;
+  for (int g = 0; g < kBlock; g += kGroup) {
+    uint32_t written = 0;
+    for (int s = g; s < g + kGroup; s++) {
+      if (active >> s & 1) written |= t.value_mask() << t.value_shift(s);
+    }
+    if (!written) continue;
+    uint32_t* to = t.value(page, first + g);
+    for (int d = 0; d < t.head_dim; d += kBlock) {
+      alignas(64) uint32_t word[kBlock] = {};
+      for (int s = g; s < g + kGroup; s++) {
+        if (!(active >> s & 1)) continue;
+        const uint32_t* codes = scratch.codes + s * t.head_dim + d;
+        KVC_LANES { word[l] |= codes[l]; }
+      }
+      KVC_LANES { to[d + l] = (to[d + l] & ~written) | word[l]; }
+    }
+  }
+  return overflow;
+}
+
+uint32_t store_block(const Tier& t, uint8_t* page, int first, uint32_t active, Scratch& scratch) {
+  uint32_t overflow = 0;
+  switch (t.tier->key_bits) {
+    case 8: overflow = store_keys<8>(t, page, first, active, scratch); break;
+    case 4: overflow = store_keys<4>(t, page, first, active, scratch); break;
+    default: overflow = store_keys<2>(t, page, first, active, scratch);
+  }
+  switch (t.tier->value_bits) {
+    case 8: return overflow | store_values<8>(t, page, first, active, scratch);
+    case 4: return overflow | store_values<4>(t, page, first, active, scratch);
+    default: return overflow | store_values<2>(t, page, first, active, scratch);
+  }
+}
+
+void store_native(const Tier& t, uint8_t* page, int slot, const void* k, const void* v) {
+  uint32_t* words = t.key(page, slot);
+  const char* from = static_cast<const char*>(k);
+  for (int w = 0; w < t.key_words; w++) memcpy(words + w * kBlock, from + 4 * w, 4);
+  memcpy(t.native_value(page, slot), v, static_cast<size_t>(t.head_dim) * t.element);
+}
+
+// One slot as floats, keys as stored (still rotated).
+void read_key(const Tier& t, uint8_t* page, int slot, float* out) {
+  const uint32_t* words = t.key(page, slot);
+  if (t.native) {
+    alignas(64) uint32_t raw[KVC_MAX_HEAD_DIM];
+    for (int w = 0; w < t.key_words; w++) raw[w] = words[w * kBlock];
+    to_floats(raw, t.layout->dtype, t.head_dim, out);
+    return;
+  }
+  const int bits = t.tier->key_bits, per_byte = 8 / bits;
+  const uint32_t mask = (1u << bits) - 1;
+  const float scale = half_to_float(t.key_params(page)[slot]);
+  const float offset = half_to_float(t.key_params(page)[t.slots + slot]);
+  for (int i = 0; i < t.key_words; i++) {
+    const uint32_t word = words[i * kBlock];
+    for (int j = 0; j < per_byte; j++) {
+      for (int e = 0; e < 4; e++) {
+        const float code = static_cast<float>(static_cast<int32_t>(word >> (8 * e + bits * j) & mask));
+        out[4 * (per_byte * i + j) + e] = code * scale + offset;
+      }
+    }
+  }
+}
+
+void read_value(const Tier& t, uint8_t* page, int slot, float* out) {
+  if (t.native) {
+    to_floats(t.native_value(page, slot), t.layout->dtype, t.head_dim, out);
+    return;
+  }
+  const uint32_t* words = t.value(page, slot);
+  const uint32_t mask = t.value_mask();
+  const int shift = t.value_shift(slot);
+  const float scale = half_to_float(t.value_params(page)[slot]);
+  const float offset = half_to_float(t.value_params(page)[t.slots + slot]);
+  for (int d = 0; d < t.head_dim; d++) {
+    out[d] = static_cast<float>(static_cast<int32_t>(words[d] >> shift & mask)) * scale + offset;
+  }
+}
+
+int thread_count() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Packs source tokens from..until of a row into its slots start + from.. in one block.
+int pack_block(const KvcPack& a, const Tier& t, int b, int h, int from, int until, Scratch& scratch) {
+  const int row = b * a.kv_heads + h;
+  const int start = a.rows.length[a.tier][row];
+  const int slot = (start + from) % t.slots;  // inside the page
+  const int first = slot / kBlock * kBlock;
+  uint8_t* page = page_of(a.rows, a.tier, row, start + from);
+  const char* k = static_cast<const char*>(a.k) + (b * a.k_b + h * a.k_h) * t.element;
+  const char* v = static_cast<const char*>(a.v) + (b * a.v_b + h * a.v_h) * t.element;
+  const int32_t* index = a.index ? a.index + b * a.index_b + h * a.index_h : nullptr;
+  uint32_t active = 0;
+  if (!t.native && until - from < kBlock) memset(scratch.keys, 0, sizeof(float) * t.head_dim * kBlock);
+  for (int i = from; i < until; i++) {
+    const int token = index ? index[i] : i;
+    const int lane = slot - first + i - from;
+    const char* key = k + token * a.k_t * t.element;
+    const char* value = v + token * a.v_t * t.element;
+    for (int f = 0; f < t.n_fields; f++) {
+      t.field(page, f)[first + lane] = static_cast<uint32_t>(a.field[f][b * a.field_b[f] + h * a.field_h[f] + token]);
+    }
+    if (t.native) {
+      store_native(t, page, first + lane, key, value);
+      continue;
+    }
+    active |= 1u << lane;
+    to_floats(key, t.layout->dtype, t.head_dim, scratch.row);
+    scratch.set_key(lane, t.head_dim);
+    to_floats(value, t.layout->dtype, t.head_dim, scratch.values + lane * t.head_dim);
+  }
+  if (t.native) return 0;
+  if (t.tier->rotate_keys) rotate(scratch.keys, t.head_dim, t.layout->rotation_block);
+  return __builtin_popcount(store_block(t, page, first, active, scratch));
+}
+
+void move_slot(const KvcMove& a, const Tier& t, int row, int dst, int src) {
+  uint8_t* to = page_of(a.rows, a.tier, row, dst);
+  uint8_t* of = page_of(a.rows, a.tier, row, src);
+  dst %= t.slots, src %= t.slots;
+  uint32_t* to_key = t.key(to, dst);
+  const uint32_t* of_key = t.key(of, src);
+  for (int w = 0; w < t.key_words; w++) to_key[w * kBlock] = of_key[w * kBlock];
+  for (int f = 0; f < t.n_fields; f++) t.field(to, f)[dst] = t.field(of, f)[src];
+  if (t.native) {
+    memcpy(t.native_value(to, dst), t.native_value(of, src), static_cast<size_t>(t.head_dim) * t.element);
+    return;
+  }
+  for (int p = 0; p < 2; p++) {
+    t.key_params(to)[p * t.slots + dst] = t.key_params(of)[p * t.slots + src];
+    t.value_params(to)[p * t.slots + dst] = t.value_params(of)[p * t.slots + src];
+  }
+  uint32_t* to_value = t.value(to, dst);
+  const uint32_t* of_value = t.value(of, src);
+  const int to_shift = t.value_shift(dst), of_shift = t.value_shift(src);
+  const uint32_t mask = t.value_mask();
+  for (int d = 0; d < t.head_dim; d++) {  // the two may be the same words
+    to_value[d] = (to_value[d] & ~(mask << to_shift)) | ((of_value[d] >> of_shift & mask) << to_shift);
+  }
+}
+
+// Re-quantises entries from..until, all of one row and one block of the destination tier.
+int retier_block(const KvcRetier& a, const Tier& s, const Tier& d, int from, int until, Scratch& scratch) {
+  const int row = a.row[from];
+  uint8_t* to = page_of(a.rows, a.dst_tier, row, a.dst[from]);
+  const int first = a.dst[from] % d.slots / kBlock * kBlock;
+  uint32_t active = 0;
+  memset(scratch.keys, 0, sizeof(float) * d.head_dim * kBlock);
+  for (int i = from; i < until; i++) {
+    uint8_t* of = page_of(a.rows, a.src_tier, row, a.src[i]);
+    const int slot = a.src[i] % s.slots;
+    const int lane = a.dst[i] % d.slots - first;
+    active |= 1u << lane;
+    read_key(s, of, slot, scratch.row);
+    scratch.set_key(lane, d.head_dim);
+    read_value(s, of, slot, scratch.values + lane * d.head_dim);
+    for (int f = 0; f < d.n_fields; f++) d.field(to, f)[first + lane] = s.field(of, f)[slot];
+  }
+  if (s.tier->rotate_keys != d.tier->rotate_keys) {  // the transform is its own inverse
+    rotate(scratch.keys, d.head_dim, d.layout->rotation_block);
+  }
+  if (!d.native) return __builtin_popcount(store_block(d, to, first, active, scratch));
+  alignas(64) char k[4 * KVC_MAX_HEAD_DIM], v[4 * KVC_MAX_HEAD_DIM];
+  for (int lane = 0; lane < kBlock; lane++) {
+    if (!(active >> lane & 1)) continue;
+    for (int i = 0; i < d.head_dim; i++) scratch.row[i] = scratch.keys[i * kBlock + lane];
+    from_floats(scratch.row, d.layout->dtype, d.head_dim, k);
+    from_floats(scratch.values + lane * d.head_dim, d.layout->dtype, d.head_dim, v);
+    store_native(d, to, first + lane, k, v);
+  }
+  return 0;
+}
+
+// Keys or values of a page <-> canonical order. Codes go through one row of bytes.
+void convert_page(const Tier& t, uint8_t* from, uint8_t* to, bool to_canonical) {
+  uint8_t* cpu = to_canonical ? from : to;
+  uint8_t* canonical = to_canonical ? to : from;
+  const int head_dim = t.head_dim;
+  for (int slot = 0; slot < t.slots; slot++) {
+    uint32_t* words = t.key(cpu, slot);
+    const int key_bytes = 4 * t.key_words;
+    uint8_t* row = canonical + t.tier->keys + static_cast<int64_t>(slot) * key_bytes;
+    if (t.native) {
+      for (int w = 0; w < t.key_words; w++) {
+        if (to_canonical) memcpy(row + 4 * w, words + w * kBlock, 4);
+        else memcpy(words + w * kBlock, row + 4 * w, 4);
+      }
+      continue;  // values are row-major in both orders
+    }
+    {
+      const int bits = t.tier->key_bits, per_byte = 8 / bits;
+      const uint32_t mask = (1u << bits) - 1;
+      if (to_canonical) memset(row, 0, key_bytes);
+      for (int w = 0; w < t.key_words; w++) {
+        uint32_t word = 0;
+        for (int j = 0; j < per_byte; j++) {
+          for (int e = 0; e < 4; e++) {
+            const int d = 4 * (per_byte * w + j) + e;
+            const int at = 8 * e + bits * j, canonical_at = d * bits % 8;
+            uint8_t& byte = row[d * bits / 8];
+            if (to_canonical) byte |= (words[w * kBlock] >> at & mask) << canonical_at;
+            else word |= (byte >> canonical_at & mask) << at;
+          }
+        }
+        if (!to_canonical) words[w * kBlock] = word;
+      }
+    }
+    const int bits = t.tier->value_bits;
+    const uint32_t mask = t.value_mask();
+    uint32_t* value = t.value(cpu, slot);
+    const int shift = t.value_shift(slot), value_bytes = head_dim * bits / 8;
+    row = canonical + t.tier->values + static_cast<int64_t>(slot) * value_bytes;
+    if (to_canonical) memset(row, 0, value_bytes);
+    for (int d = 0; d < head_dim; d++) {
+      uint8_t& byte = row[d * bits / 8];
+      const int at = d * bits % 8;
+      if (to_canonical) byte |= (value[d] >> shift & mask) << at;
+      else value[d] = (value[d] & ~(mask << shift)) | (byte >> at & mask) << shift;
+    }
+  }
+}
+
+}  // namespace
+
+int pack(KvcPack* args) {
+  const KvcPack& a = *args;
+  const Tier t(a.rows.layout, a.tier);
+  const int rows = a.batch * a.kv_heads;
+  int64_t total = 0;
+  int most = 0;  // blocks a row touches
+  for (int row = 0; row < rows; row++) {
+    const int b = row / a.kv_heads, h = row % a.kv_heads;
+    const int count = a.count[b * a.count_b + h * a.count_h];
+    if (count <= 0) continue;
+    const int start = a.rows.length[a.tier][row];
+    const int blocks = (start + count + kBlock - 1) / kBlock - start / kBlock;
+    most = blocks > most ? blocks : most;
+    total += count;
+  }
+  int overflow = 0;
+  // Blocks are the outer loop, so that rows of different lengths spread evenly over the threads.
+#pragma omp parallel if (total * t.head_dim > kSerialElements) reduction(+ : overflow)
+  {
+    Scratch scratch;
+#pragma omp for schedule(static, 1)
+    for (int64_t unit = 0; unit < static_cast<int64_t>(most) * rows; unit++) {
+      const int row = static_cast<int>(unit % rows), block = static_cast<int>(unit / rows);
+      const int b = row / a.kv_heads, h = row % a.kv_heads;
+      const int count = a.count[b * a.count_b + h * a.count_h];
+      const int start = a.rows.length[a.tier][row];
+      int from = (start / kBlock + block) * kBlock - start, until = from + kBlock;
+      from = from < 0 ? 0 : from;
+      until = until > count ? count : until;
+      if (from < until) overflow += pack_block(a, t, b, h, from, until, scratch);
+    }
+  }
+  args->overflow = overflow;
+  return KVC_OK;
+}
+
+int move(KvcMove* args) {
+  const KvcMove& a = *args;
+  const Tier t(a.rows.layout, a.tier);
+  // Slots share bytes with their neighbours, so a row belongs to one thread.
+#pragma omp parallel if (static_cast<int64_t>(a.n) * t.head_dim > kSerialElements)
+  {
+    const int threads = thread_count(), thread = thread_index();
+    for (int i = 0; i < a.n; i++) {
+      if (a.row[i] % threads == thread) move_slot(a, t, a.row[i], a.dst[i], a.src[i]);
+    }
+  }
+  return KVC_OK;
+}
+
+int retier(KvcRetier* args) {
+  const KvcRetier& a = *args;
+  const Tier s(a.rows.layout, a.src_tier), d(a.rows.layout, a.dst_tier);
+  int overflow = 0;
+#pragma omp parallel if (static_cast<int64_t>(a.n) * d.head_dim > kSerialElements) reduction(+ : overflow)
+  {
+    Scratch scratch;
+    const int threads = thread_count(), thread = thread_index();
+    for (int i = 0; i < a.n;) {  // neighbours in the list that share a row and a destination block go together
+      int until = i + 1;
+      while (until < a.n && a.row[until] == a.row[i] && a.dst[until] / kBlock == a.dst[i] / kBlock) until++;
+      if (a.row[i] % threads == thread) overflow += retier_block(a, s, d, i, until, scratch);
+      i = until;
+    }
+  }
+  args->overflow = overflow;
+  return KVC_OK;
+}
+
+int fields(KvcFields* args) {
+  const KvcFields& a = *args;
+  const Tier t(a.rows.layout, a.tier);
+#pragma omp parallel for schedule(static) if (a.rows.rows * a.stride > kSerialElements * 4)
+  for (int row = 0; row < a.rows.rows; row++) {
+    uint32_t* values = static_cast<uint32_t*>(a.values) + row * a.stride;
+    const int64_t length = a.rows.length[a.tier][row];
+    const int64_t n = length < a.stride ? length : a.stride;
+    for (int64_t slot = 0; slot < n; slot += t.slots) {
+      const size_t bytes = 4 * static_cast<size_t>(n - slot < t.slots ? n - slot : t.slots);
+      uint32_t* field = t.field(page_of(a.rows, a.tier, row, static_cast<int>(slot)), a.field);
+      if (a.write) memcpy(field, values + slot, bytes);
+      else memcpy(values + slot, field, bytes);
+    }
+  }
+  return KVC_OK;
+}
+
+int dense(KvcDense* args) {
+  const KvcDense& a = *args;
+  const Tier t(a.rows.layout, a.tier);
+  const int64_t blocks = (a.stride + kBlock - 1) / kBlock, units = blocks * a.rows.rows;
+#pragma omp parallel if (units * kBlock * t.head_dim > kSerialElements)
+  {
+    Scratch scratch;
+#pragma omp for schedule(static, 1)
+    for (int64_t unit = 0; unit < units; unit++) {
+      const int row = static_cast<int>(unit % a.rows.rows);
+      const int first = static_cast<int>(unit / a.rows.rows) * kBlock;
+      const int64_t length = a.rows.length[a.tier][row] < a.stride ? a.rows.length[a.tier][row] : a.stride;
+      const int n = static_cast<int>(length - first < kBlock ? length - first : kBlock);
+      if (n <= 0) continue;
+      uint8_t* page = page_of(a.rows, a.tier, row, first);
+      float* k = a.k + (row * a.stride + first) * t.head_dim;
+      float* v = a.v + (row * a.stride + first) * t.head_dim;
+      if (n < kBlock) memset(scratch.keys, 0, sizeof(float) * t.head_dim * kBlock);
+      for (int lane = 0; lane < n; lane++) {
+        const int slot = first % t.slots + lane;
+        read_value(t, page, slot, v + lane * t.head_dim);
+        float* key = t.tier->rotate_keys ? scratch.row : k + lane * t.head_dim;
+        read_key(t, page, slot, key);
+        if (t.tier->rotate_keys) scratch.set_key(lane, t.head_dim);
+      }
+      if (!t.tier->rotate_keys) continue;
+      rotate(scratch.keys, t.head_dim, t.layout->rotation_block);
+      for (int lane = 0; lane < n; lane++) {
+        for (int d = 0; d < t.head_dim; d++) k[lane * t.head_dim + d] = scratch.keys[d * kBlock + lane];
+      }
+    }
+  }
+  return KVC_OK;
+}
+
+int copy(KvcCopy* args) {
+  const KvcCopy& a = *args;
+#pragma omp parallel for schedule(static) if (a.n * a.page_bytes > (1 << 18))
+  for (int i = 0; i < a.n; i++) {
+    memcpy(page_address(a.slabs, a.slab_shift, a.page_bytes, a.dst[i]),
+           page_address(a.slabs, a.slab_shift, a.page_bytes, a.src[i]), static_cast<size_t>(a.page_bytes));
+  }
+  return KVC_OK;
+}
+
+int convert(KvcConvert* args) {
+  const KvcConvert& a = *args;
+  const Tier t(a.layout, a.tier);
+  const int64_t bytes = a.layout->page_bytes;
+#pragma omp parallel for schedule(static) if (a.n * bytes > kSerialElements)
+  for (int i = 0; i < a.n; i++) {
+    uint8_t* from = const_cast<uint8_t*>(a.from) + i * bytes;
+    memcpy(a.to + i * bytes, from, static_cast<size_t>(bytes));
+    convert_page(t, from, a.to + i * bytes, a.to_canonical);
+  }
+  return KVC_OK;
+}
+
+}  // namespace KVC_ISA
+}  // namespace kvc

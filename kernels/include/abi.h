@@ -1,0 +1,147 @@
+// The C ABI between Python (ctypes) and a CPU backend: one pre-packed argument struct per operation.
+// All strides are in elements of the pointed-to type; the last dimension is always contiguous.
+// Rows of a call are ordered [batch][kv_heads]: row = b * kv_heads + h.
+#ifndef KVC_ABI_H
+#define KVC_ABI_H
+#include "page_layout.h"
+
+enum { KVC_OK = 0, KVC_BAD_ARGUMENT = 1, KVC_TAIL_FULL = 2, KVC_NO_ISA = 3 };  // what every operation returns
+
+typedef struct {  // where the packed slots of the call's rows live
+  const KvcLayout* layout;
+  const int64_t* slabs;                   // base address of each slab
+  int32_t slab_shift, rows;               // page id -> slab id >> shift, page id & ((1 << shift) - 1) inside it
+  const int32_t* table[KVC_MAX_TIERS];    // [rows, table_stride[t]] page ids
+  int64_t table_stride[KVC_MAX_TIERS];
+  const int32_t* length[KVC_MAX_TIERS];   // [rows] slots in use; only the first tier.slots * pages are read
+} KvcRows;
+
+typedef struct {  // the newest slots, native dtype, row-major; capacity 0 = no tail
+  void *k, *v;                            // [batch, kv_heads, capacity, head_dim] contiguous
+  int32_t* length;                        // [batch] slots in use
+  int32_t* position;                      // [batch, capacity] logical positions
+  void* fields;                           // [n_fields, batch, kv_heads, capacity] 4-byte values, or null
+  int64_t capacity;
+} KvcTail;
+
+typedef struct {  // write n_k new tokens per sequence at tail.length[b] onwards, skipping padding
+  KvcTail tail;
+  const void *k, *v;                      // [batch, kv_heads, n_k, D] native dtype
+  int64_t k_b, k_h, k_t, v_b, v_h, v_t;
+  const uint8_t* valid;                   // [batch, n_k] contiguous, 0 = padding, not stored; null = all valid
+  int32_t position;                       // logical position of token 0
+  int32_t batch, kv_heads, n_k;
+  int32_t head_dim, dtype, n_fields;      // the fields of a new tail slot are set to zero
+  int32_t reserved;
+} KvcAppend;
+
+typedef struct {  // one new token per sequence: append to the tail, attend to every tier and the tail
+  KvcRows rows;
+  KvcTail tail;
+  const void *q, *k, *v;                  // q [batch, q_heads, D], k and v [batch, kv_heads, D], native dtype
+  int64_t q_b, q_h, k_b, k_h, v_b, v_h;
+  void* out;                              // [batch, q_heads, D] native dtype
+  int64_t out_b, out_h;
+  const float* sinks;                     // [q_heads] extra logit in the denominator, or null
+  const uint8_t* valid;                   // [batch] 0 = the new token is padding (not stored, output zero), or null
+  float scale, softcap;                   // softcap 0 = none
+  int32_t window;                         // attend only where query position - slot position < window; 0 = none
+  int32_t position_field;                 // index of the int32 position field; -1 when window is 0
+  int32_t position;                       // logical position of the new token
+  int32_t batch, kv_heads, group;
+  int32_t append;                         // 1: write k, v at tail.length[b] first and increment it
+  int32_t sum_field, square_field;        // += sum over the group of p, of p^2, per slot; -1 = do not
+} KvcDecode;
+
+typedef struct {  // n_q queries over the packed past, the tail, and a dense block of n_k new keys
+  KvcRows rows;
+  KvcTail tail;
+  const void *q, *k, *v;                  // q [batch, q_heads, n_q, D]; k, v [batch, kv_heads, n_k, D]
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t;
+  void* out;                              // [batch, n_q, q_heads, D] by strides
+  int64_t out_b, out_h, out_t;
+  float* lse;                             // [batch, q_heads, n_q] natural-log sum of exp, or null
+  const uint8_t* allowed;                 // [batch, n_q, n_k] may query i see new key j; null = causal
+  const float* bias;                      // [batch, n_q, n_k] added to the logits of new keys, or null
+  const float* sinks;
+  float scale, softcap;
+  int32_t window, position_field;
+  int32_t position;                       // logical position of query 0; new key j has key_position + j
+  int32_t key_position;
+  int32_t batch, kv_heads, group, n_q, n_k;
+} KvcChunk;
+
+typedef struct {  // sum over the queries of p^power for every key, per query head
+  KvcRows rows;
+  KvcTail tail;
+  const void *q, *k;                      // q [batch, q_heads, n_q, D]; k [batch, kv_heads, n_k, D]
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t;
+  const uint8_t* query_valid;             // [batch, n_q] or null
+  const uint8_t* key_valid;               // [batch, n_k] or null
+  float* past[KVC_MAX_TIERS];             // [batch, q_heads, past_stride[t]] scores of packed slots, in slot order
+  int64_t past_stride[KVC_MAX_TIERS];
+  float* tail_out;                        // [batch, q_heads, capacity] or null
+  float* fresh;                           // [batch, q_heads, n_k]
+  const float* sinks;
+  float scale, softcap;
+  int32_t window, position_field, position, key_position;
+  int32_t exclude;                        // a query at i scores key j only if i - j >= exclude (0 = all)
+  int32_t power;                          // 1 or 2
+  int32_t batch, kv_heads, group, n_q, n_k;
+} KvcScores;
+
+typedef struct {  // add count[b][h] slots to each row, at slot length[tier][row] onwards; pages already in the table
+  KvcRows rows;
+  int32_t tier, batch, kv_heads, n_fields;
+  const void *k, *v;                      // [batch, kv_heads, T, D] native dtype
+  int64_t k_b, k_h, k_t, v_b, v_h, v_t;
+  const int32_t* index;                   // [batch, kv_heads, T] source token of each new slot; null = 0, 1, 2 ...
+  int64_t index_b, index_h;
+  const int32_t* count;                   // [batch, kv_heads]
+  int64_t count_b, count_h;
+  const int32_t* field[KVC_MAX_FIELDS];   // [batch, kv_heads, T] 4-byte values by source token
+  int64_t field_b[KVC_MAX_FIELDS], field_h[KVC_MAX_FIELDS];
+  int32_t overflow;                       // out: slots whose scale or offset left fp16's range
+  int32_t reserved;
+} KvcPack;
+
+typedef struct {  // slot src -> slot dst inside the same row and tier, keys, values, params and fields together
+  KvcRows rows;
+  int32_t tier, n;
+  const int32_t *row, *dst, *src;         // [n]; sources and destinations never overlap
+} KvcMove;
+
+typedef struct {  // slot src of src_tier -> slot dst of dst_tier, re-quantised, fields copied
+  KvcRows rows;
+  int32_t src_tier, dst_tier, n, overflow;
+  const int32_t *row, *dst, *src;
+} KvcRetier;
+
+typedef struct {  // 4-byte field of every slot <-> [rows, stride]
+  KvcRows rows;
+  int32_t tier, field, write, reserved;
+  void* values;
+  int64_t stride;
+} KvcFields;
+
+typedef struct {  // dequantised, un-rotated slots as float [rows, stride, D]
+  KvcRows rows;
+  int32_t tier, reserved;
+  float *k, *v;
+  int64_t stride;
+} KvcDense;
+
+typedef struct {  // whole pages dst <- src (any slab)
+  const int64_t* slabs;
+  int64_t page_bytes;
+  int32_t slab_shift, n;
+  const int32_t *dst, *src;
+} KvcCopy;
+
+typedef struct {  // pages in CPU order <-> canonical order (page_layout.h); bytes outside the sections are copied
+  const KvcLayout* layout;
+  const uint8_t* from;                    // [n, page_bytes]
+  uint8_t* to;                            // [n, page_bytes], another buffer
+  int32_t tier, n, to_canonical, reserved;
+} KvcConvert;
+#endif

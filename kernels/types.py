@@ -1,0 +1,78 @@
+"""What the operations on pages work on: rows of packed slots, and the tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import PageLayout
+
+__all__ = ["Rows", "Tail"]
+
+
+@dataclass
+class Rows:
+    """Where the packed slots of some rows live. Rows are ordered `[batch][kv_heads]`.
+
+    Args:
+        layout: The layout of the pages.
+        slabs: Page storage, each `uint8 [pages, page_bytes]`.
+        slab_addresses: `int64 [n_slabs]` (on the CPU): the address of each slab's first byte.
+        slab_shift: A page id is `slab << slab_shift | page inside the slab`.
+        tables: Per tier `int32 [rows, cap]`: the page ids of each row, in slot order. The last dimension is contiguous.
+        lengths: Per tier `int32 [rows]`: slots in use. Table entries beyond them are never read.
+    """
+
+    layout: PageLayout
+    slabs: list[Tensor]
+    slab_addresses: Tensor
+    slab_shift: int
+    tables: list[Tensor]
+    lengths: list[Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of rows: batch x KV heads."""
+        return self.lengths[0].shape[0]
+
+    def width(self, tier: int) -> int:
+        """Slots of the longest row in a tier."""
+        lengths = self.lengths[tier]
+        return int(lengths.max()) if lengths.numel() else 0
+
+
+@dataclass
+class Tail:
+    """The newest slots of every row, in the native dtype, not yet packed.
+
+    Args:
+        k: Keys `[batch, kv_heads, capacity, head_dim]`, contiguous.
+        v: Values, like `k`.
+        lengths: `int32 [batch]`: slots in use.
+        positions: `int32 [batch, capacity]`: logical positions.
+        fields: `int32 [n_fields, batch, kv_heads, capacity]` or `None`; float fields are float32 bit patterns
+            (`.view(torch.float32)`). Indexed as `PageLayout.fields`.
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    positions: Tensor
+    fields: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row's tail can hold."""
+        return self.k.shape[2]
+
+    def float_fields(self) -> Tensor:
+        """The fields as float32, sharing memory.
+
+        Raises:
+            ValueError: The tail has no fields.
+        """
+        if self.fields is None:
+            raise ValueError("this tail has no slot fields")
+        return self.fields.view(torch.float32)

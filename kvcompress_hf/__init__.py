@@ -1,0 +1,33 @@
+"""Paged, compressed KV caches for Hugging Face Transformers: per-head budgets, mixed precision, memory really freed."""
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.patches import last_run_report as report
+from kvcompress_hf.patches import patch, patched, prefill, unpatch
+from kvcompress_hf.presets import get_preset, presets
+from kvcompress_hf.recipe import Budget, Protect, Recipe, When, WindowScores
+from kvcompress_hf.reports import MemoryReport, RunReport, plot_slots
+
+__all__ = [
+    "Budget",
+    "CacheFormatError",
+    "CacheMemoryError",
+    "CompressedPagedCache",
+    "MemoryReport",
+    "Protect",
+    "Recipe",
+    "RunReport",
+    "UnsupportedFeatureError",
+    "UnsupportedModelError",
+    "When",
+    "WindowScores",
+    "get_preset",
+    "patch",
+    "patched",
+    "plot_slots",
+    "prefill",
+    "presets",
+    "report",
+    "unpatch",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,733 @@
+"""`attend()`: the one door through which all attention goes, and the events that follow a forward pass.
+
+Three cases (`docs/how_it_works.md`): a first chunk with nothing stored uses the model's own dense attention; a later
+chunk reads the packed past, the tail and the new block in one kernel; a single token is appended to the tail and
+attends to everything in one native call. When the last layer of a forward pass is through, the tail is packed, the
+recipe's plan is made over all layers at once, and pages that came free go back.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from kvcompress_hf import kernels
+from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
+from kvcompress_hf.importance.window import observe_window
+from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.store import Geometry, PagedStore
+from kvcompress_hf.planning.budget import RowGroup, allowed_bytes
+from kvcompress_hf.planning.kv_compress import plan_pages
+from kvcompress_hf.recipe import TIERS, Recipe
+
+_TIER = 0  # recipes hold one stored tier so far
+
+
+@dataclass
+class RunStatistics:
+    """What happened to one cache so far.
+
+    Args:
+        packings (`int`): Times the tail or a chunk was packed, over all layers.
+        plans (`int`): Times a plan was made.
+        evicted_slots (`int`): Slots dropped by plans.
+        seconds_packing (`float`): Wall time spent packing, in seconds.
+        seconds_planning (`float`): Wall time spent observing, planning and evicting, in seconds.
+        peak_bytes (`int`): Most bytes the cache ever held.
+    """
+
+    packings: int = 0
+    plans: int = 0
+    evicted_slots: int = 0
+    seconds_packing: float = 0.0
+    seconds_planning: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass
+class _Layer:
+    """What belongs to one layer of the model."""
+
+    window: int | None
+    store: PagedStore | None = None
+    index: int = 0  # place among the store's layers
+    seen: int = 0  # logical tokens, padding and evicted ones included
+    tail_used: int = 0  # most slots any sequence has in the tail
+    plan: kernels.DecodePlan | None = None
+    plan_key: tuple[object, ...] = ()
+
+
+@dataclass
+class _StoreLayers:
+    """A store and the layers of the model whose rows it holds, in the order of arrival."""
+
+    store: PagedStore
+    layers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Snapshot:
+    """How things stood before a multi-token forward pass, should it run out of memory."""
+
+    seen: int = 0
+    tail_used: list[int] = field(default_factory=list)
+    padding: torch.Tensor | None = None
+    lengths: dict[Geometry, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class PagedAttention:
+    """Everything below the transformers contract of one cache.
+
+    Args:
+        recipe (`Recipe`): How to compress.
+        windows (`Sequence[int | None]`): Sliding window of each layer, `None` for full attention.
+        prompt_tokens (`int`, *optional*): Length of the prompt in tokens when it is known beforehand; a fraction
+            budget is then a fraction of the whole prompt from its first chunk on.
+        max_bytes (`int`, *optional*): Most bytes of pages per device.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        windows: Sequence[int | None],
+        prompt_tokens: int | None = None,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.prompt_tokens = prompt_tokens
+        self.max_bytes = max_bytes
+        self.recording = False
+        self.statistics = RunStatistics()
+        self.seen = 0
+        self.batch = 0
+        self._layers = [_Layer(window) for window in windows]
+        self._stores: dict[Geometry, _StoreLayers] = {}
+        self._arenas: dict[tuple[torch.device, int], Arena] = {}
+        self._padding: torch.Tensor | None = None  # int64 [batch]: padding tokens seen per sequence
+        self._before = _Snapshot()
+        self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
+
+    # -- the door --------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        dense: Callable[[], torch.Tensor],
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of new queries over everything stored and the new keys, which are stored on the way.
+
+        Args:
+            layer_idx (`int`): Index of the layer.
+            query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, after rotary embedding.
+            key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
+            value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
+            mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, tokens, tokens]`; who of the new tokens
+                sees whom. A token that may not see itself is padding.
+            scaling (`float`): Factor on the logits.
+            dense (`Callable[[], torch.Tensor]`): The model's own attention over the new tokens,
+                `[batch, tokens, q_heads, head_dim]`; used while nothing is stored.
+            softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
+            window (`int`, *optional*): Sliding window in tokens.
+            sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
+
+        Returns:
+            `torch.Tensor`: `[batch, tokens, q_heads, head_dim]`.
+
+        Raises:
+            UnsupportedFeatureError: If the mask is not over the new tokens only.
+            CacheMemoryError: If the cache would grow beyond its `max_bytes`.
+            ValueError: If the batch size, heads, head_dim, dtype or device are not those of the stored tokens.
+        """
+        layer = self._layers[layer_idx]
+        tokens = key.shape[2]
+        position = layer.seen
+        if position == self.seen:
+            self._begin_forward(tokens, mask, key)
+        store = layer.store
+        if store is None:
+            store = self._place(layer, layer_idx, key)
+        elif (
+            key.dtype is not store.geometry.dtype
+            or key.shape[1] != store.geometry.kv_heads
+            or key.shape[0] != self.batch
+        ):
+            raise ValueError(
+                f"Layer {layer_idx} holds {self.batch} sequences x {store.geometry.kv_heads} KV heads in "
+                f"{store.geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh cache."
+            )
+        valid = None if mask is None else self._valid(mask, query.shape[2], tokens)
+        if tokens == 1 and position:
+            output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+        else:
+            try:
+                output = self._chunk(
+                    layer,
+                    store,
+                    query,
+                    key.detach(),
+                    value.detach(),
+                    mask,
+                    valid,
+                    scaling,
+                    dense,
+                    softcap,
+                    window,
+                    sinks,
+                )
+            except CacheMemoryError:
+                self._undo_forward()
+                raise
+        layer.seen = position + tokens
+        self.seen = max(self.seen, layer.seen)
+        if layer_idx == len(self._layers) - 1:
+            self._end_forward()
+        return output
+
+    def _decode(
+        self,
+        layer: _Layer,
+        store: PagedStore,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
+            room = layer.tail_used + 1
+            store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
+        observer = self.recipe.observer
+        power = observer.power if observer is not None and observer.decode else 0
+        if power and store.arena.shared:
+            store.own_all()
+        plan_key = (
+            store.version,
+            query.shape[1],
+            scaling,
+            softcap,
+            window,
+            None if sinks is None else sinks.data_ptr(),
+        )
+        if layer.plan is None or layer.plan_key != plan_key:
+            layer.plan = store.backend.plan_decode(
+                store.rows(layer.index),
+                store.tail(layer.index),
+                scale=scaling,
+                softcap=softcap,
+                window=window,
+                sinks=None if sinks is None else sinks.detach().float().contiguous(),
+                sum_field="score" if power == 1 else None,
+                square_field="score" if power == 2 else None,
+                q_heads=query.shape[1],
+            )
+            layer.plan_key = plan_key
+        output = layer.plan.run(query, key, value, layer.seen, None if valid is None else valid[:, 0])
+        layer.tail_used += 1
+        return output
+
+    def _chunk(
+        self,
+        layer: _Layer,
+        store: PagedStore,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        scaling: float,
+        dense: Callable[[], torch.Tensor],
+        softcap: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        position, tokens = layer.seen, key.shape[2]
+        if position == 0:
+            output = dense()
+        else:
+            store.reserve_tail(layer.tail_used)
+            allowed, bias = _split_mask(mask)
+            attended = store.backend.chunk_attention(
+                query.detach(),
+                key,
+                value,
+                store.rows(layer.index),
+                store.tail(layer.index),
+                position=position,
+                scale=scaling,
+                softcap=softcap,
+                window=window,
+                sinks=None if sinks is None else sinks.detach().float().contiguous(),
+                allowed=allowed,
+                bias=bias,
+            )
+            output = cast(torch.Tensor, attended)  # without return_lse it is the output alone
+        scores = None
+        if self.recipe.observer is not None and (tokens > 1 or position == 0):
+            started = time.perf_counter()
+            store.reserve_tail(layer.tail_used)
+            scores = observe_window(
+                self.recipe.observer,
+                store,
+                layer.index,
+                query.detach(),
+                key,
+                position=position,
+                scale=scaling,
+                softcap=softcap,
+                window=window,
+                sinks=None if sinks is None else sinks.detach().float().contiguous(),
+                valid=valid,
+            )
+            self.statistics.seconds_planning += time.perf_counter() - started
+        started = time.perf_counter()
+        if self.recording or tokens == 1:
+            self._append(layer, store, key, value, valid, scores)
+        else:
+            self._pack_chunk(layer, store, key, value, valid, scores)
+            self._unfinished = True
+        self.statistics.seconds_packing += time.perf_counter() - started
+        return output
+
+    def _append(
+        self,
+        layer: _Layer,
+        store: PagedStore,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        scores: torch.Tensor | None,
+    ) -> None:
+        """Puts new tokens into the tail, where they can still be taken back."""
+        tokens = key.shape[2]
+        store.reserve_tail(max(self.recipe.when.every, layer.tail_used + tokens))
+        tail = store.tail(layer.index)
+        before = tail.lengths.clone()
+        store.backend.append(tail, key, value, layer.seen, valid)
+        if scores is not None and tail.fields is not None:
+            real = torch.ones_like(scores[:, 0], dtype=torch.bool) if valid is None else valid
+            batch, token = torch.nonzero(real, as_tuple=True)
+            slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
+            field_view = tail.fields[store.layout.fields.index("score")].view(torch.float32)
+            field_view[batch, :, slot] = scores[batch, :, token]
+        layer.tail_used += tokens
+
+    def _pack_chunk(
+        self,
+        layer: _Layer,
+        store: PagedStore,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        scores: torch.Tensor | None,
+    ) -> None:
+        """Packs a chunk of a prompt straight into pages; padding and what no later query can see is left out."""
+        batch, heads, tokens, _ = key.shape
+        store.pack_tail(_TIER, layer.index)
+        layer.tail_used = 0
+        first = 0 if layer.window is None else max(0, tokens - layer.window + 1)
+        index = None
+        counts = torch.full((batch, 1), tokens - first, dtype=torch.int32, device=key.device)
+        if valid is not None:
+            wanted = valid.clone()
+            wanted[:, :first] = False
+            counts = wanted.sum(1, keepdim=True, dtype=torch.int32)
+            # A stable sort brings the wanted tokens to the front in their order.
+            index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)[:, None]
+        elif first:
+            key, value = key[:, :, first:], value[:, :, first:]
+            scores = None if scores is None else scores[:, :, first:]
+        offset = first if valid is None else 0
+        fields: dict[str, torch.Tensor] = {}
+        if "position" in store.layout.fields:
+            start = layer.seen + offset
+            positions = torch.arange(start, layer.seen + tokens, dtype=torch.int32, device=key.device)
+            fields["position"] = positions.expand(batch, heads, -1)
+        if scores is not None:
+            fields["score"] = scores
+        store.pack(
+            _TIER,
+            key,
+            value,
+            counts.expand(-1, heads),
+            None if index is None else index.expand(-1, heads, -1),
+            fields,
+            layer.index,
+        )
+        self.statistics.packings += 1
+
+    # -- before and after a forward pass ---------------------------------------------------------------------------
+
+    def _begin_forward(self, tokens: int, mask: torch.Tensor | None, key: torch.Tensor) -> None:
+        if self._unfinished:
+            # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
+            self._end_forward()
+        if not self.batch:
+            self.batch = key.shape[0]
+        if tokens > 1:
+            self._before = _Snapshot(
+                seen=self.seen,
+                tail_used=[layer.tail_used for layer in self._layers],
+                padding=self._padding,
+                lengths={g: (o.store.lengths.clone(), o.store.tail_lengths.clone()) for g, o in self._stores.items()},
+            )
+        if mask is not None:
+            padding = (~self._valid(mask, mask.shape[-2], tokens)).sum(1)
+            self._padding = padding if self._padding is None else self._padding.to(padding.device) + padding
+
+    def _undo_forward(self) -> None:
+        """Takes back a multi-token forward pass that ran out of memory: only additions were made so far."""
+        before = self._before
+        for geometry, owned in self._stores.items():
+            store = owned.store
+            lengths, tail_lengths = before.lengths.get(
+                geometry, (torch.zeros_like(store.lengths), torch.zeros_like(store.tail_lengths))
+            )
+            for tier, length in enumerate(lengths):
+                store.truncate(tier, length)
+            # Packed tail slots are still in the tail's memory: nothing has been appended since.
+            store.tail_lengths.copy_(tail_lengths)
+        for layer, tail_used in zip(self._layers, before.tail_used, strict=True):
+            layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
+        self.seen, self._padding, self._unfinished = before.seen, before.padding, False
+        self._give_back()
+
+    def _end_forward(self) -> None:
+        """Packs, plans and gives pages back, once per forward pass and over all layers together."""
+        if self.recording:
+            self._note_peak()
+            return
+        when = self.recipe.when
+        full = [owned for owned in self._stores.values() if self._tail_used(owned) >= when.every]
+        if not full and not self._unfinished:
+            return
+        started = time.perf_counter()
+        for owned in self._stores.values() if self._unfinished else full:
+            owned.store.pack_tail(_TIER)
+            for index in owned.layers:
+                self._layers[index].tail_used = 0
+            self.statistics.packings += 1
+        self._note_peak()
+        packed = time.perf_counter()
+        self.statistics.seconds_packing += packed - started
+        self._drop_outside_windows()
+        if self.recipe.evicts and (when.prefill if self._unfinished else when.decode):
+            self._plan()
+        self._unfinished = False
+        self._give_back()
+        self.statistics.seconds_planning += time.perf_counter() - packed
+        self._note_peak()
+
+    def _give_back(self) -> None:
+        for layer in self._layers:
+            layer.plan = None  # a plan holds on to the tables and slabs it was made for
+        for arena in self._arenas.values():
+            arena.trim()
+
+    def _tail_used(self, owned: _StoreLayers) -> int:
+        return max((self._layers[index].tail_used for index in owned.layers), default=0)
+
+    def _drop_outside_windows(self) -> None:
+        for owned in self._stores.values():
+            window = self._layers[owned.layers[0]].window
+            if window is None:
+                continue
+            # The next query is at position `seen` and sees what is less than `window` away.
+            keep = owned.store.read_field(_TIER, "position") > self.seen - window
+            owned.store.evict(_TIER, keep)
+
+    def _plan(self) -> None:
+        """Brings every sequence within the budget, over all its layers and heads together."""
+        budget, protect = self.recipe.budget, self.recipe.protect
+        if budget is None:
+            return
+        stores = list(self._stores.values())
+        device = stores[0].store.geometry.device
+        padding = torch.zeros(self.batch, dtype=torch.int64) if self._padding is None else self._padding.cpu()
+        parts = []
+        groups = []
+        for owned in stores:
+            store = owned.store
+            heads, used = store.geometry.kv_heads, len(owned.layers)
+            shape = (store.layers, self.batch, heads, -1)
+            lengths = store.lengths[_TIER].view(shape[:3])[:used]
+            columns = int(lengths.max())
+
+            def by_sequence(values: torch.Tensor) -> torch.Tensor:
+                return values.transpose(0, 1).flatten(1, 2).to(device)
+
+            scores = by_sequence(store.read_field(_TIER, "score").view(shape)[:used])
+            positions = by_sequence(store.read_field(_TIER, "position").view(shape)[:used])
+            filled = torch.arange(columns, device=device) < by_sequence(lengths[..., None])
+            first = padding.to(device)[:, None, None]
+            protected = (positions >= self.seen - protect.recent) | (positions < first + protect.sinks)
+            parts.append((scores, positions, filled, protected))
+            layout = store.layout
+            groups.append(
+                RowGroup(
+                    rows=used * heads,
+                    slots_per_page=layout.tiers[_TIER].slots,
+                    page_bytes=layout.page_bytes,
+                    dense_slot_bytes=2 * layout.head_dim * store.geometry.dtype.itemsize,
+                    tail_bytes=self._tail_bytes(store) // self.batch,
+                    window=self._layers[owned.layers[0]].window,
+                )
+            )
+        width = max(part[0].shape[-1] for part in parts)
+        scores, positions, filled, protected = (
+            torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[-1])) for part in parts], dim=1)
+            for i in range(4)
+        )
+        slots_per_page = torch.tensor([g.slots_per_page for g in groups for _ in range(g.rows)], device=device)
+        page_bytes = torch.tensor([g.page_bytes for g in groups for _ in range(g.rows)], device=device)
+        pages = (filled.sum(-1) + slots_per_page - 1) // slots_per_page
+        held = (pages * page_bytes).sum(1)
+        expected = self.seen if self.prompt_tokens is None else max(self.seen, self.prompt_tokens)
+        allowed = torch.tensor([allowed_bytes(budget, groups, expected - int(pads)) for pads in padding], device=device)
+        keep = plan_pages(scores, positions, filled, protected, slots_per_page, page_bytes, held - allowed)
+        self.statistics.plans += 1
+        self.statistics.evicted_slots += int(filled.sum() - keep.sum())
+        start = 0
+        for owned, group in zip(stores, groups, strict=True):
+            store, used = owned.store, len(owned.layers)
+            part = keep[:, start : start + group.rows].to(store.geometry.device)
+            start += group.rows
+            rows = part.view(self.batch, used, -1, width).transpose(0, 1).flatten(0, 2)
+            everything = torch.zeros((store.lengths.shape[1], width), dtype=torch.bool, device=rows.device)
+            everything[: rows.shape[0]] = rows
+            store.evict(_TIER, everything)
+
+    def _tail_bytes(self, store: PagedStore) -> int:
+        """Bytes of a store's tail while decoding; set aside from byte and fraction budgets.
+
+        Tables are left out (4 bytes a page): their size depends on the other sequences of the batch, and a sequence
+        must be compressed alike whatever it is batched with.
+        """
+        geometry = store.geometry
+        slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
+        return store.lengths.shape[1] * self.recipe.when.every * slot
+
+    def _note_peak(self) -> None:
+        self.statistics.peak_bytes = max(self.statistics.peak_bytes, self.nbytes)
+
+    # -- places ----------------------------------------------------------------------------------------------------
+
+    def _place(self, layer: _Layer, layer_idx: int, key: torch.Tensor) -> PagedStore:
+        """Finds or makes the store for a layer when its first keys arrive."""
+        batch, heads, _, head_dim = key.shape
+        if batch != self.batch:
+            raise ValueError(f"The cache holds {self.batch} sequences, but keys of {batch} arrived; use a fresh cache.")
+        geometry = Geometry(key.device, key.dtype, heads, head_dim, layer.window is not None)
+        owned = self._stores.get(geometry)
+        if owned is None:
+            fields = ("position", "score") if self.recipe.evicts else ("position",) if geometry.windowed else ()
+            tiers = [TIERS[name] for name in self.recipe.tiers]
+            layout = kernels.page_layout(head_dim, key.dtype, tiers, fields, self.recipe.page_bytes)
+            place = (key.device, layout.page_bytes)
+            if place not in self._arenas:
+                self._arenas[place] = Arena(layout.page_bytes, key.device, self.max_bytes)
+            alike = sum((other.window is None) == (layer.window is None) for other in self._layers)
+            backend = kernels.get_backend(key.device)
+            owned = _StoreLayers(PagedStore(geometry, alike, batch, layout, self._arenas[place], backend))
+            self._stores[geometry] = owned
+        layer.store, layer.index = owned.store, len(owned.layers)
+        owned.layers.append(layer_idx)
+        return owned.store
+
+    def _valid(self, mask: torch.Tensor, queries: int, tokens: int) -> torch.Tensor:
+        """Which new tokens are real: those that may see themselves. `bool` `[batch, tokens]`."""
+        if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
+            raise UnsupportedFeatureError(
+                f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
+                f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
+                "instead and let transformers build the 4-D one."
+            )
+        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        return real.expand(max(self.batch, real.shape[0]), -1).contiguous()
+
+    # -- the past as a whole ---------------------------------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the newest tokens.
+
+        Args:
+            tokens (`int`): How many, at least 0. With 0, what was recorded is committed.
+
+        Raises:
+            UnsupportedFeatureError: If some of them have been compressed already.
+        """
+        target = max(0, self.seen - tokens)
+        removed = self.seen - target
+        if removed:
+            for owned in self._stores.values():
+                self._crop_store(owned, removed, target)
+            for layer in self._layers:
+                layer.seen = min(layer.seen, target)
+            self.seen = target
+        if self.recording:
+            self._commit()
+
+    def _crop_store(self, owned: _StoreLayers, removed: int, target: int) -> None:
+        store = owned.store
+        in_tail = self._tail_used(owned)
+        if removed > in_tail:
+            behind = removed - in_tail
+            if store.evicted:
+                raise UnsupportedFeatureError(
+                    f"crop would remove {removed} tokens, but only the newest {in_tail} are still in the tail and the "
+                    "others have been compressed with eviction; call activate_past_recording() before generating what "
+                    "may have to be taken back, or fork() the cache."
+                )
+            store.truncate(_TIER, (store.lengths[_TIER] - behind).clamp(min=0))
+        store.crop_tail(target)
+        for index in owned.layers:
+            self._layers[index].tail_used = max(0, self._layers[index].tail_used - removed)
+
+    def _commit(self) -> None:
+        """Packs what past recording held back, now that it can no longer be taken back."""
+        self.recording = False
+        self._end_forward()
+        self.recording = True
+
+    def select(self, index: torch.Tensor) -> None:
+        """Makes sequence `i` what sequence `index[i]` was.
+
+        Args:
+            index (`torch.Tensor`): `int64` `[new batch]`.
+        """
+        if not self.batch:
+            return
+        if index.numel() == self.batch and bool((index.cpu() == torch.arange(self.batch)).all()):
+            return
+        for owned in self._stores.values():
+            owned.store.select(index)
+        for layer in self._layers:
+            layer.plan = None
+        if self._padding is not None:
+            self._padding = self._padding[index.to(self._padding.device)]
+        self.batch = index.numel()
+
+    def reset(self) -> None:
+        """Forgets everything and gives all pages back."""
+        for owned in self._stores.values():
+            owned.store.close()
+        for arena in self._arenas.values():
+            arena.trim()
+        self._stores.clear()
+        self._arenas.clear()
+        self._layers = [_Layer(layer.window) for layer in self._layers]
+        self.seen = self.batch = 0
+        self._padding = None
+        self._unfinished = False
+
+    def fork(self) -> "PagedAttention":
+        """A copy that shares pages until one of the two writes to them.
+
+        Returns:
+            `PagedAttention`: The copy.
+        """
+        other = PagedAttention(self.recipe, self.windows, self.prompt_tokens, self.max_bytes)
+        other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
+        other._unfinished = self._unfinished
+        other._padding = None if self._padding is None else self._padding.clone()
+        other._arenas = dict(self._arenas)
+        for geometry, owned in self._stores.items():
+            other._stores[geometry] = _StoreLayers(owned.store.fork(), list(owned.layers))
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            theirs.index, theirs.seen, theirs.tail_used = mine.index, mine.seen, mine.tail_used
+            if mine.store is not None:
+                theirs.store = other._stores[mine.store.geometry].store
+        return other
+
+    def close(self) -> None:
+        """Drops this cache's references to pages that forks may go on using."""
+        for owned in self._stores.values():
+            owned.store.close()
+
+    # -- looking inside --------------------------------------------------------------------------------------------
+
+    @property
+    def windows(self) -> list[int | None]:
+        """`list[int | None]`: Sliding window of each layer."""
+        return [layer.window for layer in self._layers]
+
+    @property
+    def num_layers(self) -> int:
+        """`int`: Layers of the model."""
+        return len(self._layers)
+
+    @property
+    def has_forks(self) -> bool:
+        """`bool`: Whether other caches take pages from the same arenas."""
+        mine = {id(owned.store) for owned in self._stores.values()}
+        return any(arena.has_other_owners(mine) for arena in self._arenas.values())
+
+    @property
+    def stores(self) -> list[PagedStore]:
+        """`list[PagedStore]`: One per shape of layer and device."""
+        return [owned.store for owned in self._stores.values()]
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """`list[Arena]`: The page pools."""
+        return list(self._arenas.values())
+
+    @property
+    def nbytes(self) -> int:
+        """`int`: Bytes allocated for slabs, tables and tails."""
+        pools = sum(a.nbytes + a.references.nbytes + a.slab_addresses.nbytes for a in self._arenas.values())
+        return pools + sum(owned.store.own_bytes for owned in self._stores.values())
+
+    def slots_per_head(self) -> list[torch.Tensor]:
+        """Slots kept in each row.
+
+        Returns:
+            `list[torch.Tensor]`: One `int64` `[batch, kv_heads]` per layer; empty for a layer that never ran.
+        """
+        slots = {id(owned.store): owned.store.slots() for owned in self._stores.values()}
+        return [
+            torch.zeros((self.batch, 0), dtype=torch.int64)
+            if layer.store is None
+            else slots[id(layer.store)][layer.index]
+            for layer in self._layers
+        ]
+
+    def dense_bytes(self) -> int:
+        """What a `DynamicCache` would hold after the same tokens, padding included.
+
+        Returns:
+            `int`: Bytes.
+        """
+        total = 0
+        for layer in self._layers:
+            if layer.store is not None:
+                geometry = layer.store.geometry
+                tokens = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
+                total += 2 * self.batch * geometry.kv_heads * geometry.head_dim * geometry.dtype.itemsize * tokens
+        return total
+
+
+def _split_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Who of the new tokens sees whom, and what is added to the logits, each `[batch, tokens, tokens]` or `None`."""
+    if mask is None:
+        return None, None
+    block = mask[:, 0]
+    if block.dtype == torch.bool:
+        return block.contiguous(), None
+    allowed = block > torch.finfo(block.dtype).min / 2
+    bias = torch.where(allowed, block, 0).float()
+    return allowed.contiguous(), bias.contiguous() if bool(bias.any()) else None

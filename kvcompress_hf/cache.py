@@ -1,0 +1,396 @@
+"""`CompressedPagedCache`: the transformers Cache contract over paged, compressed storage."""
+
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+
+from kvcompress_hf.attention import PagedAttention
+from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.reports import MemoryReport, RunReport, measure_memory
+from kvcompress_hf.units import format_bytes, parse_bytes
+
+__all__ = ["CompressedPagedCache", "KVHandle"]
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class KVHandle:
+    """Rides on the keys and values that `update` returns, so that attention finds its way back to the cache.
+
+    Args:
+        cache (`CompressedPagedCache`): The cache.
+        layer_idx (`int`): Index of the layer.
+    """
+
+    __slots__ = ("cache", "layer_idx")
+
+    def __init__(self, cache: "CompressedPagedCache", layer_idx: int) -> None:
+        self.cache = cache
+        self.layer_idx = layer_idx
+
+
+class _LayerFace(CacheLayerMixin):
+    """What transformers asks of a single layer; everything else goes through the cache."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: "CompressedPagedCache", layer_idx: int, is_sliding: bool) -> None:
+        super().__init__()
+        # A proxy: a cycle would keep a dropped cache's memory until the next garbage collection.
+        self._cache, self._layer_idx, self.is_sliding = weakref.proxy(cache), layer_idx, is_sliding
+
+    @property
+    def record_past(self) -> bool:
+        """`bool`: Whether new tokens are held back in the tail; transformers sets it on layers."""
+        return self._cache.is_recording_past(self._layer_idx)
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self._cache._set_recording(value)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Does nothing: storage is made when keys arrive."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See [`CompressedPagedCache.update`]."""
+        return self._cache.update(key_states, value_states, self._layer_idx)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See [`CompressedPagedCache.get_mask_sizes`]."""
+        return self._cache.get_mask_sizes(query_length, self._layer_idx)
+
+    def get_seq_length(self) -> int:
+        """See [`CompressedPagedCache.get_seq_length`]."""
+        return self._cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """`-1`: the cache has no maximum length."""
+        return -1
+
+
+class CompressedPagedCache(Cache):
+    """A KV cache of pages, with per-head budgets and keys and values at different precision.
+
+    Made by a patched model at each `generate` call, or by hand and given as `past_key_values=`. It only works with
+    models prepared by [`patch`]: `update` returns the new tokens alone, and attention reads the pages.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config; number of layers and sliding windows are read from it.
+        recipe (`str`, `dict` or `Recipe`, *optional*): How to compress; the default preset when left out.
+        prompt_tokens (`int`, *optional*): Length of the prompt when known beforehand; with a prompt that is read in
+            chunks, a fraction budget is a fraction of this length from the first chunk on.
+        max_bytes (`int` or `str`, *optional*): Most bytes of pages per device, such as `"2GiB"`.
+
+    Raises:
+        UnsupportedModelError: If some layers are not plain or sliding-window attention.
+        ValueError: If the recipe is not valid.
+
+    Example:
+
+    ```python
+    >>> from kvcompress_hf import CompressedPagedCache
+    >>> from transformers import LlamaConfig
+    >>> cache = CompressedPagedCache(LlamaConfig(num_hidden_layers=2), "k8v4")
+    >>> cache.get_seq_length(), cache.memory().total
+    (0, 0)
+
+    ```
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        recipe: str | Mapping[str, Any] | Recipe | None = None,
+        *,
+        prompt_tokens: int | None = None,
+        max_bytes: int | str | None = None,
+    ) -> None:
+        self.recipe = resolve_recipe(recipe)
+        windows = layer_windows(config)
+        limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
+        self._attention = PagedAttention(self.recipe, windows, prompt_tokens, limit)
+        self._take_over(self._attention)
+
+    def _take_over(self, attention: PagedAttention) -> None:
+        self._attention = attention
+        self._pending = [0] * attention.num_layers  # new tokens handed out by update() that attention has not taken
+        self.run_report = RunReport(self.recipe, attention)
+        layers: list[Any] = [_LayerFace(self, i, window is not None) for i, window in enumerate(attention.windows)]
+        super().__init__(layers=layers)
+
+    # -- storing and attending -------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hands the new keys and values on to attention, tagged with the way back to this cache.
+
+        Nothing is stored yet: that happens in [`CompressedPagedCache.attend`], where the queries are known.
+
+        Args:
+            key_states (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            value_states (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            layer_idx (`int`): Index of the layer.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Views of the new keys and values, never of the past.
+
+        Raises:
+            UnsupportedFeatureError: If what the last call handed out was never attended to.
+        """
+        if self._pending[layer_idx]:
+            self._pending[layer_idx] = 0
+            raise UnsupportedFeatureError(
+                f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
+                "not patched, or its attention was changed after patching. Call kvcompress_hf.patch(model)."
+            )
+        self._pending[layer_idx] = key_states.shape[2]
+        keys, values = key_states.detach().view_as(key_states), value_states.detach().view_as(value_states)
+        keys._kvc = values._kvc = KVHandle(self, layer_idx)  # type: ignore[attr-defined]
+        return keys, values
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        dense: Callable[[], torch.Tensor],
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Stores new tokens and attends to everything stored; see [`PagedAttention.attend`].
+
+        Args:
+            layer_idx (`int`): Index of the layer.
+            query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
+            key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
+            value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
+            attention_mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, tokens, tokens]`.
+            scaling (`float`): Factor on the logits.
+            dense (`Callable`): The stock attention over the new tokens, `[batch, tokens, q_heads, head_dim]`.
+            softcap (`float`, *optional*): Soft cap on the logits.
+            sliding_window (`int`, *optional*): Window in tokens.
+            sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
+
+        Returns:
+            `torch.Tensor`: `[batch, tokens, q_heads, head_dim]`.
+
+        Raises:
+            UnsupportedFeatureError: If the mask is not over the new tokens only.
+            CacheMemoryError: If the cache would grow beyond its `max_bytes`.
+        """
+        self._pending[layer_idx] = 0
+        return self._attention.attend(
+            layer_idx,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dense=dense,
+            softcap=softcap,
+            window=sliding_window,
+            sinks=sinks,
+        )
+
+    # -- lengths and masks -----------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding and evicted ones included; one number for all layers, heads and sequences.
+
+        Args:
+            layer_idx (`int`): Ignored: under pipeline parallelism layer 0 may live elsewhere.
+
+        Returns:
+            `int`: Logical length in tokens.
+        """
+        return self._attention.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Lets transformers build masks over the new tokens only.
+
+        Args:
+            query_length (`int`): New tokens.
+            layer_idx (`int`): Index of the layer.
+
+        Returns:
+            `tuple[int, int]`: `(query_length, tokens seen)`: length and offset of the keys under the mask.
+        """
+        return query_length, self._attention.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The cache has no maximum length.
+
+        Args:
+            layer_idx (`int`, *optional*): Ignored.
+
+        Returns:
+            `int`: -1.
+        """
+        return -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """`bool`: Whether any token has arrived."""
+        return self._attention.seen > 0
+
+    @property
+    def batch_size(self) -> int:
+        """`int`: Sequences held, -1 while empty."""
+        return self._attention.batch or -1
+
+    # -- the past as a whole ---------------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """Holds new tokens back in the tail until [`CompressedPagedCache.crop`] says which of them stay."""
+        self._set_recording(True)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether new tokens are held back.
+
+        Args:
+            layer_idx (`int`): Ignored: all layers record alike.
+
+        Returns:
+            `bool`: True between `activate_past_recording` and its end.
+        """
+        return self._attention.recording
+
+    def _set_recording(self, value: bool) -> None:
+        self._attention.recording = value
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest tokens, exactly; with 0 what was recorded is committed.
+
+        Args:
+            tokens_to_remove (`int`): 0 or negative: minus the number of tokens to forget.
+
+        Raises:
+            ValueError: If the number is positive.
+            UnsupportedFeatureError: If some of these tokens have been compressed with eviction already.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; write crop(-n)."
+            )
+        self._attention.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forgets everything and gives all memory back."""
+        self._attention.reset()
+        self._pending = [0] * len(self._pending)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes sequence `i` what sequence `beam_idx[i]` was; pages are shared, not copied.
+
+        Args:
+            beam_idx (`torch.Tensor`): `int64` `[batch]`.
+        """
+        self._attention.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the named sequences, in the given order.
+
+        Args:
+            indices (`torch.Tensor`): `int64` `[new batch]` or `bool` `[batch]`.
+        """
+        indices = torch.as_tensor(indices)
+        self._attention.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence in place; pages are shared, not copied.
+
+        Args:
+            repeats (`int`): Copies of each sequence.
+        """
+        self._attention.select(torch.arange(self._attention.batch).repeat_interleave(repeats))
+
+    def fork(self) -> "CompressedPagedCache":
+        """A second cache with the same past; whoever writes first copies what it writes to.
+
+        Returns:
+            `CompressedPagedCache`: The copy; forks of forks work alike.
+        """
+        other = CompressedPagedCache.__new__(type(self))
+        other.recipe = self.recipe
+        other._take_over(self._attention.fork())
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedPagedCache":
+        return self.fork()
+
+    def __del__(self) -> None:
+        attention = getattr(self, "_attention", None)
+        if attention is None or sys.is_finalizing():
+            return
+        self.run_report.freeze()
+        if attention.has_forks:  # they share an arena, so a cache that goes must hand its pages back
+            attention.close()
+
+    # -- looking inside --------------------------------------------------------------------------------------------
+
+    def memory(self) -> MemoryReport:
+        """What the cache has allocated, by kind.
+
+        Returns:
+            `MemoryReport`: Bytes; prints as a table.
+        """
+        return measure_memory(self._attention)
+
+    def rows(self) -> list[torch.Tensor]:
+        """Slots kept by each head, packed or in the tail.
+
+        Returns:
+            `list[torch.Tensor]`: Per layer `int64` `[batch, kv_heads]`.
+        """
+        return self._attention.slots_per_head()
+
+    def __repr__(self) -> str:
+        memory = self.memory()
+        slots = sum(int(layer.sum()) for layer in self.rows())
+        return (
+            f"CompressedPagedCache(recipe={self.recipe.name!r}, tokens={self.get_seq_length()}, "
+            f"batch={self._attention.batch}, slots={slots}, "
+            f"bytes={format_bytes(memory.total)}, ratio={memory.ratio:.1%})"
+        )
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer of a model.
+
+    Args:
+        config (`PreTrainedConfig`): The model's config; of a composite model the text decoder's part counts.
+
+    Returns:
+        `list[int | None]`: Window in tokens per layer, `None` for full attention.
+
+    Raises:
+        UnsupportedModelError: If a layer is neither full nor sliding-window attention.
+    """
+    text = config.get_text_config(decoder=True)
+    layer_types, kwargs = get_layer_types_and_kwargs(text)
+    for i, layer_type in enumerate(layer_types):
+        if layer_type not in _LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"Layer {i} of this {text.model_type} model is of type {layer_type!r}; a CompressedPagedCache holds "
+                f"{' and '.join(_LAYER_TYPES)} layers only. Use the stock cache for this model."
+            )
+    return [layer.get("sliding_window") for layer in kwargs]

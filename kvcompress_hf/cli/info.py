@@ -1,0 +1,78 @@
+"""`kvcompress presets` and `kvcompress doctor`: what there is, and what this machine uses of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from .table import columns
+
+
+def add_commands(commands: Any) -> None:
+    """Add both subcommands to the parser's subparsers action."""
+    presets = commands.add_parser("presets", help="list the named recipes, or print one as JSON")
+    presets.add_argument("name", nargs="?", help="print this preset as JSON")
+    presets.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    presets.set_defaults(run=run_presets)
+    doctor = commands.add_parser("doctor", help="show versions, and which backend is used and why")
+    doctor.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_presets(args: argparse.Namespace) -> int:
+    """Print every preset with its one-line description, or one as JSON."""
+    import kvcompress_hf as kvc
+
+    if args.name:
+        from kvcompress_hf.presets import get_preset
+
+        print(get_preset(args.name).to_json())
+        return 0
+    print(columns([[name, line] for name, line in kvc.presets().items()]))
+    return 0
+
+
+def version_of(distribution: str) -> str:
+    """The installed version of a distribution, or `"not installed"`."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print versions and, per device, the backend and the reason it was chosen."""
+    import torch
+
+    from kvcompress_hf.kernels import get_backend
+
+    rows = [
+        ["python", platform.python_version()],
+        ["machine", f"{platform.machine()}, {os.cpu_count()} CPUs"],
+    ]
+    needs = next(
+        (r.split(";")[0] for r in importlib.metadata.requires("kvcompress-hf") or () if r.startswith("transformers")),
+        "",
+    )
+    for name in (
+        "kvcompress-hf",
+        "torch",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "numpy",
+        "matplotlib",
+    ):
+        note = f"   (supported: {needs.removeprefix('transformers')})" if name == "transformers" and needs else ""
+        rows.append([name, version_of(name) + note])
+    rows.append(["torch threads", str(torch.get_num_threads())])
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        backend = get_backend(device)
+        rows.append([f"backend on {device}", f"{backend.name}: {backend.reason}"])
+    print(columns(rows))
+    return 0

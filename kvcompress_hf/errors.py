@@ -1,0 +1,19 @@
+"""The errors a person can meet. Each message names the value got, what is allowed, and what to do."""
+
+__all__ = ["CacheFormatError", "CacheMemoryError", "UnsupportedFeatureError", "UnsupportedModelError"]
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be patched; the message says which part of it stands in the way."""
+
+
+class UnsupportedFeatureError(NotImplementedError):
+    """A feature was asked for that this cache, recipe or transformers version does not support."""
+
+
+class CacheMemoryError(RuntimeError):
+    """The cache would grow beyond its `max_bytes`. The cache is left valid, as it was before the call."""
+
+
+class CacheFormatError(ValueError):
+    """A cache file is damaged, or was made for another model."""

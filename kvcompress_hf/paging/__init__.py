@@ -1,0 +1,1 @@
+"""Pages: who owns which, where a row's slots lie, and how they move."""

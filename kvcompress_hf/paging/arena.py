@@ -1,0 +1,242 @@
+"""The page pool of one device: slabs of equal pages, a reference count per page, and nothing else."""
+
+import weakref
+from collections.abc import Container, Mapping
+from typing import Protocol
+
+import torch
+
+from kvcompress_hf.errors import CacheMemoryError
+from kvcompress_hf.units import format_bytes
+
+_SLAB_BYTES = 4 * 2**20  # an empty slab goes back to the allocator, so smaller slabs give memory back sooner
+_GROWTH = 32  # a growing arena allocates 1/32 of its live pages ahead at most
+
+
+class PageOwner(Protocol):
+    """Whoever keeps page ids: told when pages are relocated and when slabs come or go."""
+
+    def relocate(self, new_id: torch.Tensor) -> None:
+        """Replaces every page id `i` it holds by `new_id[i]` (`int32` `[page ids]`)."""
+
+    def slabs_changed(self) -> None:
+        """Forgets what it derived from slab addresses."""
+
+
+class Arena:
+    """Pages of one size on one device.
+
+    Page ids are int32; the slab of a page is `id >> slab_shift`, its place inside it `id & (2**slab_shift - 1)`.
+    Growing adds a slab and never copies; a slab without live pages is given back by [`Arena.trim`].
+
+    Args:
+        page_bytes (`int`): Size of a page in bytes.
+        device (`torch.device`): Where the slabs live.
+        max_bytes (`int`, *optional*): Most bytes the slabs may take together.
+    """
+
+    def __init__(self, page_bytes: int, device: torch.device, max_bytes: int | None = None) -> None:
+        self.page_bytes = page_bytes
+        self.device = device
+        self.max_bytes = max_bytes
+        pages = max(_SLAB_BYTES // page_bytes, 16)
+        self.slab_shift = pages.bit_length() - 1
+        self.slabs: list[torch.Tensor] = []  # uint8 [pages, page_bytes]; a slab given back has no pages
+        with torch.inference_mode(False):
+            self.slab_addresses = torch.zeros(0, dtype=torch.int64, device=device)
+            # References per page id; -1 where the id has no page behind it.
+            self.references = torch.zeros(0, dtype=torch.int32, device=device)
+        self.live = 0  # pages with at least one reference
+        self.shared = False  # whether any page may have more than one reference
+        self._owners: weakref.WeakSet[PageOwner] = weakref.WeakSet()
+
+    def register(self, owner: PageOwner) -> None:
+        """Adds an owner of pages, held weakly.
+
+        Args:
+            owner (`PageOwner`): Called back on relocation and on slab changes.
+        """
+        self._owners.add(owner)
+
+    def has_other_owners(self, mine: Container[int]) -> bool:
+        """Whether anyone else takes pages from here.
+
+        Args:
+            mine (`Container[int]`): `id()` of the owners that do not count.
+
+        Returns:
+            `bool`: True if there is another owner alive.
+        """
+        return any(id(owner) not in mine for owner in self._owners)
+
+    @property
+    def pages(self) -> int:
+        """`int`: Pages allocated, live or free."""
+        return sum(slab.shape[0] for slab in self.slabs)
+
+    @property
+    def nbytes(self) -> int:
+        """`int`: Bytes allocated for slabs."""
+        return self.pages * self.page_bytes
+
+    def allocate(self, count: int) -> torch.Tensor:
+        """Takes pages, those with the lowest ids first, so that live pages stay together.
+
+        Args:
+            count (`int`): Number of pages.
+
+        Returns:
+            `torch.Tensor`: Page ids, `int32` `[count]`, each with one reference.
+
+        Raises:
+            CacheMemoryError: If the arena would grow beyond `max_bytes`; nothing has changed then.
+        """
+        missing = count - (self.pages - self.live)
+        if missing > 0:
+            self._grow(missing)
+        ids = torch.nonzero(self.references == 0).flatten()[:count].to(torch.int32)
+        self.references[ids] = 1
+        self.live += count
+        return ids
+
+    def retain(self, ids: torch.Tensor) -> None:
+        """Adds one reference per occurrence of a page.
+
+        Args:
+            ids (`torch.Tensor`): Page ids, `int32` `[n]`, with repeats.
+        """
+        if ids.numel():
+            self.references += torch.bincount(ids, minlength=self.references.numel()).to(torch.int32)
+            self.shared = True
+
+    def release(self, ids: torch.Tensor) -> None:
+        """Drops one reference per occurrence of a page; a page without references is free.
+
+        Args:
+            ids (`torch.Tensor`): Page ids, `int32` `[n]`, with repeats.
+        """
+        if ids.numel():
+            dropped = torch.bincount(ids, minlength=self.references.numel()).to(torch.int32)
+            self.references -= dropped
+            self.live -= int(((self.references == 0) & (dropped > 0)).sum())
+
+    def trim(self) -> None:
+        """Gives memory back: gathers live pages in as few slabs as they need, drops the others, shortens one."""
+        sizes = [slab.shape[0] for slab in self.slabs]
+        live = self._live_per_slab()
+        kept: dict[int, int] = {}  # slab: pages it keeps
+        room = 0
+        # Fullest slabs first: least to move.
+        for index in sorted(range(len(sizes)), key=lambda i: (-live[i], sizes[i])):
+            if room >= self.live:
+                break
+            kept[index] = sizes[index]
+            room += sizes[index]
+        for index in sorted(kept, key=lambda i: sizes[i]):
+            if room - sizes[index] >= self.live:
+                room -= kept.pop(index)
+        spare = room - self.live
+        if kept and spare > self.live // _GROWTH:
+            # Every slab left is larger than what is spare, or it would be gone.
+            kept[min(kept, key=lambda i: live[i])] -= spare
+        cut = [i for i, size in enumerate(sizes) if size and kept.get(i, 0) < size]
+        if not cut:
+            return
+        self._gather({index: kept.get(index, 0) for index in cut})
+        for index in cut:
+            pages = kept.get(index, 0)
+            self.references[self._slab_ids(index)[pages:]] = -1
+            with torch.inference_mode(False):
+                self.slabs[index] = self.slabs[index][:pages].clone()
+        while self.slabs and not self.slabs[-1].shape[0]:
+            self.slabs.pop()
+        with torch.inference_mode(False):
+            self.references = self.references[: len(self.slabs) << self.slab_shift].clone()
+        self._slabs_changed()
+
+    def _gather(self, kept: Mapping[int, int]) -> None:
+        """Moves live pages out of what will be cut off: all but the first `kept[slab]` pages of each named slab."""
+        sources = torch.cat([self._slab_ids(i)[pages:] for i, pages in kept.items()])
+        room = self.references == 0
+        room[sources] = False
+        sources = sources[self.references[sources] > 0]
+        if not sources.numel():
+            return
+        targets = torch.nonzero(room).flatten()[: sources.numel()]
+        for index in kept:
+            chosen = (sources >> self.slab_shift) == index
+            self._copy_out(index, sources[chosen], targets[chosen])
+        self.references[targets] = self.references[sources]
+        moved = torch.arange(self.references.numel(), dtype=torch.int32, device=self.device)
+        moved[sources] = targets.to(torch.int32)
+        for owner in self._owners:
+            owner.relocate(moved)
+
+    def copy_pages(self, ids: torch.Tensor) -> torch.Tensor:
+        """Makes private copies of pages.
+
+        Args:
+            ids (`torch.Tensor`): Page ids, `int32` `[n]`.
+
+        Returns:
+            `torch.Tensor`: Ids of the copies, `int32` `[n]`.
+
+        Raises:
+            CacheMemoryError: If there is no room for the copies.
+        """
+        copies = self.allocate(ids.numel())
+        for index in torch.unique(ids >> self.slab_shift).tolist():
+            chosen = (ids >> self.slab_shift) == index
+            self._copy_out(index, ids[chosen], copies[chosen])
+        return copies
+
+    def _copy_out(self, slab: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        mask = (1 << self.slab_shift) - 1
+        pages = self.slabs[slab][(sources & mask).long()]
+        target_slabs = targets >> self.slab_shift
+        for index in torch.unique(target_slabs).tolist():
+            chosen = target_slabs == index
+            self.slabs[index][(targets[chosen] & mask).long()] = pages[chosen]
+
+    def _slab_ids(self, index: int) -> torch.Tensor:
+        first = index << self.slab_shift
+        return torch.arange(first, first + self.slabs[index].shape[0], device=self.device)
+
+    def _live_per_slab(self) -> list[int]:
+        if not self.slabs:
+            return []
+        return (self.references.view(len(self.slabs), -1) > 0).sum(1).tolist()
+
+    def _grow(self, missing: int) -> None:
+        # Ahead by a fraction of what lives, so that a long decode does not allocate at every packing.
+        pages = max(missing, min(self.live // _GROWTH, 1 << self.slab_shift))
+        size = (self.pages + pages) * self.page_bytes
+        if self.max_bytes is not None and size > self.max_bytes:
+            pages = missing
+            size = (self.pages + pages) * self.page_bytes
+            if size > self.max_bytes:
+                raise CacheMemoryError(
+                    f"The cache needs {format_bytes(size)} of pages, more than its max_bytes of "
+                    f"{format_bytes(self.max_bytes)}; raise max_bytes, lower the budget, or shorten the input."
+                )
+        with torch.inference_mode(False):
+            while pages > 0:
+                count = min(pages, 1 << self.slab_shift)
+                slab = torch.zeros((count, self.page_bytes), dtype=torch.uint8, device=self.device)
+                index = next((i for i, old in enumerate(self.slabs) if not old.shape[0]), len(self.slabs))
+                if index == len(self.slabs):
+                    self.slabs.append(slab)
+                    absent = torch.full((1 << self.slab_shift,), -1, dtype=torch.int32, device=self.device)
+                    self.references = torch.cat([self.references, absent])
+                else:
+                    self.slabs[index] = slab
+                self.references[self._slab_ids(index)] = 0
+                pages -= count
+        self._slabs_changed()
+
+    def _slabs_changed(self) -> None:
+        with torch.inference_mode(False):
+            addresses = [slab.data_ptr() if slab.shape[0] else 0 for slab in self.slabs]
+            self.slab_addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+        for owner in self._owners:
+            owner.slabs_changed()

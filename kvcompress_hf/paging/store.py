@@ -1,0 +1,497 @@
+"""The rows of all layers of one shape: page tables, lengths, and the tail that is not packed yet."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
+from kvcompress_hf.paging.arena import Arena
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What layers must have in common to share a store.
+
+    Args:
+        device (`torch.device`): Where keys and values arrive.
+        dtype (`torch.dtype`): Their dtype.
+        kv_heads (`int`): KV heads in the tensors (the local ones under tensor parallelism).
+        head_dim (`int`): Size of a head.
+        windowed (`bool`): Whether the layers attend through a sliding window.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_heads: int
+    head_dim: int
+    windowed: bool
+
+
+@dataclass
+class Usage:
+    """Bytes of a store by kind, and the number of pages it holds."""
+
+    payload: int = 0
+    metadata: int = 0
+    fields: int = 0
+    slack: int = 0
+    tables: int = 0
+    tail: int = 0
+    pages: int = 0
+
+
+class PagedStore:
+    """Packed slots and tails of `layers x batch x kv_heads` rows.
+
+    Row order is `[layers, batch, kv_heads]`, so one layer is a contiguous slice, and work over all rows (packing,
+    planning, eviction) is one vectorised step over all layers.
+
+    Args:
+        geometry (`Geometry`): Shape, dtype and place of keys and values.
+        layers (`int`): Number of layers that have rows here; a layer that never arrives costs only table entries.
+        batch (`int`): Sequences.
+        layout (`PageLayout`): What a page looks like.
+        arena (`Arena`): Where pages come from; shared by forks of a cache.
+        backend (`Backend`): The operations on pages for `geometry.device`.
+    """
+
+    def __init__(
+        self, geometry: Geometry, layers: int, batch: int, layout: PageLayout, arena: Arena, backend: Backend
+    ) -> None:
+        self.geometry = geometry
+        self.layers = layers
+        self.batch = batch
+        self.layout = layout
+        self.arena = arena
+        self.backend = backend
+        self.version = 0  # changes whenever tables, slabs or the tail move in memory
+        self.evicted = False  # once slots have been dropped or moved, their order no longer tells their age
+        rows = layers * batch * geometry.kv_heads
+        with torch.inference_mode(False):
+            self.tables = [self._int32(rows, 0) for _ in layout.tiers]
+            self.lengths = self._int32(len(layout.tiers), rows)
+            self.tail_lengths = self._int32(layers, batch)
+        self.tail_keys: torch.Tensor | None = None  # [layers, batch, kv_heads, capacity, head_dim]
+        self.tail_values: torch.Tensor | None = None
+        self.tail_positions: torch.Tensor | None = None  # int32 [layers, batch, capacity]
+        self.tail_fields: torch.Tensor | None = None  # int32 [layers, fields, batch, kv_heads, capacity]
+        self._tail_shared = False
+        arena.register(self)
+
+    def _int32(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.geometry.device)
+
+    # -- views for the kernels -------------------------------------------------------------------------------------
+
+    @property
+    def rows_per_layer(self) -> int:
+        """`int`: Rows of one layer, `batch * kv_heads`."""
+        return self.batch * self.geometry.kv_heads
+
+    def _slice(self, layer: int | None) -> slice:
+        if layer is None:
+            return slice(0, self.layers * self.rows_per_layer)
+        return slice(layer * self.rows_per_layer, (layer + 1) * self.rows_per_layer)
+
+    def rows(self, layer: int | None = None) -> Rows:
+        """The packed slots of one layer, or of all layers in one.
+
+        Args:
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+
+        Returns:
+            `Rows`: Views of tables and lengths; valid until `version` changes.
+        """
+        part = self._slice(layer)
+        return Rows(
+            layout=self.layout,
+            slabs=self.arena.slabs,
+            slab_addresses=self.arena.slab_addresses,
+            slab_shift=self.arena.slab_shift,
+            tables=[table[part] for table in self.tables],
+            lengths=[length[part] for length in self.lengths],
+        )
+
+    def tail(self, layer: int) -> Tail:
+        """The tail of one layer; it must have been reserved.
+
+        Args:
+            layer (`int`): Index of the layer.
+
+        Returns:
+            `Tail`: Views; valid until `version` changes.
+        """
+        if self.tail_keys is None or self.tail_values is None or self.tail_positions is None:
+            raise RuntimeError("The tail was used before reserve_tail().")
+        return Tail(
+            k=self.tail_keys[layer],
+            v=self.tail_values[layer],
+            lengths=self.tail_lengths[layer],
+            positions=self.tail_positions[layer],
+            fields=None if self.tail_fields is None else self.tail_fields[layer],
+        )
+
+    @property
+    def tail_is_shared(self) -> bool:
+        """`bool`: Whether a fork may still read the same tail."""
+        return self._tail_shared
+
+    @property
+    def tail_capacity(self) -> int:
+        """`int`: Tokens the tail has room for."""
+        return 0 if self.tail_keys is None else self.tail_keys.shape[3]
+
+    def slots(self) -> torch.Tensor:
+        """Slots kept, packed and in the tail.
+
+        Returns:
+            `torch.Tensor`: `int64` `[layers, batch, kv_heads]`.
+        """
+        packed = self.lengths.sum(0).view(self.layers, self.batch, self.geometry.kv_heads)
+        return packed + self.tail_lengths[:, :, None]
+
+    # -- the tail --------------------------------------------------------------------------------------------------
+
+    def reserve_tail(self, capacity: int) -> None:
+        """Makes the tail private to this store and large enough.
+
+        Args:
+            capacity (`int`): Tokens per row there must be room for, those already there included.
+        """
+        if self.tail_keys is not None and not self._tail_shared and capacity <= self.tail_capacity:
+            return
+        capacity = max(capacity, self.tail_capacity)
+        geometry = self.geometry
+        shape = (self.layers, self.batch, geometry.kv_heads, capacity, geometry.head_dim)
+        with torch.inference_mode(False):
+            keys = torch.empty(shape, dtype=geometry.dtype, device=geometry.device)
+            values = torch.empty_like(keys)
+            positions = self._int32(self.layers, self.batch, capacity)
+            fields = None
+            if self.layout.fields:
+                fields = self._int32(self.layers, len(self.layout.fields), *shape[1:4])
+            if self.tail_keys is not None and self.tail_values is not None and self.tail_positions is not None:
+                old = self.tail_capacity
+                keys[:, :, :, :old] = self.tail_keys
+                values[:, :, :, :old] = self.tail_values
+                positions[:, :, :old] = self.tail_positions
+                if fields is not None and self.tail_fields is not None:
+                    fields[..., :old] = self.tail_fields
+            self.tail_lengths = self.tail_lengths.clone()
+        self.tail_keys, self.tail_values, self.tail_positions, self.tail_fields = keys, values, positions, fields
+        self._tail_shared = False
+        self.version += 1
+
+    def drop_tail(self) -> None:
+        """Gives the tail's memory back; it must be empty."""
+        if self.tail_keys is not None:
+            self.tail_keys = self.tail_values = self.tail_positions = self.tail_fields = None
+            self._tail_shared = False
+            self.version += 1
+
+    def pack_tail(self, tier: int, layer: int | None = None) -> None:
+        """Moves the whole tail of one layer, or of all, into pages.
+
+        Args:
+            tier (`int`): Index of the tier that receives the slots.
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+
+        Raises:
+            CacheMemoryError: If the arena is full; nothing has changed then.
+        """
+        if self.tail_keys is None or self.tail_values is None or self.tail_positions is None:
+            return
+        part = slice(None) if layer is None else slice(layer, layer + 1)
+        keys, values = self.tail_keys[part].flatten(0, 1), self.tail_values[part].flatten(0, 1)
+        counts = self.tail_lengths[part].flatten()[:, None].expand(-1, self.geometry.kv_heads)
+        fields: dict[str, torch.Tensor] = {}
+        for i, name in enumerate(self.layout.fields):
+            if name == "position":
+                positions = self.tail_positions[part].flatten(0, 1)
+                fields[name] = positions[:, None].expand(-1, self.geometry.kv_heads, -1)
+            elif self.tail_fields is not None:
+                fields[name] = self.tail_fields[part, i].flatten(0, 1).view(torch.float32)
+        self.pack(tier, keys, values, counts, None, fields, layer)
+        if self._tail_shared:
+            self.tail_lengths = self.tail_lengths.clone()
+        self.tail_lengths[part] = 0
+
+    def crop_tail(self, position: int) -> None:
+        """Forgets tail slots at or behind a position.
+
+        Args:
+            position (`int`): First logical position to forget.
+        """
+        if self.tail_positions is None:
+            return
+        used = torch.arange(self.tail_capacity, device=self.geometry.device) < self.tail_lengths[..., None]
+        self.tail_lengths.copy_((used & (self.tail_positions < position)).sum(-1))
+
+    # -- packed slots ----------------------------------------------------------------------------------------------
+
+    def pack(
+        self,
+        tier: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        counts: torch.Tensor,
+        index: torch.Tensor | None,
+        fields: Mapping[str, torch.Tensor],
+        layer: int | None,
+    ) -> None:
+        """Adds slots to rows, taking pages as needed.
+
+        Args:
+            tier (`int`): Index of the tier.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is
+                `layers * batch`.
+            values (`torch.Tensor`): Likewise.
+            counts (`torch.Tensor`): `int32` `[batch, kv_heads]`, slots to add to each row.
+            index (`torch.Tensor`, *optional*): `int32` `[batch, kv_heads, tokens]`, which tokens; the first ones
+                when left out.
+            fields (`Mapping[str, torch.Tensor]`): Slot fields by name, `[batch, kv_heads, tokens]`.
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+
+        Raises:
+            CacheMemoryError: If the arena is full; no slot has been added then.
+        """
+        part = self._slice(layer)
+        added = counts.reshape(-1)
+        self._reserve(tier, part, added)
+        overflow = self.backend.pack(self.rows(layer), tier, keys, values, counts, index, fields)
+        self.lengths[tier, part] += added
+        if overflow:
+            warnings.warn(
+                f"{overflow} slots have keys or values beyond fp16's range (65504) and were clamped in a quantised "
+                "tier; use the 'lossless' recipe for this model if the output suffers.",
+                stacklevel=2,
+            )
+
+    def _pages(self, tier: int, lengths: torch.Tensor) -> torch.Tensor:
+        slots = self.layout.tiers[tier].slots
+        return (lengths + (slots - 1)) // slots
+
+    def _reserve(self, tier: int, part: slice, counts: torch.Tensor) -> None:
+        lengths = self.lengths[tier, part]
+        held = self._pages(tier, lengths)
+        needed = self._pages(tier, lengths + counts)
+        extra = needed - held
+        total = int(extra.sum())
+        if self.arena.shared:
+            partial = (lengths % self.layout.tiers[tier].slots != 0) & (counts > 0)
+            row = torch.nonzero(partial).flatten()
+            self._own_pages(tier, row + part.start, held[row].long() - 1)
+        if not total:
+            return
+        ids = self.arena.allocate(total)
+        self._widen(tier, int(needed.max()))
+        extra, held = extra.long(), held.long()
+        row = torch.repeat_interleave(extra)
+        first = extra.cumsum(0) - extra - held  # column = running number - first page's running number + pages held
+        column = torch.arange(total, device=ids.device) - first[row]
+        self.tables[tier][row + part.start, column] = ids
+
+    def _widen(self, tier: int, columns: int) -> None:
+        table = self.tables[tier]
+        if columns > table.shape[1]:
+            with torch.inference_mode(False):
+                wider = self._int32(table.shape[0], columns + columns // 8)
+            wider[:, : table.shape[1]] = table
+            self.tables[tier] = wider
+            self.version += 1
+
+    def _own_pages(self, tier: int, row: torch.Tensor, column: torch.Tensor) -> None:
+        """Copies those of the named pages that others share, before they are written to."""
+        ids = self.tables[tier][row, column]
+        foreign = self.arena.references[ids.long()] > 1
+        if bool(foreign.any()):
+            ids = ids[foreign]
+            self.tables[tier][row[foreign], column[foreign]] = self.arena.copy_pages(ids)
+            self.arena.release(ids)
+
+    def own_all(self) -> None:
+        """Makes every page private, for recipes that write statistics into slots at each decode step."""
+        if not self.arena.shared:
+            return
+        for tier in range(len(self.tables)):
+            row, column = torch.nonzero(self._live(tier), as_tuple=True)
+            self._own_pages(tier, row, column)
+        self.arena.shared = bool((self.arena.references > 1).any())
+
+    def _live(self, tier: int) -> torch.Tensor:
+        columns = torch.arange(self.tables[tier].shape[1], device=self.geometry.device)
+        return columns < self._pages(tier, self.lengths[tier])[:, None]
+
+    def live_ids(self) -> torch.Tensor:
+        """Page ids in use, with repeats where rows share a page.
+
+        Returns:
+            `torch.Tensor`: `int32` `[n]`.
+        """
+        return torch.cat([table[self._live(tier)] for tier, table in enumerate(self.tables)])
+
+    def read_field(self, tier: int, field: str) -> torch.Tensor:
+        """A field of every packed slot of all layers.
+
+        Args:
+            tier (`int`): Index of the tier.
+            field (`str`): Name of the field.
+
+        Returns:
+            `torch.Tensor`: `[rows, slots]`, zero beyond each row's length.
+        """
+        return self.backend.read_field(self.rows(), tier, field, int(self.lengths[tier].max()))
+
+    def evict(self, tier: int, keep: torch.Tensor) -> None:
+        """Drops slots: the last survivors fill the holes, and pages that come free go back to the arena.
+
+        Holes are filled in ascending order from the end (KV-Compress, section 3.2 of the reference), so sources and
+        destinations never overlap.
+
+        Args:
+            tier (`int`): Index of the tier.
+            keep (`torch.Tensor`): `bool` `[rows, slots]` over all layers; what lies beyond a row's length is ignored.
+        """
+        width = keep.shape[1]
+        column = torch.arange(width, device=keep.device)
+        lengths = self.lengths[tier]
+        keep = keep & (column < lengths[:, None])
+        kept = keep.sum(1, dtype=torch.int32)
+        row, target = torch.nonzero(~keep & (column < kept[:, None]), as_tuple=True)
+        _, source = torch.nonzero((keep & (column >= kept[:, None])).flip(1), as_tuple=True)
+        source = width - 1 - source
+        if row.numel():
+            if self.arena.shared:
+                pages = torch.unique(torch.stack([row, target // self.layout.tiers[tier].slots]), dim=1)
+                self._own_pages(tier, pages[0], pages[1])
+            self.backend.move(self.rows(), tier, row.to(torch.int32), target.to(torch.int32), source.to(torch.int32))
+        if bool((kept < lengths).any()):
+            self.evicted = True
+            self.truncate(tier, kept)
+
+    def truncate(self, tier: int, lengths: torch.Tensor) -> None:
+        """Shortens rows and frees the pages behind.
+
+        Args:
+            tier (`int`): Index of the tier.
+            lengths (`torch.Tensor`): `int32` `[rows]` over all layers, none longer than now.
+        """
+        before = self._live(tier)
+        self.lengths[tier] = lengths
+        self.arena.release(self.tables[tier][before & ~self._live(tier)])
+        columns = int(self._pages(tier, lengths).max()) if lengths.numel() else 0
+        if columns + columns // 8 < self.tables[tier].shape[1] // 2:
+            with torch.inference_mode(False):
+                self.tables[tier] = self.tables[tier][:, :columns].clone()
+            self.version += 1
+
+    # -- sequences -------------------------------------------------------------------------------------------------
+
+    def select(self, index: torch.Tensor) -> None:
+        """Makes sequence `i` what sequence `index[i]` was; shared pages are counted, not copied.
+
+        Args:
+            index (`torch.Tensor`): `int64` `[new batch]`.
+        """
+        index = index.to(self.geometry.device)
+        old = self.live_ids()
+        heads = self.geometry.kv_heads
+        with torch.inference_mode(False):
+            self.tables = [
+                table.view(self.layers, self.batch, heads, -1)[:, index].flatten(0, 2).contiguous()
+                for table in self.tables
+            ]
+            lengths = self.lengths.view(-1, self.layers, self.batch, heads)[:, :, index]
+            self.lengths = lengths.flatten(1).contiguous()
+            self.tail_lengths = self.tail_lengths[:, index].contiguous()
+            if self.tail_keys is not None and self.tail_values is not None and self.tail_positions is not None:
+                self.tail_keys = self.tail_keys[:, index].contiguous()
+                self.tail_values = self.tail_values[:, index].contiguous()
+                self.tail_positions = self.tail_positions[:, index].contiguous()
+            if self.tail_fields is not None:
+                self.tail_fields = self.tail_fields[:, :, index].contiguous()
+        self._tail_shared = False
+        self.batch = index.numel()
+        self.arena.retain(self.live_ids())
+        self.arena.release(old)
+        self.version += 1
+
+    def fork(self) -> "PagedStore":
+        """A second owner of the same pages and tail; whoever writes first copies what it writes to.
+
+        Returns:
+            `PagedStore`: The copy.
+        """
+        other = PagedStore(self.geometry, self.layers, self.batch, self.layout, self.arena, self.backend)
+        with torch.inference_mode(False):
+            other.tables = [table.clone() for table in self.tables]
+            other.lengths = self.lengths.clone()
+            other.tail_lengths = self.tail_lengths.clone()
+        other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
+        other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
+        other.evicted = self.evicted
+        self._tail_shared = other._tail_shared = self.tail_keys is not None
+        self.arena.retain(other.live_ids())
+        return other
+
+    def close(self) -> None:
+        """Gives every page back and empties the rows."""
+        self.arena.release(self.live_ids())
+        self.lengths.zero_()
+        self.tail_lengths = torch.zeros_like(self.tail_lengths)
+        self.evicted = False
+        self.drop_tail()
+
+    # -- called by the arena ---------------------------------------------------------------------------------------
+
+    def relocate(self, new_id: torch.Tensor) -> None:
+        """Follows pages that the arena has moved.
+
+        Args:
+            new_id (`torch.Tensor`): `int32` `[page ids]`, where each page lives now.
+        """
+        for tier, table in enumerate(self.tables):
+            live = self._live(tier)
+            table[live] = new_id[table[live].long()]
+
+    def slabs_changed(self) -> None:
+        """Notes that slab addresses are no longer what they were."""
+        self.version += 1
+
+    # -- bytes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def own_bytes(self) -> int:
+        """`int`: Bytes of tables and tail."""
+        tail = [self.tail_keys, self.tail_values, self.tail_positions, self.tail_fields]
+        owned = [*self.tables, self.lengths, self.tail_lengths, *(t for t in tail if t is not None)]
+        return sum(t.nbytes for t in owned)
+
+    def usage(self) -> Usage:
+        """Where the bytes of this store go; pages that forks share are counted in each.
+
+        Returns:
+            `Usage`: Bytes by kind, without the arena's free pages and reference counts.
+        """
+        usage = Usage()
+        for tier, layout in enumerate(self.layout.tiers):
+            live = self._live(tier)
+            first = torch.arange(live.shape[1], device=live.device) * layout.slots
+            filled = (self.lengths[tier][:, None] - first).clamp(max=layout.slots)
+            # Beams share pages, so slots are counted per page and not per row.
+            per_page = torch.zeros(self.arena.references.numel(), dtype=torch.int64, device=live.device)
+            per_page.scatter_reduce_(0, self.tables[tier][live].long(), filled[live].long(), "amax")
+            slots, pages = int(per_page.sum()), int((per_page > 0).sum())
+            payload = layout.key_params - layout.keys + layout.value_params - layout.values
+            metadata = layout.values - layout.key_params + layout.fields - layout.value_params
+            usage.payload += slots * payload // layout.slots
+            usage.metadata += slots * metadata // layout.slots
+            usage.fields += slots * (layout.used - layout.fields) // layout.slots
+            usage.pages += pages
+        packed = usage.payload + usage.metadata + usage.fields
+        usage.slack = usage.pages * self.layout.page_bytes - packed
+        usage.tables = sum(t.nbytes for t in [*self.tables, self.lengths, self.tail_lengths])
+        usage.tail = self.own_bytes - usage.tables
+        return usage

@@ -1,0 +1,168 @@
+"""What a cache costs and what it did: numbers, tables and a heatmap. Looks in from outside."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvcompress_hf.attention import PagedAttention, RunStatistics
+from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MemoryReport", "RunReport", "measure_memory", "plot_slots"]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a cache by kind. The parts add up to `total`, and `total` is what is really allocated.
+
+    Args:
+        payload (`int`): Codes or native elements of packed keys and values.
+        metadata (`int`): Scales and offsets.
+        fields (`int`): Slot fields: positions and scores.
+        tail (`int`): The newest tokens, not packed yet (capacity, not only what is used).
+        tables (`int`): Page tables, lengths, reference counts.
+        slack (`int`): Unused space inside live pages.
+        free (`int`): Allocated pages that nobody uses.
+        forks (`int`): Pages of the same arena that only forks of this cache use.
+        dense (`int`): What a `DynamicCache` would hold after the same tokens.
+    """
+
+    payload: int = 0
+    metadata: int = 0
+    fields: int = 0
+    tail: int = 0
+    tables: int = 0
+    slack: int = 0
+    free: int = 0
+    forks: int = 0
+    dense: int = 0
+
+    @property
+    def total(self) -> int:
+        """`int`: Bytes allocated."""
+        return (
+            self.payload + self.metadata + self.fields + self.tail + self.tables + self.slack + self.free + self.forks
+        )
+
+    @property
+    def ratio(self) -> float:
+        """`float`: Bytes allocated as a fraction of the dense cache's; 0 for an empty cache."""
+        return self.total / self.dense if self.dense else 0.0
+
+    def __str__(self) -> str:
+        parts = ("payload", "metadata", "fields", "tail", "tables", "slack", "free", "forks")
+        lines = [f"{name:<10}{format_bytes(getattr(self, name)):>12}" for name in parts if getattr(self, name)]
+        lines.append(
+            f"{'total':<10}{format_bytes(self.total):>12}  = {self.ratio:.1%} of dense {format_bytes(self.dense)}"
+        )
+        return "\n".join(lines)
+
+
+def measure_memory(attention: PagedAttention) -> MemoryReport:
+    """Adds up what a cache has allocated.
+
+    Args:
+        attention (`PagedAttention`): The inside of a cache.
+
+    Returns:
+        `MemoryReport`: Bytes by kind.
+    """
+    kinds = dict.fromkeys(("payload", "metadata", "fields", "tail", "tables", "slack", "free", "forks"), 0)
+    mine: dict[int, int] = {}
+    for store in attention.stores:
+        usage = store.usage()
+        for kind in ("payload", "metadata", "fields", "tail", "tables", "slack"):
+            kinds[kind] += getattr(usage, kind)
+        mine[id(store.arena)] = mine.get(id(store.arena), 0) + usage.pages
+    for arena in attention.arenas:
+        kinds["tables"] += arena.references.nbytes + arena.slab_addresses.nbytes
+        kinds["free"] += (arena.pages - arena.live) * arena.page_bytes
+        kinds["forks"] += (arena.live - mine.get(id(arena), 0)) * arena.page_bytes
+    return MemoryReport(**kinds, dense=attention.dense_bytes())
+
+
+class RunReport:
+    """What one cache did, for as long as it lives and after; keeps no tensor of the cache alive.
+
+    Args:
+        recipe (`Recipe`): The cache's recipe.
+        attention (`PagedAttention`): The inside of the cache.
+    """
+
+    def __init__(self, recipe: Recipe, attention: PagedAttention) -> None:
+        self.recipe = recipe
+        self.statistics: RunStatistics = attention.statistics
+        self._attention = weakref.ref(attention)
+        self._memory = MemoryReport()
+        self._tokens = self._batch = 0
+
+    def freeze(self) -> None:
+        """Takes the last figures, just before the cache goes."""
+        attention = self._attention()
+        if attention is not None:
+            self._memory, self._tokens, self._batch = measure_memory(attention), attention.seen, attention.batch
+
+    @property
+    def memory(self) -> MemoryReport:
+        """`MemoryReport`: Bytes by kind, now or when the cache went."""
+        self.freeze()
+        return self._memory
+
+    @property
+    def tokens(self) -> int:
+        """`int`: Tokens seen per sequence, padding included."""
+        self.freeze()
+        return self._tokens
+
+    @property
+    def batch(self) -> int:
+        """`int`: Sequences."""
+        self.freeze()
+        return self._batch
+
+    def __str__(self) -> str:
+        s, memory = self.statistics, self.memory
+        return (
+            f"{self.recipe.name}: {self._batch} x {self._tokens} tokens in {format_bytes(memory.total)} = "
+            f"{memory.ratio:.1%} of dense, peak {format_bytes(s.peak_bytes)}; {s.packings} packings in "
+            f"{s.seconds_packing:.3f} s, {s.plans} plans in {s.seconds_planning:.3f} s, {s.evicted_slots} slots evicted"
+        )
+
+
+def plot_slots(slots: Sequence[torch.Tensor], sequence: int = 0) -> "Figure":
+    """A heatmap of the slots kept per layer and head.
+
+    Args:
+        slots (`Sequence[torch.Tensor]`): Per layer `[batch, kv_heads]`, as from `cache.rows()`.
+        sequence (`int`): Which sequence of the batch.
+
+    Returns:
+        `matplotlib.figure.Figure`: Layers downwards, KV heads to the right, the number written in each cell.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_slots needs matplotlib; install kvcompress_hf[plot].") from error
+    heads = max(layer.shape[1] for layer in slots)
+    grid = torch.full((len(slots), heads), float("nan"))
+    for i, layer in enumerate(slots):
+        grid[i, : layer.shape[1]] = layer[sequence].float()
+    figure = Figure(figsize=(2.5 + 0.6 * heads, 1.5 + 0.4 * len(slots)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
+    for i in range(grid.shape[0]):
+        for j in range(heads):
+            if not grid[i, j].isnan():
+                axes.text(j, i, f"{int(grid[i, j])}", ha="center", va="center", color="white", fontsize=8)
+    axes.set(xlabel="KV head", ylabel="layer", title="slots kept", xticks=range(heads), yticks=range(len(slots)))
+    figure.colorbar(image, label="slots")
+    return figure

@@ -1,0 +1,291 @@
+"""`patch`, `unpatch`, `patched`: installing the routes on a model and taking them off again."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from kvcompress_hf.patches import interface
+from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
+from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
+from kvcompress_hf.patches.llama import PagedLlamaAttention
+from kvcompress_hf.patches.mistral import PagedMistralAttention
+from kvcompress_hf.patches.support import check_model, check_transformers, text_config
+from kvcompress_hf.patches.swap import restore_originals, swap_modules
+from kvcompress_hf.reports import RunReport
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral.modeling_mistral import MistralAttention
+
+from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.recipe import Recipe
+
+__all__ = ["is_patched", "last_run_report", "patch", "patched", "unpatch"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaAttention: PagedLlamaAttention,
+    MistralAttention: PagedMistralAttention,
+}
+
+
+def patch(
+    model: Model,
+    recipe: str | Mapping[str, Any] | Recipe | None = None,
+    *,
+    route: str = "auto",
+    **overrides: Any,
+) -> Model:
+    """Makes a model keep its past in a compressed, paged cache whenever it generates.
+
+    Everything else about the model stays: weights, class, config, placement. `generate`, `pipeline` and chat
+    make a fresh [`CompressedPagedCache`] per call; a cache passed as `past_key_values` is used instead, and
+    one of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only
+    the recipe.
+
+    Before anything is relied on, three tokens are run through the stock and the patched model; if the logits
+    differ, or anything else fails, the model is left exactly as it was.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only language model.
+        recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts; the default
+            preset if left out.
+        route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
+            goes through transformers' attention interface, `"auto"` takes the first that fits.
+        overrides: Parts of the recipe to change, such as `budget=1/8`.
+
+    Returns:
+        `PreTrainedModel`: The same model.
+
+    Raises:
+        TypeError: If `model` is no transformers model or `recipe` of no known type.
+        ValueError: If the recipe, an override or the route is not allowed.
+        UnsupportedModelError: If the model cannot be patched; the message says why.
+        UnsupportedFeatureError: If the installed transformers version is not supported.
+
+    Example:
+
+    ```python
+    >>> import kvcompress_hf as kvc
+    >>> model = kvc.patch(model, "kv-compress", budget=1 / 8)  # doctest: +SKIP
+    >>> model.generate(**inputs, kvcompress={"budget": "512MiB"})  # doctest: +SKIP
+
+    ```
+    """
+    check_transformers()
+    resolved = resolve_recipe(recipe, **overrides)
+    if route not in ("auto", "swap", "interface"):
+        raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    if record is not None and _is_intact(model, record) and route in ("auto", record.route):
+        record.recipe = resolved
+        return model
+    check_model(model)
+    if record is not None:
+        unpatch(model)
+    with evaluating(model):
+        expected = stock_logits(model)
+        _install(model, PatchRecord(resolved, route=_choose_route(model, route)))
+        try:
+            check_dry_run(model, expected)
+        except BaseException:
+            unpatch(model)
+            raise
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Takes a patch off: the model is what it was before, down to its attention modules.
+
+    What happened to the model meanwhile (training mode, placement, hooks) is kept. Does nothing to a model
+    that is not patched.
+
+    Args:
+        model (`PreTrainedModel`): Any model.
+
+    Returns:
+        `PreTrainedModel`: The same model.
+    """
+    record = record_of(model)
+    if record is None:
+        return model
+    restore_originals(model, record.swapped)
+    for config, before, installed in record.implementations:
+        # Whatever the user chose in the meantime stays.
+        if config._attn_implementation == installed:
+            config._attn_implementation_internal = before
+    unbind_methods(model, record)
+    del model.__dict__[RECORD]
+    return model
+
+
+@contextlib.contextmanager
+def patched(
+    model: Model,
+    recipe: str | Mapping[str, Any] | Recipe | None = None,
+    *,
+    route: str = "auto",
+    **overrides: Any,
+) -> Iterator[Model]:
+    """[`patch`] for the length of a `with` block; afterwards the model is as before, patched or not.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only language model.
+        recipe (`str`, `Recipe` or `dict`, *optional*): As for [`patch`].
+        route (`str`): As for [`patch`].
+        overrides: As for [`patch`].
+
+    Yields:
+        `PreTrainedModel`: The patched model.
+
+    Example:
+
+    ```python
+    >>> with kvc.patched(model, "k8v4"):  # doctest: +SKIP
+    ...     model.generate(**inputs)
+
+    ```
+    """
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    before = None if record is None else (record.recipe, record.route)
+    patch(model, recipe, route=route, **overrides)
+    try:
+        yield model
+    finally:
+        if before is None:
+            unpatch(model)
+        else:
+            patch(model, before[0], route=before[1])
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model is patched.
+
+    Args:
+        model (`nn.Module`): Any model.
+
+    Returns:
+        `bool`: True between [`patch`] and [`unpatch`].
+    """
+    return record_of(model) is not None
+
+
+def last_run_report(model: nn.Module) -> RunReport | None:
+    """Figures of the cache that the last `generate` call of a patched model worked on.
+
+    Args:
+        model (`PreTrainedModel`): A patched model.
+
+    Returns:
+        `RunReport` or `None`: `None` before the first call.
+
+    Raises:
+        ValueError: If the model is not patched.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ValueError(f"{type(model).__name__} is not patched; call kvcompress_hf.patch(model) first.")
+    return record.last_run
+
+
+def _choose_route(model: PreTrainedModel, route: str) -> str:
+    swappable = sum(type(module) in _SWAPPED for module in model.modules())
+    if route == "swap" and not swappable:
+        names = " or ".join(kind.__name__ for kind in _SWAPPED)
+        raise UnsupportedModelError(
+            f'{type(model).__name__} has no {names} to swap; use route="interface" or "auto".'
+        )
+    if route != "auto":
+        return route
+    # A model with some layers of another kind, or with layers on other ranks, is the interface's.
+    return "swap" if swappable == text_config(model).num_hidden_layers else "interface"
+
+
+def _install(model: PreTrainedModel, record: PatchRecord) -> None:
+    """Puts everything in place, or nothing."""
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    try:
+        _set_implementation(model, record.route)
+        record.implementations = [
+            (config, old, config._attn_implementation)
+            for config, old in before
+            if config._attn_implementation != old
+        ]
+        if record.route == "swap":
+            record.swapped = swap_modules(model, _SWAPPED)
+        bind_methods(model, record)
+        model.__dict__[RECORD] = record
+    except BaseException:
+        unbind_methods(model, record)
+        restore_originals(model, record.swapped)
+        for config, old in before:
+            config._attn_implementation_internal = old
+        raise
+
+
+def _set_implementation(model: PreTrainedModel, route: str) -> None:
+    """Sets the attention implementation that the route needs, for the text part only."""
+    text = text_config(model)
+    base = interface.base_implementation(text._attn_implementation)
+    # Flash and flex attention know other masks than ours; the past is read by our own kernels in any case.
+    bases = (base,) if base in interface.BASES else interface.BASES
+    if route == "swap":
+        if base in interface.BASES:
+            return
+        names = bases
+    else:
+        interface.register()
+        names = tuple(interface.interface_name(name) for name in bases)
+    for name in names:
+        try:
+            model.set_attn_implementation(
+                name if text is model.config else {_sub_config_name(model.config, text): name}
+            )
+        except (ValueError, ImportError) as error:
+            refusal: Exception | None = error
+            continue
+        if text._attn_implementation == name:
+            return
+        refusal = None
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not supported: its attention implementation could not be set to "
+        f"{' or '.join(names)}"
+    ) from refusal
+
+
+def _sub_config_name(config: PreTrainedConfig, text: PreTrainedConfig) -> str:
+    for name in config.sub_configs:
+        if getattr(config, name, None) is text:
+            return name
+    raise UnsupportedModelError(
+        f"{type(config).__name__} hides its text config, so its attention cannot be set."
+    )
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Every config of a model once, composite ones before their parts."""
+    found: dict[int, PreTrainedConfig] = {}
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [
+                part for name in config.sub_configs if (part := getattr(config, name, None)) is not None
+            ]
+    return list(found.values())
+
+
+def _is_intact(model: nn.Module, record: PatchRecord) -> bool:
+    """Whether nobody has taken parts of the patch away since, for instance by `set_attn_implementation`."""
+    present = set(model.modules())
+    ours = text_config(model)._attn_implementation in map(interface.interface_name, interface.BASES)
+    return (
+        (ours or record.route == "swap")
+        and all(paged in present for paged, _ in record.swapped)
+        and all(config._attn_implementation == installed for config, _, installed in record.implementations)
+        and all(name in model.__dict__ for name in record.methods)
+    )

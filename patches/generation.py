@@ -1,0 +1,222 @@
+"""The bound methods of a patched model that `generate` goes through, and what they share: the patch record.
+
+Each takes the model it is bound to as its first argument and is put on the instance as a `functools.partial`,
+which `copy.deepcopy` and pickling bind to the copy; a closure over the stock bound method would go on calling
+the old model.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches.support import text_config
+from kvcompress_hf.reports import RunReport
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+
+from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.recipe import Recipe
+
+__all__ = ["RECORD", "PatchRecord", "bind_methods", "record_of", "unbind_methods"]
+
+#: The one attribute a patched model carries.
+RECORD = "_kvcompress_patch"
+
+_OPTION = "kvcompress"
+
+
+@dataclass(eq=False)
+class PatchRecord:
+    """All that is known of a patch, and all that undoing it needs. Nothing in it belongs to a cache.
+
+    Args:
+        recipe (`Recipe`): What fresh caches are made with.
+        route (`str`): `"swap"` or `"interface"`.
+        swapped (`list[tuple[nn.Module, nn.Module]]`): (paged, original) attention modules.
+        implementations (`list[tuple]`): (config, attention implementation before, installed) where they
+            differ.
+        replaced (`dict[str, Any]`): Instance attributes of the model that ours took the place of.
+        methods (`tuple[str, ...]`): Names of the bound methods.
+        last_run (`RunReport`, *optional*): Figures of the last cache `generate` worked on.
+    """
+
+    recipe: Recipe
+    route: str = "swap"
+    swapped: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    implementations: list[tuple[PreTrainedConfig, str | None, str | None]] = field(default_factory=list)
+    replaced: dict[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
+    last_run: RunReport | None = None
+
+
+def record_of(model: nn.Module) -> PatchRecord | None:
+    """The record of a patched model.
+
+    Args:
+        model (`nn.Module`): Any model.
+
+    Returns:
+        `PatchRecord` or `None`: `None` if the model is not patched.
+    """
+    return model.__dict__.get(RECORD)
+
+
+def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
+    """Puts the wrapping methods on the model and notes in the record what they replace.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        record (`PatchRecord`): Its record.
+    """
+    methods: dict[str, Callable[..., Any]] = {
+        "_prepare_generation_config": _prepare_generation_config,
+        "_prepare_cache_for_generation": _prepare_cache,
+    }
+    if _may_drop_cache(model):
+        methods["prepare_inputs_for_generation"] = _prepare_inputs
+    record.methods = tuple(methods)
+    for name, function in methods.items():
+        if name in model.__dict__:
+            record.replaced[name] = model.__dict__[name]
+        bound = functools.partial(function, model)
+        if name == "prepare_inputs_for_generation":
+            # generate() reads this signature to tell which arguments the model takes.
+            bound.__signature__ = inspect.signature(getattr(model, name))  # type: ignore[attr-defined]
+        model.__dict__[name] = bound
+
+
+def unbind_methods(model: nn.Module, record: PatchRecord) -> None:
+    """Undoes [`bind_methods`].
+
+    Args:
+        model (`nn.Module`): The model.
+        record (`PatchRecord`): Its record.
+    """
+    for name in record.methods:
+        model.__dict__.pop(name, None)
+        if name in record.replaced:
+            model.__dict__[name] = record.replaced[name]
+
+
+def _stock(model: PreTrainedModel, name: str) -> Callable[..., Any]:
+    record = record_of(model)
+    if record is not None and name in record.replaced:
+        return record.replaced[name]
+    return functools.partial(getattr(type(model), name), model)
+
+
+def _prepare_generation_config(
+    model: PreTrainedModel, generation_config: GenerationConfig | None = None, **kwargs: Any
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """As the stock method; moves the argument `kvcompress` of `generate` to this call's config.
+
+    The config returned is a copy made for the call, so nothing stays on the model.
+    """
+    past = kwargs.get("past_key_values")
+    if past is not None and not isinstance(past, Cache):
+        raise TypeError(
+            f"past_key_values is a {type(past).__name__}; generate() takes a transformers Cache, such as a "
+            "CompressedPagedCache or a DynamicCache."
+        )
+    given = _OPTION in kwargs
+    option = kwargs.pop(_OPTION, None)
+    generation_config, model_kwargs = _stock(model, "_prepare_generation_config")(generation_config, **kwargs)
+    if given:
+        setattr(generation_config, _OPTION, option)
+    return generation_config, model_kwargs
+
+
+def _prepare_cache(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """As the stock method; makes a fresh compressed cache where stock would make a `DynamicCache`."""
+    stock = _stock(model, "_prepare_cache_for_generation")
+    record = record_of(model)
+    option = getattr(generation_config, _OPTION, None)
+    past = model_kwargs.get("past_key_values")
+    implementation = generation_config.cache_implementation
+    if (
+        record is None
+        or past is not None
+        or generation_config.use_cache is False
+        or implementation is not None
+    ):
+        if option is not None and past is None:
+            wish = (
+                f"cache_implementation={implementation!r}"
+                if implementation is not None
+                else "use_cache=False"
+            )
+            raise ValueError(
+                f"kvcompress={option!r} and {wish} ask for different caches; leave one of them out."
+            )
+        stock(generation_config, model_kwargs, *args, **kwargs)
+        if record is not None and isinstance(past, CompressedPagedCache):
+            record.last_run = past.run_report
+        return
+    cache = CompressedPagedCache(
+        model.config,
+        _call_recipe(option, record.recipe),
+        prompt_tokens=_prompt_tokens(generation_config, model_kwargs),
+    )
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache
+    record.last_run = cache.run_report
+
+
+def _call_recipe(option: Any, patched: Recipe) -> Recipe:
+    """The recipe of one call: a preset's name, a recipe, or changes to the patched one."""
+    if option is None:
+        return patched
+    if isinstance(option, Mapping):
+        return resolve_recipe(option) if "preset" in option else patched.with_overrides(**option)
+    if isinstance(option, (list, tuple)):
+        raise UnsupportedFeatureError(
+            "kvcompress= takes one recipe for the whole batch for now; one per row of the batch is not "
+            "available yet."
+        )
+    return resolve_recipe(option)
+
+
+def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int | None:
+    """Length of the prompt, padding included; generate() drops a mask of ones but notes its length."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return int(mask.shape[-1])
+    length = getattr(generation_config, "_mask_length", None)
+    if length is None and model_kwargs.get("position_ids") is not None:
+        length = model_kwargs["position_ids"].shape[-1]
+    return None if length is None else int(length)
+
+
+def _may_drop_cache(model: PreTrainedModel) -> bool:
+    """Whether this is one of the long-rope Phis, whose inputs lose their cache at a certain length."""
+    return text_config(model).model_type in ("phi3", "phimoe", "phi4_multimodal")
+
+
+def _prepare_inputs(
+    model: PreTrainedModel, input_ids: Any, past_key_values: Cache | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """As the stock method of the long-rope Phis, which drops the cache where its rotary factors change.
+
+    The model would go on with a new `DynamicCache`, and compression would end without a word. Emptying the
+    cache and filling it again from all tokens is the same computation.
+    """
+    inputs = _stock(model, "prepare_inputs_for_generation")(
+        input_ids, past_key_values=past_key_values, **kwargs
+    )
+    if isinstance(past_key_values, CompressedPagedCache) and inputs.get("past_key_values") is None:
+        past_key_values.reset()
+        inputs["past_key_values"] = past_key_values
+    return inputs

@@ -1,0 +1,84 @@
+"""Filling a cache with a prompt once, to be used many times."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches.core import patched
+from kvcompress_hf.patches.generation import record_of
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.recipe import Recipe
+
+__all__ = ["prefill"]
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    recipe: str | Mapping[str, Any] | Recipe | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    chunk_size: int | None = None,
+    **overrides: Any,
+) -> CompressedPagedCache:
+    """Runs a prompt through a model and returns the filled cache, for `generate(..., past_key_values=cache)`.
+
+    `generate` needs at least one token beyond the cached ones: pass it the prompt with the question appended,
+    or only the new tokens together with the attention mask of all of them.
+
+    Args:
+        model (`PreTrainedModel`): The model; patched for the length of the call if it is not.
+        input_ids (`Tensor`): `[batch, tokens]`, left-padded if the rows differ in length.
+        recipe (`str`, `Recipe` or `dict`, *optional*): As for [`patch`]; left out, the recipe the model is
+            patched with.
+        attention_mask (`Tensor`, *optional*): `[batch, tokens]`, 0 for padding.
+        chunk_size (`int`, *optional*): Tokens per forward pass; all at once if left out.
+        overrides: Parts of the recipe to change.
+
+    Returns:
+        `CompressedPagedCache`: The cache, holding the whole prompt.
+
+    Raises:
+        ValueError: If the ids, the mask or `chunk_size` have no valid shape or value, or the recipe is not
+            allowed.
+        UnsupportedModelError: If the model cannot be patched.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens] with at least one "
+            "token."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be that of input_ids, "
+            f"{tuple(input_ids.shape)}."
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None.")
+    record = record_of(model)
+    resolved = resolve_recipe(record.recipe if record is not None and recipe is None else recipe, **overrides)
+    tokens = input_ids.shape[1]
+    step = chunk_size or tokens
+    if attention_mask is None:
+        positions = torch.arange(tokens, device=input_ids.device)[None]
+    else:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    with patched(model, resolved):
+        cache = CompressedPagedCache(model.config, resolved, prompt_tokens=tokens)
+        extra = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        for start in range(0, tokens, step):
+            end = min(start + step, tokens)
+            model(
+                input_ids=input_ids[:, start:end],
+                attention_mask=None if attention_mask is None else attention_mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                **extra,
+            )
+    return cache

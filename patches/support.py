@@ -1,0 +1,106 @@
+"""What is checked before a model is touched: the transformers version, and everything the config tells."""
+
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+
+__all__ = ["TRANSFORMERS_BELOW", "TRANSFORMERS_FROM", "check_model", "check_transformers", "text_config"]
+
+TRANSFORMERS_FROM, TRANSFORMERS_BELOW = "5.23", "5.25"
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_transformers() -> None:
+    """Checks that the installed transformers is one this package was made for.
+
+    Raises:
+        UnsupportedFeatureError: If it is older or newer.
+    """
+    installed = transformers.__version__
+    if not Version(TRANSFORMERS_FROM) <= Version(installed) < Version(TRANSFORMERS_BELOW):
+        raise UnsupportedFeatureError(
+            f"kvcompress_hf works with transformers >={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}, but "
+            f"{installed} is "
+            f'installed; pip install "transformers>={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}".'
+        )
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the part of a model that writes text.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+
+    Returns:
+        `PreTrainedConfig`: `model.config` itself for a plain language model.
+    """
+    return model.config.get_text_config(decoder=True)
+
+
+def check_model(model: Any) -> None:
+    """Refuses, with the reason, every model whose config shows that its cache cannot be compressed here.
+
+    Args:
+        model (`PreTrainedModel`): The model; only looked at.
+
+    Raises:
+        TypeError: If it is not a transformers model.
+        UnsupportedModelError: If it is not supported; the message says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        inner = " (patch the inner one: model.get_base_model())" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"patch() takes a transformers PreTrainedModel, got {type(model).__name__}{inner}.")
+    reason = _reason_against(model)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({model.config.model_type}) is not supported: {reason}."
+        )
+
+
+def _reason_against(model: PreTrainedModel) -> str | None:
+    config = model.config
+    if config.is_encoder_decoder:
+        return (
+            "it is an encoder-decoder model, and only decoder-only language models have the cache we replace"
+        )
+    if not model.can_generate():
+        return "it has no generate(); give the language-model class (for instance AutoModelForCausalLM)"
+    text = text_config(model)
+    if getattr(text, "kv_lora_rank", None):
+        return "multi-head latent attention (MLA) caches one latent per token, not keys and values per head"
+    if model._is_stateful or not model._supports_default_dynamic_cache():
+        return "it keeps a recurrent state (Mamba, linear or hybrid attention), not only keys and values"
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS)
+    if other:
+        supported = " and ".join(sorted(_ATTENTION_LAYERS))
+        return f"it has layers of type {', '.join(other)}, and only {supported} are supported"
+    if getattr(text, "attention_chunk_size", None) and not getattr(text, "layer_types", None):
+        return "it attends in chunks, which the compressed cache does not know"
+    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi":
+        return "it adds ALiBi position biases to the attention scores, which need every key in its place"
+    if getattr(text, "is_causal", True) is False:
+        return "its attention is not causal"
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' AttentionInterface, so it cannot be replaced"
+    return _reason_against_heads(text)
+
+
+def _reason_against_heads(text: PreTrainedConfig) -> str | None:
+    for layer in text.per_layer_config:
+        for name in ("head_dim", "global_head_dim", "v_head_dim", "swa_head_dim", "swa_v_head_dim"):
+            dim = getattr(layer, name, None)
+            if dim is None and name == "head_dim":
+                heads = getattr(layer, "num_attention_heads", None)
+                dim = layer.hidden_size // heads if heads and getattr(layer, "hidden_size", None) else None
+            if dim is not None and (dim % 16 or not 0 < dim <= 256):
+                return f"its {name} is {dim}; it must be a multiple of 16, at most 256"
+        keys, values = getattr(layer, "head_dim", None), getattr(layer, "v_head_dim", None)
+        if keys and values and keys != values:
+            return f"its keys have {keys} dims and its values {values}; they must be equal"
+    return None

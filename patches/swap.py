@@ -1,0 +1,190 @@
+"""Replacing attention modules by paged ones, and putting the originals back.
+
+A paged module is another view of the stock module: it holds the very same dicts of parameters, buffers,
+submodules and hooks, so whatever moves, offloads, shards or wraps one does it to both.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches.call import check_call
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvcompress_hf.errors import UnsupportedModelError
+
+__all__ = ["paged_attention", "paged_view", "restore_originals", "swap_modules"]
+
+
+def swap_modules(
+    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Replaces each module of exactly a class in `classes` by a paged view of it.
+
+    Args:
+        model (`nn.Module`): The model.
+        classes (`dict[type, type]`): Stock class to paged class.
+
+    Returns:
+        `list[tuple[nn.Module, nn.Module]]`: (paged, original) for each one replaced.
+
+    Raises:
+        UnsupportedModelError: If something other than accelerate replaced a module's `forward`. Nothing is
+            changed then.
+    """
+    views: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) in classes:
+            views[module] = paged_view(module, classes[type(module)], name)
+    _replace_children(model, views)
+    return [(paged, original) for original, paged in views.items()]
+
+
+def restore_originals(model: nn.Module, swapped: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Undoes [`swap_modules`], keeping hooks, training mode and placement that were set since.
+
+    Args:
+        model (`nn.Module`): The model.
+        swapped (`list[tuple[nn.Module, nn.Module]]`): What `swap_modules` returned.
+    """
+    for paged, original in swapped:
+        before, state = original.__dict__, dict(paged.__dict__)
+        if "_hf_hook" in before and before["_hf_hook"] is state.get("_hf_hook"):
+            state.update({name: before[name] for name in ("forward", "_old_forward") if name in before})
+        else:
+            _retarget_forward(state, paged, original)
+        before.clear()
+        before.update(state)
+    _replace_children(model, dict(swapped))
+
+
+def paged_view(module: nn.Module, paged_class: type[nn.Module], name: str = "attention") -> nn.Module:
+    """A paged module over the state of a stock one.
+
+    Args:
+        module (`nn.Module`): The stock attention module; left as it is.
+        paged_class (`type[nn.Module]`): A subclass of its class that adds only a `forward`.
+        name (`str`): What to call the module in an error.
+
+    Returns:
+        `nn.Module`: The paged module.
+
+    Raises:
+        UnsupportedModelError: If something other than accelerate replaced the module's `forward`.
+    """
+    state = dict(module.__dict__)
+    if not _retarget_forward(state, module, paged := paged_class.__new__(paged_class)):
+        raise UnsupportedModelError(
+            f"The forward of {name} ({type(module).__name__}) was replaced by {state['forward']!r}; patch "
+            "the model first "
+            "and apply that change afterwards, or undo it."
+        )
+    paged.__dict__.update(state)
+    return paged
+
+
+def _retarget_forward(state: dict[str, Any], old: nn.Module, new: nn.Module) -> bool:
+    """Points accelerate's `forward` in `state` from `old` to `new`; False if it is somebody else's."""
+    if "forward" not in state:
+        return True
+    forward, bound = state["forward"], types.MethodType(type(new).forward, new)
+    if "_old_forward" in state:
+        if not (
+            isinstance(forward, functools.partial)
+            and forward.args == (old,)
+            and _is_own(state["_old_forward"], old)
+        ):
+            return False
+        state["_old_forward"] = bound
+        state["forward"] = functools.update_wrapper(functools.partial(forward.func, new), bound)
+        return True
+    # What accelerate leaves behind when it removes its hook.
+    if not _is_own(forward, old):
+        return False
+    state["forward"] = bound
+    return True
+
+
+def _is_own(method: Any, module: nn.Module) -> bool:
+    return (
+        isinstance(method, types.MethodType)
+        and method.__self__ is module
+        and method.__func__ is type(module).forward
+    )
+
+
+def _replace_children(model: nn.Module, views: dict[nn.Module, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in views:
+                parent._modules[name] = views[child]
+
+
+def paged_attention(
+    module: Any,
+    cache: CompressedPagedCache,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None,
+    attention_mask: Tensor | None,
+    rotate: Callable[..., tuple[Tensor, Tensor]],
+    eager: Callable[..., tuple[Tensor, Tensor | None]],
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """The attention layer of Llama-shaped families over a compressed cache.
+
+    Args:
+        module (`nn.Module`): The paged module, with `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+        cache (`CompressedPagedCache`): Where the past is.
+        hidden_states (`Tensor`): `[batch, tokens, hidden]`.
+        position_embeddings (`tuple[Tensor, Tensor]`): cos and sin, `[batch, tokens, head_dim]`.
+        attention_mask (`Tensor`, *optional*): What transformers made for the new tokens, `[batch, 1, tokens,
+            tokens]`.
+        rotate (`Callable`): The family's `apply_rotary_pos_emb`.
+        eager (`Callable`): The family's `eager_attention_forward`.
+        sliding_window (`int`, *optional*): The layer's window in tokens.
+        kwargs (`dict[str, Any]`): The other arguments of the call.
+
+    Returns:
+        `tuple[Tensor, None]`: `[batch, tokens, hidden]`, and no attention weights.
+
+    Raises:
+        UnsupportedFeatureError: For arguments the cache does not know, or attention dropout.
+        ValueError: Without position embeddings.
+    """
+    if position_embeddings is None:
+        raise ValueError(f"{type(module).__name__} needs position_embeddings=(cos, sin).")
+    dropout = module.attention_dropout if module.training else 0.0
+    check_call(module, dropout, kwargs)
+    input_shape = hidden_states.shape[:-1]
+    # Head counts come from the projections: under tensor parallelism this rank has only its own heads.
+    hidden_shape = (*input_shape, -1, module.head_dim)
+    query = module.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    key = module.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    value = module.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    cos, sin = position_embeddings
+    query, key = rotate(query, key, cos, sin)
+
+    def dense() -> Tensor:
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        # The mask carries the window for sdpa and eager; the argument is for the implementations without
+        # masks.
+        window = {} if sliding_window is None else {"sliding_window": sliding_window}
+        return function(
+            module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **window, **kwargs
+        )[0]
+
+    output = cache.attend(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=module.scaling,
+        dense=dense,
+        sliding_window=sliding_window,
+    )
+    return module.o_proj(output.reshape(*input_shape, -1)), None

@@ -1,0 +1,186 @@
+"""Tiny random models of many families, and the ways of generating that every one of them must get right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+WINDOW = 24
+PROMPT = 40
+
+_BASE = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+    # Wide enough that the two largest logits are never close to equal.
+    "initializer_range": 0.2,
+}
+_ALTERNATING = ["sliding_attention", "full_attention"]
+
+# Family name: class prefix, changes to the base config.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"head_dim": 64, "hidden_size": 128, "num_hidden_layers": 3}),
+    "llama-mha": ("Llama", {"head_dim": 32, "num_key_value_heads": 4, "attention_bias": True}),
+    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 3}),
+    "mistral-full": ("Mistral", {"head_dim": 16, "sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING, "attn_logit_softcapping": 2.0},
+    ),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "phi3-longrope": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": PROMPT + 10,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.5] * 8,
+                "original_max_position_embeddings": PROMPT + 10,
+            },
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": _ALTERNATING,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+        },
+    ),
+    "phimoe": ("Phimoe", {"sliding_window": WINDOW, "num_local_experts": 2}),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+    "cohere2": ("Cohere2", {"head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
+    "mixtral": ("Mixtral", {"num_local_experts": 2, "sliding_window": WINDOW}),
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 2, "num_experts_per_tok": 1}),
+    "granite": ("Granite", {}),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "stablelm": ("StableLm", {}),
+    "gpt-neox": ("GPTNeoX", {"num_key_value_heads": None}),
+    "exaone4": ("Exaone4", {"sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
+}
+
+GENERATION_MODES = ("greedy", "padded", "chunked", "beams", "sampling", "lookup")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    prefix, own = FAMILIES[family]
+    values = {k: v for k, v in {**_BASE, **own, **changes}.items() if k != "num_key_value_heads" or v}
+    if prefix == "GPT2":
+        values = {k: values[k] for k in values if k in ("vocab_size", "initializer_range") or "token" in k or "n_" in k}
+    text = "TextConfig" if hasattr(transformers, f"{prefix}TextConfig") else "Config"
+    config = getattr(transformers, prefix + text)(**values)
+    torch.manual_seed(seed)
+    return getattr(transformers, prefix + ("LMHeadModel" if prefix == "GPT2" else "ForCausalLM"))(config).eval()
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., PreTrainedModel]:
+    """`build_model(family, seed=0, **config_changes)`: a new tiny random model in evaluation mode."""
+    return _build
+
+
+def prompt_ids(batch: int = 1, tokens: int = PROMPT, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 160, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_inputs() -> dict[str, torch.Tensor]:
+    """Three rows, left-padded by 0, 7 and 29 tokens: the last one's padding is longer than the window."""
+    ids, mask = prompt_ids(3), torch.ones(3, PROMPT, dtype=torch.long)
+    for row, pads in enumerate((0, 7, 29)):
+        ids[row, :pads], mask[row, :pads] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _run(model: PreTrainedModel, mode: str = "greedy", new_tokens: int = 64, **kwargs: Any) -> torch.Tensor:
+    arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
+    inputs: dict[str, torch.Tensor] = {"input_ids": prompt_ids()}
+    if mode == "padded":
+        inputs = padded_inputs()
+    elif mode == "chunked":
+        inputs = padded_inputs()
+        arguments["prefill_chunk_size"] = 11
+    elif mode == "beams":
+        inputs = padded_inputs()
+        arguments["num_beams"] = 3
+    elif mode == "sampling":
+        inputs = padded_inputs()
+        arguments |= {"do_sample": True, "temperature": 0.9, "top_k": 20}
+    elif mode == "lookup":
+        # A prompt that repeats itself, so that some of the looked-up tokens are taken and others rolled back.
+        inputs = {"input_ids": prompt_ids(tokens=PROMPT // 4).repeat(1, 4)}
+        arguments["prompt_lookup_num_tokens"] = 3
+    torch.manual_seed(7)
+    return model.generate(**inputs, **(arguments | kwargs))
+
+
+@pytest.fixture(scope="session")
+def run_generate() -> Callable[..., Any]:
+    """`run_generate(model, mode, new_tokens)`: one of `GENERATION_MODES`, always on the same input."""
+    return _run
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Callable[..., torch.Tensor]:
+    """`prompt(batch=1, tokens=40, seed=1)`: random token ids `[batch, tokens]`."""
+    return prompt_ids
+
+
+@pytest.fixture(scope="session")
+def padded() -> dict[str, torch.Tensor]:
+    """A left-padded batch of three as `input_ids` and `attention_mask`."""
+    return padded_inputs()
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[PreTrainedModel], dict[str, Any]]:
+    """`snapshot(model)`: everything about a model that patching must not leave changed."""
+
+    def take(model: PreTrainedModel) -> dict[str, Any]:
+        return {
+            "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
+            "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+            "training": {name: module.training for name, module in model.named_modules()},
+            "hooks": {
+                name: (len(module._forward_hooks), len(module._forward_pre_hooks))
+                for name, module in model.named_modules()
+            },
+            "tensors": {name: id(tensor) for name, tensor in model.named_parameters()},
+            "class": type(model),
+            "config": (model.config.to_json_string(), model.config._attn_implementation),
+            "generation_config": model.generation_config.to_json_string(),
+        }
+
+    return take

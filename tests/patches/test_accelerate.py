@@ -1,0 +1,108 @@
+"""Models that accelerate has placed, before or after patching."""
+
+import copy
+
+import pytest
+import torch
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches import patch, unpatch
+
+accelerate = pytest.importorskip("accelerate")
+
+# Hooks on a whole layer, and on an attention module itself.
+DEVICE_MAP = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1.self_attn": "disk",
+    "model.layers.1.mlp": "cpu",
+    "model.layers.1.input_layernorm": "cpu",
+    "model.layers.1.post_attention_layernorm": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "lm_head": "disk",
+}
+
+
+@pytest.fixture
+def dispatch(tmp_path):
+    def place(model):
+        return accelerate.dispatch_model(
+            model, DEVICE_MAP, main_device="cpu", offload_dir=tmp_path, skip_keys="past_key_values"
+        )
+
+    return place
+
+
+def _check(model, run_generate, expected):
+    out = run_generate(model, "padded", 24, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.parametrize(("family", "route"), [("llama", "swap"), ("llama", "interface"), ("mistral", "swap")])
+def test_dispatched_before_patching(family, route, build_model, run_generate, dispatch):
+    model = build_model(family)
+    expected = run_generate(model, "padded", 24)
+    dispatch(model)
+    hooked = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    hook = model.model.layers[1].self_attn._hf_hook
+    patch(model, "lossless", route=route)
+    assert model.model.layers[1].self_attn._hf_hook is hook
+    _check(model, run_generate, expected)
+    unpatch(model)
+    assert {name: sorted(vars(module)) for name, module in model.named_modules()} == hooked
+    assert torch.equal(run_generate(model, "padded", 24), expected)
+    assert model.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(("family", "route"), [("llama", "swap"), ("llama", "interface"), ("mistral", "swap")])
+def test_dispatched_after_patching(family, route, build_model, run_generate, dispatch):
+    model = build_model(family)
+    expected = run_generate(model, "padded", 24)
+    original = model.model.layers[1].self_attn
+    patch(model, "lossless", route=route)
+    dispatch(model)
+    _check(model, run_generate, expected)
+    unpatch(model)
+    assert model.model.layers[1].self_attn is original
+    assert original._hf_hook is not None and original.forward.args == (original,)
+    assert torch.equal(run_generate(model, "padded", 24), expected)
+    # and back again, with the hooks carried over
+    patch(model, "lossless", route=route)
+    _check(model, run_generate, expected)
+
+
+def test_hooks_removed_while_patched(build_model, run_generate, dispatch):
+    model = build_model("llama")
+    expected = run_generate(model, "padded", 24)
+    attention = model.model.layers[0].self_attn
+    accelerate.hooks.add_hook_to_module(attention, accelerate.hooks.ModelHook())
+    patch(model, "lossless")
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    _check(model, run_generate, expected)
+    unpatch(model)
+    assert model.model.layers[0].self_attn is attention
+    assert not hasattr(attention, "_hf_hook")
+    assert torch.equal(run_generate(model, "padded", 24), expected)
+    # What accelerate leaves on a module it has let go of does not stand in the way.
+    patch(model, "lossless")
+    _check(model, run_generate, expected)
+
+
+def test_deepcopy_of_a_hooked_patched_model(build_model, run_generate):
+    model = build_model("llama")
+    expected = run_generate(model, "padded", 24)
+    for layer in model.model.layers:
+        accelerate.hooks.add_hook_to_module(layer.self_attn, accelerate.hooks.ModelHook())
+    patch(model, "lossless")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    _check(twin, run_generate, expected)
+    unpatch(twin)
+    attention = twin.model.layers[0].self_attn
+    assert attention.forward.args == (attention,)
+    assert torch.equal(run_generate(twin, "padded", 24), expected)

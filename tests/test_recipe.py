@@ -1,0 +1,65 @@
+"""Recipes: round trips, overrides, and what is refused."""
+
+import pytest
+
+import kvcompress_hf as kvc
+from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.recipe import Budget, Protect, Recipe, When, WindowScores
+
+
+@pytest.mark.parametrize("name", kvc.presets())
+def test_presets_round_trip_through_json_and_repr(name):
+    recipe = kvc.get_preset(name)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert eval(repr(recipe)) == recipe
+    assert recipe.name == name
+    assert kvc.presets()[name]
+
+
+def test_the_default_is_k8v4():
+    assert resolve_recipe(None) == kvc.get_preset("k8v4")
+
+
+def test_parts_combine_freely():
+    recipe = resolve_recipe("kv-compress", tiers="k8v4", budget=1 / 8, protect={"sinks": 4})
+    assert recipe.tiers == ("k8v4",) and recipe.budget == Budget(0.125)
+    assert recipe.protect == Protect(sinks=4, recent=32)  # the parts not named stay
+    assert resolve_recipe({"preset": "kv-compress", "budget": 512}).budget == Budget(512)
+    assert resolve_recipe({"tiers": ["k4v2"]}).tiers == ("k4v2",)
+
+
+def test_parsing_a_full_dict_restores_every_part():
+    recipe = Recipe(
+        "mine", WindowScores(8, 1, 1, False), Protect(2, 8), Budget("3MiB"), ("k4v4",), When(False, 7), 4096
+    )
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("spec", "overrides", "error", "words"),
+    [
+        ("zip", {}, ValueError, "Unknown preset 'zip'.*kv-compress"),
+        (3, {}, TypeError, "int"),
+        ({"preset": "kv-compress", "bits": 3}, {}, ValueError, "Unknown recipe part 'bits'.*tiers"),
+        ("kv-compress", {"budget": 1.5}, ValueError, r"1\.5.*\(0, 1\]"),
+        ("kv-compress", {"budget": 0}, ValueError, "at least 1"),
+        ("kv-compress", {"budget": 16}, ValueError, "32 are protected"),
+        ("kv-compress", {"budget": "5 apples"}, ValueError, "apples"),
+        ("kv-compress", {"observer": {"pool": 4}}, ValueError, "odd"),
+        ("kv-compress", {"observer": {"wind": 4}}, ValueError, "Unknown argument 'wind'"),
+        ("kv-compress", {"observer": None}, ValueError, "no observer"),
+        ("lossless", {"budget": 0.5}, ValueError, "no observer"),
+        ("lossless", {"tiers": "k3v3"}, ValueError, "Unknown tier 'k3v3'"),
+        ("lossless", {"tiers": ()}, TypeError, "non-empty"),
+        ("lossless", {"when": 3}, TypeError, "When"),
+        ("lossless", {"page_bytes": 0}, ValueError, "page_bytes"),
+    ],
+)
+def test_bad_recipes_are_refused_with_the_reason(spec, overrides, error, words):
+    with pytest.raises(error, match=words):
+        resolve_recipe(spec, **overrides)
+
+
+def test_json_that_is_no_recipe_is_refused():
+    with pytest.raises(ValueError, match="JSON object"):
+        Recipe.from_json("[1]")
