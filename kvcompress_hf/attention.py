@@ -15,14 +15,16 @@ import torch
 
 from kvcompress_hf import kernels
 from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
-from kvcompress_hf.importance.window import observe_window
+from kvcompress_hf.importance.base import Chunk, Observer
 from kvcompress_hf.paging.arena import Arena
-from kvcompress_hf.paging.store import Geometry, PagedStore
-from kvcompress_hf.planning.budget import RowGroup, allowed_bytes
-from kvcompress_hf.planning.kv_compress import plan_pages
+from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
+from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
+from kvcompress_hf.planning.base import Plan
+from kvcompress_hf.planning.distortion import measure_distortion
+from kvcompress_hf.planning.run import make_view
 from kvcompress_hf.recipe import TIERS, Recipe
 
-_TIER = 0  # recipes hold one stored tier so far
+_BEST = 0  # new slots enter the first tier
 
 
 @dataclass
@@ -53,6 +55,7 @@ class _Layer:
     window: int | None
     store: PagedStore | None = None
     index: int = 0  # place among the store's layers
+    group: int = 1  # query heads per KV head
     seen: int = 0  # logical tokens, padding and evicted ones included
     tail_used: int = 0  # most slots any sequence has in the tail
     plan: kernels.DecodePlan | None = None
@@ -68,13 +71,13 @@ class _StoreLayers:
 
 
 @dataclass
-class _Snapshot:
+class _Before:
     """How things stood before a multi-token forward pass, should it run out of memory."""
 
     seen: int = 0
     tail_used: list[int] = field(default_factory=list)
     padding: torch.Tensor | None = None
-    lengths: dict[Geometry, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    stores: dict[Geometry, Snapshot] = field(default_factory=dict)
 
 
 class PagedAttention:
@@ -96,6 +99,10 @@ class PagedAttention:
         max_bytes: int | None = None,
     ) -> None:
         self.recipe = recipe
+        self._observer: Observer | None = recipe.observer
+        self._planner: Plan | None = recipe.plan
+        self._distortion: list[torch.Tensor] = []  # per measured layer, float32 [kv_heads, tiers]
+        self._prompt = 0  # tokens that came in chunks; what follows was decoded one by one
         self.prompt_tokens = prompt_tokens
         self.max_bytes = max_bytes
         self.recording = False
@@ -106,7 +113,7 @@ class PagedAttention:
         self._stores: dict[Geometry, _StoreLayers] = {}
         self._arenas: dict[tuple[torch.device, int], Arena] = {}
         self._padding: torch.Tensor | None = None  # int64 [batch]: padding tokens seen per sequence
-        self._before = _Snapshot()
+        self._before = _Before()
         self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
 
     # -- the door --------------------------------------------------------------------------------------------------
@@ -167,6 +174,7 @@ class PagedAttention:
                 f"{store.geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh cache."
             )
         valid = None if mask is None else self._valid(mask, query.shape[2], tokens)
+        layer.group = query.shape[1] // key.shape[1]
         if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         else:
@@ -210,10 +218,14 @@ class PagedAttention:
         if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
             room = layer.tail_used + 1
             store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
-        observer = self.recipe.observer
-        power = observer.power if observer is not None and observer.decode else 0
-        if power and store.arena.shared:
-            store.own_all()
+        observer = self._observer
+        sum_field = None if observer is None else observer.sum_field
+        square_field = None if observer is None else observer.square_field
+        if sum_field or square_field:
+            if store.arena.shared:
+                store.own_all()
+            if observer is not None and observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
+                store.clear_field(str(sum_field), layer.index)
         plan_key = (
             store.version,
             query.shape[1],
@@ -230,8 +242,8 @@ class PagedAttention:
                 softcap=softcap,
                 window=window,
                 sinks=None if sinks is None else sinks.detach().float().contiguous(),
-                sum_field="score" if power == 1 else None,
-                square_field="score" if power == 2 else None,
+                sum_field=sum_field,
+                square_field=square_field,
                 q_heads=query.shape[1],
             )
             layer.plan_key = plan_key
@@ -275,16 +287,16 @@ class PagedAttention:
                 bias=bias,
             )
             output = cast(torch.Tensor, attended)  # without return_lse it is the output alone
-        scores = None
-        if self.recipe.observer is not None and (tokens > 1 or position == 0):
+        fields: dict[str, torch.Tensor] = {}
+        if self._observer is not None:
             started = time.perf_counter()
             store.reserve_tail(layer.tail_used)
-            scores = observe_window(
-                self.recipe.observer,
-                store,
-                layer.index,
-                query.detach(),
-                key,
+            chunk = Chunk(
+                store=store,
+                layer=layer.index,
+                query=query.detach(),
+                keys=key,
+                values=value,
                 position=position,
                 scale=scaling,
                 softcap=softcap,
@@ -292,12 +304,16 @@ class PagedAttention:
                 sinks=None if sinks is None else sinks.detach().float().contiguous(),
                 valid=valid,
             )
+            fields = self._observer.observe(chunk)
+            if self._planner is not None and self._planner.needs_distortion and position == 0:
+                tiers = [TIERS[name] for name in self.recipe.tiers]
+                self._distortion.append(measure_distortion(chunk.query, key, value, scaling, tiers))
             self.statistics.seconds_planning += time.perf_counter() - started
         started = time.perf_counter()
         if self.recording or tokens == 1:
-            self._append(layer, store, key, value, valid, scores)
+            self._append(layer, store, key, value, valid, fields)
         else:
-            self._pack_chunk(layer, store, key, value, valid, scores)
+            self._pack_chunk(layer, store, key, value, valid, fields)
             self._unfinished = True
         self.statistics.seconds_packing += time.perf_counter() - started
         return output
@@ -309,7 +325,7 @@ class PagedAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         valid: torch.Tensor | None,
-        scores: torch.Tensor | None,
+        fields: dict[str, torch.Tensor],
     ) -> None:
         """Puts new tokens into the tail, where they can still be taken back."""
         tokens = key.shape[2]
@@ -317,12 +333,13 @@ class PagedAttention:
         tail = store.tail(layer.index)
         before = tail.lengths.clone()
         store.backend.append(tail, key, value, layer.seen, valid)
-        if scores is not None and tail.fields is not None:
-            real = torch.ones_like(scores[:, 0], dtype=torch.bool) if valid is None else valid
+        if fields and tail.fields is not None:
+            real = torch.ones(key.shape[::2][:2], dtype=torch.bool, device=key.device) if valid is None else valid
             batch, token = torch.nonzero(real, as_tuple=True)
             slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
-            field_view = tail.fields[store.layout.fields.index("score")].view(torch.float32)
-            field_view[batch, :, slot] = scores[batch, :, token]
+            for name, values in fields.items():
+                target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
+                target[batch, :, slot] = values[batch, :, token]
         layer.tail_used += tokens
 
     def _pack_chunk(
@@ -332,15 +349,21 @@ class PagedAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         valid: torch.Tensor | None,
-        scores: torch.Tensor | None,
+        fields: dict[str, torch.Tensor],
     ) -> None:
         """Packs a chunk of a prompt straight into pages; padding and what no later query can see is left out."""
         batch, heads, tokens, _ = key.shape
-        store.pack_tail(_TIER, layer.index)
+        store.pack_tail(_BEST, layer.index, self._describe)
         layer.tail_used = 0
+        if self._describe is not None:
+            real = torch.ones((batch, tokens), dtype=torch.bool, device=key.device) if valid is None else valid
+            fields = {**fields, **store.describe(self._describe, key, value, real, layer.index)}
         first = 0 if layer.window is None else max(0, tokens - layer.window + 1)
         index = None
         counts = torch.full((batch, 1), tokens - first, dtype=torch.int32, device=key.device)
+        if "position" in store.layout.fields:
+            positions = torch.arange(layer.seen, layer.seen + tokens, dtype=torch.int32, device=key.device)
+            fields = {**fields, "position": positions.expand(batch, heads, -1)}
         if valid is not None:
             wanted = valid.clone()
             wanted[:, :first] = False
@@ -349,17 +372,9 @@ class PagedAttention:
             index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)[:, None]
         elif first:
             key, value = key[:, :, first:], value[:, :, first:]
-            scores = None if scores is None else scores[:, :, first:]
-        offset = first if valid is None else 0
-        fields: dict[str, torch.Tensor] = {}
-        if "position" in store.layout.fields:
-            start = layer.seen + offset
-            positions = torch.arange(start, layer.seen + tokens, dtype=torch.int32, device=key.device)
-            fields["position"] = positions.expand(batch, heads, -1)
-        if scores is not None:
-            fields["score"] = scores
+            fields = {name: values[:, :, first:] for name, values in fields.items()}
         store.pack(
-            _TIER,
+            _BEST,
             key,
             value,
             counts.expand(-1, heads),
@@ -369,6 +384,11 @@ class PagedAttention:
         )
         self.statistics.packings += 1
 
+    @property
+    def _describe(self) -> Describe | None:
+        observer = self._observer
+        return observer.describe if observer is not None and observer.describes else None
+
     # -- before and after a forward pass ---------------------------------------------------------------------------
 
     def _begin_forward(self, tokens: int, mask: torch.Tensor | None, key: torch.Tensor) -> None:
@@ -377,12 +397,14 @@ class PagedAttention:
             self._end_forward()
         if not self.batch:
             self.batch = key.shape[0]
+        if tokens > 1 or not self.seen:
+            self._prompt = self.seen + tokens
         if tokens > 1:
-            self._before = _Snapshot(
+            self._before = _Before(
                 seen=self.seen,
                 tail_used=[layer.tail_used for layer in self._layers],
                 padding=self._padding,
-                lengths={g: (o.store.lengths.clone(), o.store.tail_lengths.clone()) for g, o in self._stores.items()},
+                stores={geometry: owned.store.snapshot() for geometry, owned in self._stores.items()},
             )
         if mask is not None:
             padding = (~self._valid(mask, mask.shape[-2], tokens)).sum(1)
@@ -392,14 +414,7 @@ class PagedAttention:
         """Takes back a multi-token forward pass that ran out of memory: only additions were made so far."""
         before = self._before
         for geometry, owned in self._stores.items():
-            store = owned.store
-            lengths, tail_lengths = before.lengths.get(
-                geometry, (torch.zeros_like(store.lengths), torch.zeros_like(store.tail_lengths))
-            )
-            for tier, length in enumerate(lengths):
-                store.truncate(tier, length)
-            # Packed tail slots are still in the tail's memory: nothing has been appended since.
-            store.tail_lengths.copy_(tail_lengths)
+            owned.store.restore(before.stores.get(geometry))
         for layer, tail_used in zip(self._layers, before.tail_used, strict=True):
             layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
         self.seen, self._padding, self._unfinished = before.seen, before.padding, False
@@ -416,7 +431,7 @@ class PagedAttention:
             return
         started = time.perf_counter()
         for owned in self._stores.values() if self._unfinished else full:
-            owned.store.pack_tail(_TIER)
+            owned.store.pack_tail(_BEST, describe=self._describe)
             for index in owned.layers:
                 self._layers[index].tail_used = 0
             self.statistics.packings += 1
@@ -446,69 +461,36 @@ class PagedAttention:
             if window is None:
                 continue
             # The next query is at position `seen` and sees what is less than `window` away.
-            keep = owned.store.read_field(_TIER, "position") > self.seen - window
-            owned.store.evict(_TIER, keep)
+            for tier in range(len(self.recipe.tiers)):
+                owned.store.evict(tier, owned.store.read_field(tier, "position") > self.seen - window)
 
     def _plan(self) -> None:
         """Brings every sequence within the budget, over all its layers and heads together."""
-        budget, protect = self.recipe.budget, self.recipe.protect
-        if budget is None:
+        observer, planner = self._observer, self._planner
+        if observer is None or planner is None:
             return
-        stores = list(self._stores.values())
-        device = stores[0].store.geometry.device
+        parts = [
+            StorePart(owned.store, tuple(owned.layers), tuple(self._layers[i].group for i in owned.layers))
+            for owned in self._stores.values()
+        ]
+        slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
+        windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
         padding = torch.zeros(self.batch, dtype=torch.int64) if self._padding is None else self._padding.cpu()
-        parts = []
-        groups = []
-        for owned in stores:
-            store = owned.store
-            heads, used = store.geometry.kv_heads, len(owned.layers)
-            shape = (store.layers, self.batch, heads, -1)
-            lengths = store.lengths[_TIER].view(shape[:3])[:used]
-            columns = int(lengths.max())
-
-            def by_sequence(values: torch.Tensor) -> torch.Tensor:
-                return values.transpose(0, 1).flatten(1, 2).to(device)
-
-            scores = by_sequence(store.read_field(_TIER, "score").view(shape)[:used])
-            positions = by_sequence(store.read_field(_TIER, "position").view(shape)[:used])
-            filled = torch.arange(columns, device=device) < by_sequence(lengths[..., None])
-            first = padding.to(device)[:, None, None]
-            protected = (positions >= self.seen - protect.recent) | (positions < first + protect.sinks)
-            parts.append((scores, positions, filled, protected))
-            layout = store.layout
-            groups.append(
-                RowGroup(
-                    rows=used * heads,
-                    slots_per_page=layout.tiers[_TIER].slots,
-                    page_bytes=layout.page_bytes,
-                    dense_slot_bytes=2 * layout.head_dim * store.geometry.dtype.itemsize,
-                    tail_bytes=self._tail_bytes(store) // self.batch,
-                    window=self._layers[owned.layers[0]].window,
-                )
-            )
-        width = max(part[0].shape[-1] for part in parts)
-        scores, positions, filled, protected = (
-            torch.cat([torch.nn.functional.pad(part[i], (0, width - part[i].shape[-1])) for part in parts], dim=1)
-            for i in range(4)
+        view = make_view(
+            self.recipe,
+            parts,
+            slots,
+            importance=observer.importance(slots),
+            spread=observer.spread(slots),
+            windows=windows,
+            tail_bytes=[self._tail_bytes(part.store) // self.batch for part in parts],
+            tokens=self.seen - padding,
+            expected=max(self.seen, self.prompt_tokens or 0) - padding,
+            padding=padding,
+            distortion=self._distortion,
         )
-        slots_per_page = torch.tensor([g.slots_per_page for g in groups for _ in range(g.rows)], device=device)
-        page_bytes = torch.tensor([g.page_bytes for g in groups for _ in range(g.rows)], device=device)
-        pages = (filled.sum(-1) + slots_per_page - 1) // slots_per_page
-        held = (pages * page_bytes).sum(1)
-        expected = self.seen if self.prompt_tokens is None else max(self.seen, self.prompt_tokens)
-        allowed = torch.tensor([allowed_bytes(budget, groups, expected - int(pads)) for pads in padding], device=device)
-        keep = plan_pages(scores, positions, filled, protected, slots_per_page, page_bytes, held - allowed)
         self.statistics.plans += 1
-        self.statistics.evicted_slots += int(filled.sum() - keep.sum())
-        start = 0
-        for owned, group in zip(stores, groups, strict=True):
-            store, used = owned.store, len(owned.layers)
-            part = keep[:, start : start + group.rows].to(store.geometry.device)
-            start += group.rows
-            rows = part.view(self.batch, used, -1, width).transpose(0, 1).flatten(0, 2)
-            everything = torch.zeros((store.lengths.shape[1], width), dtype=torch.bool, device=rows.device)
-            everything[: rows.shape[0]] = rows
-            store.evict(_TIER, everything)
+        self.statistics.evicted_slots += apply_targets(parts, slots, planner.targets(view))
 
     def _tail_bytes(self, store: PagedStore) -> int:
         """Bytes of a store's tail while decoding; set aside from byte and fraction budgets.
@@ -533,7 +515,8 @@ class PagedAttention:
         geometry = Geometry(key.device, key.dtype, heads, head_dim, layer.window is not None)
         owned = self._stores.get(geometry)
         if owned is None:
-            fields = ("position", "score") if self.recipe.evicts else ("position",) if geometry.windowed else ()
+            observed = () if self._observer is None else self._observer.fields
+            fields = ("position", *observed) if self.recipe.evicts or geometry.windowed else ()
             tiers = [TIERS[name] for name in self.recipe.tiers]
             layout = kernels.page_layout(head_dim, key.dtype, tiers, fields, self.recipe.page_bytes)
             place = (key.device, layout.page_bytes)
@@ -592,7 +575,7 @@ class PagedAttention:
                     "others have been compressed with eviction; call activate_past_recording() before generating what "
                     "may have to be taken back, or fork() the cache."
                 )
-            store.truncate(_TIER, (store.lengths[_TIER] - behind).clamp(min=0))
+            store.truncate(_BEST, (store.lengths[_BEST] - behind).clamp(min=0))
         store.crop_tail(target)
         for index in owned.layers:
             self._layers[index].tail_used = max(0, self._layers[index].tail_used - removed)
@@ -630,8 +613,9 @@ class PagedAttention:
         self._stores.clear()
         self._arenas.clear()
         self._layers = [_Layer(layer.window) for layer in self._layers]
-        self.seen = self.batch = 0
+        self.seen = self.batch = self._prompt = 0
         self._padding = None
+        self._distortion = []
         self._unfinished = False
 
     def fork(self) -> "PagedAttention":
@@ -642,13 +626,15 @@ class PagedAttention:
         """
         other = PagedAttention(self.recipe, self.windows, self.prompt_tokens, self.max_bytes)
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
-        other._unfinished = self._unfinished
+        other._unfinished, other._prompt = self._unfinished, self._prompt
+        other._distortion = list(self._distortion)
         other._padding = None if self._padding is None else self._padding.clone()
         other._arenas = dict(self._arenas)
         for geometry, owned in self._stores.items():
             other._stores[geometry] = _StoreLayers(owned.store.fork(), list(owned.layers))
         for mine, theirs in zip(self._layers, other._layers, strict=True):
-            theirs.index, theirs.seen, theirs.tail_used = mine.index, mine.seen, mine.tail_used
+            theirs.index, theirs.group = mine.index, mine.group
+            theirs.seen, theirs.tail_used = mine.seen, mine.tail_used
             if mine.store is not None:
                 theirs.store = other._stores[mine.store.geometry].store
         return other

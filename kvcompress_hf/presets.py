@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvcompress_hf.recipe import Budget, Protect, Recipe, When, WindowScores
+from kvcompress_hf.importance.running import RunningScores
+from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
+from kvcompress_hf.importance.window import WindowScores
+from kvcompress_hf.planning.kv_compress import PagePlan
+from kvcompress_hf.planning.lowest import LowestPlan
+from kvcompress_hf.planning.rate_distortion import RateDistortion
+from kvcompress_hf.planning.thresholds import ThresholdPlan
+from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
 __all__ = ["DEFAULT_PRESET", "get_preset", "presets", "resolve_recipe"]
 
@@ -12,11 +19,12 @@ DEFAULT_PRESET = "k8v4"
 
 _TIER_TEXT = {
     "k8v8": "every slot with 8-bit keys and 8-bit values",
-    "k8v4": "every slot with 8-bit keys and 4-bit values (the default)",
+    "k8v4": "every slot with 8-bit keys and 4-bit values",
     "k4v4": "every slot with 4-bit (rotated) keys and 4-bit values",
     "k4v2": "every slot with 4-bit (rotated) keys and 2-bit values",
     "k2v2": "every slot with 2-bit (rotated) keys and 2-bit values",
 }
+_SNAPKV = WindowScores(window=32, power=1, pool=7, decode=False)
 
 _PRESETS: dict[str, tuple[Recipe, str]] = {
     "lossless": (
@@ -24,15 +32,139 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
         "paged storage in the model's own dtype, nothing lost: the same tokens as the stock cache",
     ),
     **{tier: (Recipe(name=tier, tiers=(tier,)), text) for tier, text in _TIER_TEXT.items()},
+    "auto": (
+        Recipe(
+            name="auto",
+            observer=WindowScores(window=32, power=2, pool=7, mean=True, value=True, equalise=True),
+            protect=Protect(sinks=4, recent=32),
+            budget=Budget(0.25),
+            plan=RateDistortion(),
+            tiers=("k8v4", "k4v4", "k4v2"),
+        ),
+        "rate-distortion: each slot in the tier where its importance buys the most per byte, one multiplier for all",
+    ),
     "kv-compress": (
         Recipe(
             name="kv-compress",
-            observer=WindowScores(window=32, power=2, pool=7, decode=True),
+            observer=WindowScores(window=32, power=2, pool=7),
             protect=Protect(recent=32),
             budget=Budget(0.25),
+            plan=PagePlan(),
             when=When(every=16),
         ),
         "KV-Compress (arXiv 2410.00161): squared window attention, whole pages freed per head, one budget for all",
+    ),
+    "leankv": (
+        Recipe(
+            name="leankv",
+            observer=WindowScores(window=64, power=1, pool=1, mean=True),
+            protect=Protect(recent=64),
+            plan=ThresholdPlan(alpha_high=1.0, alpha_low=0.02),
+            tiers=("k8v4", "k4v2"),
+        ),
+        "LeanKV / DiffKV (arXiv 2412.03131): K8V4, K4V2 or evicted by multiples of the uniform attention",
+    ),
+    "roco": (
+        Recipe(
+            name="roco",
+            observer=RunningScores(score="mean", std=True),
+            protect=Protect(sinks=4, recent=10),
+            budget=Budget(0.5),
+            plan=LowestPlan(protect_unsettled=64),
+            when=When(every=16),
+        ),
+        "RoCo (arXiv 2402.06262): lowest mean attention goes, the highest standard deviations are safe",
+    ),
+    "h2o": (
+        Recipe(
+            name="h2o",
+            observer=RunningScores(score="sum"),
+            protect=Protect(recent=64),
+            budget=Budget(0.5),
+            plan=LowestPlan(),
+            when=When(every=16),
+        ),
+        "H2O (arXiv 2306.14048): lowest accumulated attention goes, recent tokens stay",
+    ),
+    "tova": (
+        Recipe(
+            name="tova",
+            observer=RunningScores(score="last"),
+            budget=Budget(0.5),
+            plan=LowestPlan(),
+            when=When(every=16),
+        ),
+        "TOVA (arXiv 2401.06104): what the last query attends to least goes",
+    ),
+    "streaming": (
+        Recipe(
+            name="streaming",
+            observer=Recency(),
+            protect=Protect(sinks=4),
+            budget=Budget(0.5),
+            plan=LowestPlan(),
+            when=When(every=16),
+        ),
+        "StreamingLLM (arXiv 2309.17453) with absolute positions: the first four and the newest tokens stay",
+    ),
+    "recency": (
+        Recipe(name="recency", observer=Recency(), budget=Budget(0.5), plan=LowestPlan(), when=When(every=16)),
+        "the newest tokens stay",
+    ),
+    "random": (
+        Recipe(
+            name="random",
+            observer=Chance(),
+            protect=Protect(sinks=4, recent=32),
+            budget=Budget(0.5),
+            plan=LowestPlan(),
+            when=When(every=16),
+        ),
+        "a random choice, the baseline",
+    ),
+    "snapkv": (
+        Recipe(
+            name="snapkv",
+            observer=_SNAPKV,
+            protect=Protect(recent=32),
+            budget=Budget(0.25),
+            plan=LowestPlan(),
+            when=When(decode=False),
+        ),
+        "SnapKV (arXiv 2404.14469): pooled window attention, the same number in every head, once after the prompt",
+    ),
+    "pyramidkv": (
+        Recipe(
+            name="pyramidkv",
+            observer=_SNAPKV,
+            protect=Protect(recent=32),
+            budget=Budget(0.25),
+            plan=LowestPlan(pyramid=0.8),
+            when=When(decode=False),
+        ),
+        "PyramidKV (arXiv 2406.02069): as SnapKV, with more for the first layers and less for the last",
+    ),
+    "ada-snapkv": (
+        Recipe(
+            name="ada-snapkv",
+            observer=_SNAPKV,
+            protect=Protect(recent=32),
+            budget=Budget(0.25),
+            plan=LowestPlan(scope="layer", floor=0.2),
+            when=When(decode=False),
+        ),
+        "Ada-KV (arXiv 2407.11550) on SnapKV: the heads of a layer share its budget, each with a floor",
+    ),
+    "keydiff": (
+        Recipe(
+            name="keydiff",
+            observer=KeyDiff(),
+            protect=Protect(recent=32),
+            budget=Budget(0.5),
+            plan=LowestPlan(),
+            when=When(every=16),
+        ),
+        "KeyDiff (arXiv 2504.15364): keys like the mean key go; no attention needed",
     ),
 }
 

@@ -8,11 +8,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from kvcompress_hf.units import parse_bytes
 
-__all__ = ["Budget", "Protect", "Recipe", "TIERS", "When", "WindowScores"]
+__all__ = ["TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
 
 #: Storage formats of a packed slot: name to (key bits, value bits); 0 means the model's own dtype.
 TIERS: dict[str, tuple[int, int]] = {
@@ -25,40 +25,61 @@ TIERS: dict[str, tuple[int, int]] = {
 }
 
 
-def _require_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:
+def require_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuses what is not an integer within bounds.
+
+    Args:
+        owner (`str`): Class of the argument, for the message.
+        name (`str`): Name of the argument.
+        value (`object`): What was given.
+        low (`int`): Least allowed.
+        high (`int`, *optional*): Most allowed.
+
+    Raises:
+        ValueError: If it is not allowed.
+    """
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ValueError(f"{owner}.{name} is {value!r}; it must be an integer {allowed}.")
 
 
-@dataclass(frozen=True)
-class WindowScores:
-    """Observer: what the last queries of the prompt attend to, as in KV-Compress (arXiv 2410.00161, eq. 8-10).
+class Part:
+    """Base of the pluggable parts of a recipe. A subclass is a frozen dataclass with a `kind` of its own.
 
-    For every query head: probabilities to the `power`, summed over the last `window` queries, max-pooled over
-    neighbouring positions; then summed over the query heads that share a KV head. Later chunks of a prompt replace
-    the scores by what their own last queries see.
-
-    Args:
-        window (`int`): Number of observing queries at the end of the prompt or chunk.
-        power (`int`): 2 squares the probabilities (L2, the paper's default), 1 takes them as they are (L1).
-        pool (`int`): Width of the max-pool over positions, odd; 1 switches it off.
-        decode (`bool`): Go on adding each decode step's probabilities to the `power` to the slots' scores.
+    The `kind` is what JSON calls it; defining the subclass makes it known. `Observer` (`importance/base.py`) and `Plan`
+    (`planning/base.py`) are the two families.
     """
 
-    window: int = 32
-    power: int = 2
-    pool: int = 7
-    decode: bool = True
+    kind: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    _known: ClassVar[dict[tuple[str, str], type["Part"]]] = {}
 
-    def __post_init__(self) -> None:
-        _require_int("WindowScores", "window", self.window, 1)
-        _require_int("WindowScores", "power", self.power, 1, 2)
-        _require_int("WindowScores", "pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ValueError(f"WindowScores.pool is {self.pool}; it must be odd, so that it is centred on the slot.")
-        if not isinstance(self.decode, bool):
-            raise ValueError(f"WindowScores.decode is {self.decode!r}; it must be True or False.")
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("kind"):
+            Part._known[cls.family, cls.kind] = cls
+
+    @classmethod
+    def make(cls, family: str, values: Mapping[str, Any]) -> "Part":
+        """A part from its JSON form.
+
+        Args:
+            family (`str`): `"observer"` or `"plan"`.
+            values (`Mapping[str, Any]`): `kind` and the part's own arguments.
+
+        Returns:
+            `Part`: The part.
+
+        Raises:
+            ValueError: If there is no such kind or argument.
+        """
+        arguments = dict(values)
+        kind = arguments.pop("kind", None)
+        known = cls._known.get((family, str(kind)))
+        if known is None:
+            names = sorted(name for fam, name in cls._known if fam == family)
+            raise ValueError(f"Unknown kind {kind!r} of {family}; the kinds are {', '.join(names)}.")
+        return _construct(family, known, arguments)
 
 
 @dataclass(frozen=True)
@@ -74,8 +95,8 @@ class Protect:
     recent: int = 0
 
     def __post_init__(self) -> None:
-        _require_int("Protect", "sinks", self.sinks, 0)
-        _require_int("Protect", "recent", self.recent, 0)
+        require_int("Protect", "sinks", self.sinks, 0)
+        require_int("Protect", "recent", self.recent, 0)
 
 
 @dataclass(frozen=True)
@@ -123,25 +144,27 @@ class When:
     decode: bool = True
 
     def __post_init__(self) -> None:
-        _require_int("When", "every", self.every, 1, 4096)
+        require_int("When", "every", self.every, 1, 4096)
         for name in ("prefill", "decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"When.{name} is {getattr(self, name)!r}; it must be True or False.")
 
 
-_PARTS: dict[str, type] = {"observer": WindowScores, "protect": Protect, "budget": Budget, "when": When}
+_PARTS: dict[str, type] = {"protect": Protect, "budget": Budget, "when": When}
+_FAMILIES = ("observer", "plan")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a cache compresses: observer, protect, budget, tiers and when, freely combined.
+    """How a cache compresses: observer, protect, budget and plan, tiers, and when, freely combined.
 
     Args:
         name (`str`): For people; presets carry their own name.
-        observer (`WindowScores`, *optional*): What is remembered of attention to judge importance.
+        observer (`Observer`, *optional*): What is remembered of attention to judge importance.
         protect (`Protect`): Slots that are never evicted.
-        budget (`Budget`, *optional*): How much may be kept; without one nothing is evicted.
-        tiers (`tuple[str, ...]`): The storage formats of packed slots, best first. One tier for now.
+        budget (`Budget`, *optional*): How much may be kept.
+        plan (`Plan`, *optional*): Which slots go, and which move to a lower tier.
+        tiers (`tuple[str, ...]`): The storage formats of packed slots, best first; new slots enter the first.
         when (`When`): When the cache packs and plans.
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
 
@@ -160,9 +183,10 @@ class Recipe:
     """
 
     name: str = "custom"
-    observer: WindowScores | None = None
+    observer: Any = None
     protect: Protect = field(default_factory=Protect)
     budget: Budget | None = None
+    plan: Any = None
     tiers: tuple[str, ...] = ("native",)
     when: When = field(default_factory=When)
     page_bytes: int | None = None
@@ -172,32 +196,24 @@ class Recipe:
             raise TypeError(f"Recipe.name is {self.name!r}; it must be a string.")
         for part, kind in _PARTS.items():
             value = getattr(self, part)
-            if value is None and part in ("observer", "budget"):
-                continue
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) and not (value is None and part == "budget"):
                 raise TypeError(f"Recipe.{part} is {value!r}; it must be a {kind.__name__}.")
-        if not isinstance(self.tiers, tuple) or not self.tiers:
-            raise TypeError(
-                f"Recipe.tiers is {self.tiers!r}; it must be a non-empty tuple of names out of {', '.join(TIERS)}."
-            )
-        for tier in self.tiers:
-            if tier not in TIERS:
-                raise ValueError(f"Unknown tier {tier!r}; known tiers are {', '.join(TIERS)}.")
-        if len(self.tiers) > 1:
-            raise ValueError(
-                f"Recipe.tiers is {self.tiers!r}; plans over several tiers are not available yet, give one tier."
-            )
+        for family in _FAMILIES:
+            value = getattr(self, family)
+            if value is not None and (not isinstance(value, Part) or value.family != family):
+                raise TypeError(f"Recipe.{family} is {value!r}; it must be one of the {family} classes, or None.")
+        self._check_tiers()
         if self.page_bytes is not None:
-            _require_int("Recipe", "page_bytes", self.page_bytes, 1)
-        if self.budget is not None and self.observer is None:
+            require_int("Recipe", "page_bytes", self.page_bytes, 1)
+        if (self.budget is not None or self.plan is not None) and self.observer is None:
             raise ValueError(
-                f"Recipe {self.name!r} has a budget but no observer to say which slots matter; "
-                "start from a preset that evicts, such as 'kv-compress', or add observer=WindowScores()."
+                f"Recipe {self.name!r} has a budget or a plan but no observer to say which slots matter; "
+                "start from a preset that evicts, such as 'kv-compress', or add an observer."
             )
-        if self.budget is None and self.observer is not None:
-            raise ValueError(
-                f"Recipe {self.name!r} observes attention but has no budget to use it for; add budget=0.25, say."
-            )
+        if self.observer is not None and self.plan is None:
+            raise ValueError(f"Recipe {self.name!r} observes attention but has no plan to use it for; add one.")
+        if self.plan is not None:
+            self.plan.check(self)
         if self.budget is not None and isinstance(self.budget.amount, int):
             least = self.protect.sinks + self.protect.recent
             if self.budget.amount < least:
@@ -206,10 +222,25 @@ class Recipe:
                     f"(sinks {self.protect.sinks} + recent {self.protect.recent}); raise the budget or protect fewer."
                 )
 
+    def _check_tiers(self) -> None:
+        if not isinstance(self.tiers, tuple) or not self.tiers:
+            names = ", ".join(TIERS)
+            raise TypeError(f"Recipe.tiers is {self.tiers!r}; it must be a non-empty tuple of names out of {names}.")
+        for tier in self.tiers:
+            if tier not in TIERS:
+                raise ValueError(f"Unknown tier {tier!r}; known tiers are {', '.join(TIERS)}.")
+        if len(self.tiers) > 4:
+            raise ValueError(f"Recipe.tiers names {len(self.tiers)} tiers; a page layout holds at most 4.")
+        order = list(TIERS)
+        if sorted(set(self.tiers), key=order.index) != list(self.tiers):
+            raise ValueError(f"Recipe.tiers is {self.tiers!r}; give each tier once, best first: {', '.join(TIERS)}.")
+        if len(self.tiers) > 1 and self.plan is None:
+            raise ValueError(f"Recipe.tiers is {self.tiers!r}, but without a plan no slot would ever leave the first.")
+
     @property
     def evicts(self) -> bool:
-        """`bool`: Whether the recipe ever drops a slot."""
-        return self.budget is not None
+        """`bool`: Whether the recipe ever drops a slot or moves it to a lower tier."""
+        return self.plan is not None
 
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.
@@ -235,6 +266,10 @@ class Recipe:
         """
         result = dataclasses.asdict(self)
         result["tiers"] = list(self.tiers)
+        for family in _FAMILIES:
+            part = getattr(self, family)
+            if part is not None:
+                result[family] = {"kind": part.kind, **result[family]}
         return result
 
     def to_json(self) -> str:
@@ -288,11 +323,23 @@ def _part(name: str, current: Any, value: Any) -> Any:
         return (value,) if isinstance(value, str) else tuple(value)
     if name == "budget" and isinstance(value, (int, float, str)):
         return Budget(value)
+    if name in _FAMILIES and isinstance(value, Mapping):
+        if current is None or value.get("kind", current.kind) != current.kind:
+            return Part.make(name, value)
+        return _construct(name, type(current), {**_arguments(current), **value})
     if name in _PARTS and isinstance(value, Mapping):
-        kind = _PARTS[name]
-        known = [f.name for f in dataclasses.fields(kind)]
-        for key in value:
-            if key not in known:
-                raise ValueError(f"Unknown argument {key!r} of {name}; {kind.__name__} takes {', '.join(known)}.")
-        return kind(**value) if current is None else dataclasses.replace(current, **value)
+        return _construct(name, _PARTS[name], value if current is None else {**_arguments(current), **value})
     return value
+
+
+def _arguments(part: Any) -> dict[str, Any]:
+    return {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+
+
+def _construct(name: str, kind: type, values: Mapping[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(kind)]
+    values = {key: value for key, value in values.items() if key != "kind"}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"Unknown argument {key!r} of {name}; {kind.__name__} takes {', '.join(known)}.")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -3,8 +3,19 @@
 import pytest
 
 import kvcompress_hf as kvc
+from kvcompress_hf import (  # noqa: F401 - repr(recipe) is evaluated
+    Chance,
+    KeyDiff,
+    LowestPlan,
+    PagePlan,
+    RateDistortion,
+    Recency,
+    RunningScores,
+    ThresholdPlan,
+    WindowScores,
+)
 from kvcompress_hf.presets import resolve_recipe
-from kvcompress_hf.recipe import Budget, Protect, Recipe, When, WindowScores
+from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
 
 @pytest.mark.parametrize("name", kvc.presets())
@@ -30,7 +41,14 @@ def test_parts_combine_freely():
 
 def test_parsing_a_full_dict_restores_every_part():
     recipe = Recipe(
-        "mine", WindowScores(8, 1, 1, False), Protect(2, 8), Budget("3MiB"), ("k4v4",), When(False, 7), 4096
+        "mine",
+        WindowScores(8, 1, 1, exclude=3, decode=False),
+        Protect(2, 8),
+        Budget("3MiB"),
+        RateDistortion(kappa=0.5),
+        ("k8v4", "k4v2"),
+        When(False, 7),
+        4096,
     )
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
@@ -47,8 +65,18 @@ def test_parsing_a_full_dict_restores_every_part():
         ("kv-compress", {"budget": "5 apples"}, ValueError, "apples"),
         ("kv-compress", {"observer": {"pool": 4}}, ValueError, "odd"),
         ("kv-compress", {"observer": {"wind": 4}}, ValueError, "Unknown argument 'wind'"),
+        ("kv-compress", {"observer": {"kind": "gaze"}}, ValueError, "Unknown kind 'gaze' of observer.*window"),
+        ("kv-compress", {"observer": {"group": "max"}}, ValueError, "mix maxima"),
+        ("kv-compress", {"plan": None}, ValueError, "no plan"),
+        ("kv-compress", {"plan": WindowScores()}, TypeError, "plan classes"),
+        ("kv-compress", {"tiers": ("k8v4", "k4v2")}, ValueError, "PagePlan only keeps or evicts"),
+        ("auto", {"tiers": ("k4v2", "k8v4")}, ValueError, "best first"),
+        ("auto", {"budget": None}, ValueError, "needs a budget"),
+        ("leankv", {"plan": {"alpha_low": 2.0}}, ValueError, "above alpha_high"),
+        ("h2o", {"plan": {"protect_unsettled": 4}}, ValueError, "standard deviation"),
         ("kv-compress", {"observer": None}, ValueError, "no observer"),
         ("lossless", {"budget": 0.5}, ValueError, "no observer"),
+        ("lossless", {"tiers": ("native", "k8v4")}, ValueError, "without a plan"),
         ("lossless", {"tiers": "k3v3"}, ValueError, "Unknown tier 'k3v3'"),
         ("lossless", {"tiers": ()}, TypeError, "non-empty"),
         ("lossless", {"when": 3}, TypeError, "When"),

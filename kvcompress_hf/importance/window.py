@@ -1,116 +1,130 @@
-"""Window scores: what the last queries of a prompt attend to (KV-Compress, arXiv 2410.00161, eq. 8-10)."""
+"""Window scores: what the last queries of a prompt attend to (KV-Compress, SnapKV, LeanKV)."""
+
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.recipe import WindowScores
+from kvcompress_hf.importance.attention_seen import attention_seen, pool_in_order
+from kvcompress_hf.importance.base import Chunk, Observer, queries_that_saw
+from kvcompress_hf.paging.slots import Slots
+from kvcompress_hf.recipe import require_int
 
 
-def observe_window(
-    observer: WindowScores,
-    store: PagedStore,
-    layer: int,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    *,
-    position: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: torch.Tensor | None,
-    valid: torch.Tensor | None,
-) -> torch.Tensor:
-    """Scores new tokens, and replaces the scores of the stored ones, by the last queries of this chunk.
+@dataclass(frozen=True)
+class WindowScores(Observer):
+    """Observer: the attention of the last queries of a prompt, and of decode steps after it.
 
-    Per query head: sum over the observing queries of `p ** power`, then max-pool over neighbouring positions; then
-    the sum over the query heads of a KV head. That is the order in which KV-Compress' code runs (its paper writes the
-    group sum first; a sum of maxima is not the maximum of sums).
+    For every query head: probabilities to the `power`, summed over the last `window` queries, max-pooled over
+    neighbouring positions; then summed (or the largest taken) over the query heads that share a KV head. That is the
+    order in which KV-Compress' code runs (arXiv 2410.00161, eq. 8-10 write the group sum first; a sum of maxima is not
+    the maximum of sums). Later chunks of a prompt replace the scores by what their own last queries see.
 
     Args:
-        observer (`WindowScores`): Window, power and pool.
-        store (`PagedStore`): What is stored already; its scores are replaced.
-        layer (`int`): Index of the layer.
-        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, this chunk's queries.
-        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, this chunk's keys.
-        position (`int`): Logical position of the chunk's first token.
-        scale (`float`): Factor on the logits.
-        softcap (`float`, *optional*): Soft cap on the logits.
-        window (`int`, *optional*): Sliding window in tokens.
-        sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
-        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
-
-    Returns:
-        `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, zero for padding.
+        window (`int`, *optional*): Number of observing queries at the end of the prompt or chunk; `None` for all.
+        power (`int`): 2 squares the probabilities (L2), 1 takes them as they are (L1).
+        pool (`int`): Width of the max-pool over positions, odd; 1 switches it off.
+        group (`str`): `"sum"` or `"max"` over the query heads of a KV head.
+        exclude (`int`): A query counts for a key only from this distance on (KV-Compress' collection buffer v).
+        mean (`bool`): Divide by the number of query heads and queries that saw the slot (LeanKV's mean attention).
+        value (`bool`): Multiply by the squared distance of the slot's value from the mean value of its head.
+        equalise (`bool`): Make the importances of each layer sum to one.
+        decode (`bool`): Go on adding each decode step's probabilities to the `power`.
     """
-    batch, kv_heads, tokens, _ = keys.shape
-    observing = min(observer.window, tokens)
-    rows, tail = store.rows(layer), store.tail(layer)
-    past, tail_scores, fresh = store.backend.window_scores(
-        query[:, :, tokens - observing :],
-        keys,
-        rows,
-        tail,
-        position=position + tokens - observing,
-        key_position=position,
-        scale=scale,
-        power=observer.power,
-        softcap=softcap,
-        window=window,
-        sinks=sinks,
-        query_valid=None if valid is None else valid[:, tokens - observing :].contiguous(),
-        key_valid=valid,
-    )
-    shape = (batch, kv_heads, -1)
-    positions = [
-        store.backend.read_field(rows, tier, "position", scores.shape[-1]).view(shape)
-        for tier, scores in enumerate(past)
-    ]
-    filled = [
-        torch.arange(scores.shape[-1], device=keys.device) < rows.lengths[tier].view(batch, kv_heads, 1)
-        for tier, scores in enumerate(past)
-    ]
-    capacity = tail_scores.shape[-1]
-    in_tail = torch.arange(capacity, device=keys.device) < tail.lengths[:, None]
-    positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
-    filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
-    fresh_positions = torch.arange(position, position + tokens, dtype=torch.int32, device=keys.device)
-    positions.append(fresh_positions.expand(batch, kv_heads, tokens))
-    is_real = torch.ones((batch, tokens), dtype=torch.bool, device=keys.device) if valid is None else valid
-    filled.append(is_real[:, None].expand(batch, kv_heads, tokens))
 
-    scores = torch.cat([*past, tail_scores, fresh], dim=-1)
-    pooled = pool_by_position(scores, torch.cat(positions, -1), torch.cat(filled, -1), observer.pool)
-    parts = pooled.split([s.shape[-1] for s in (*past, tail_scores, fresh)], dim=-1)
-    for tier, part in enumerate(parts[: len(past)]):
-        if part.shape[-1]:
-            store.backend.write_field(rows, tier, "score", part.flatten(0, 1))
-    if tail.fields is not None and bool(in_tail.any()):
-        tail.fields[store.layout.fields.index("score")] = parts[-2].contiguous().view(torch.int32)
-    return parts[-1].contiguous()
+    kind = "window"
+
+    window: int | None = 32
+    power: int = 2
+    pool: int = 7
+    group: str = "sum"
+    exclude: int = 0
+    mean: bool = False
+    value: bool = False
+    equalise: bool = False
+    decode: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            require_int("WindowScores", "window", self.window, 1)
+        require_int("WindowScores", "power", self.power, 1, 2)
+        require_int("WindowScores", "pool", self.pool, 1)
+        require_int("WindowScores", "exclude", self.exclude, 0)
+        if self.pool % 2 == 0:
+            raise ValueError(f"WindowScores.pool is {self.pool}; it must be odd, so that it is centred on the slot.")
+        if self.group not in ("sum", "max"):
+            raise ValueError(f"WindowScores.group is {self.group!r}; it must be 'sum' or 'max'.")
+        for name in ("mean", "value", "equalise", "decode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"WindowScores.{name} is {getattr(self, name)!r}; it must be True or False.")
+        if self.group == "max" and self.decode:
+            raise ValueError(
+                "WindowScores(group='max', decode=True) would mix maxima over query heads with sums: decode steps add "
+                "sums. Use group='sum', or decode=False."
+            )
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: The score, and the value factor if asked for."""
+        return ("score", "value") if self.value else ("score",)
+
+    @property
+    def describes(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: The value factor follows from the values."""
+        return ("value",) if self.value else ()
+
+    @property
+    def sum_field(self) -> str | None:
+        """`str` or `None`: The score, with L1."""
+        return "score" if self.decode and self.power == 1 else None
+
+    @property
+    def square_field(self) -> str | None:
+        """`str` or `None`: The score, with L2."""
+        return "score" if self.decode and self.power == 2 else None
+
+    def describe(
+        self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor, value_mean: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The value factor of new slots; see [`Observer.describe`]."""
+        return {"value": (values.float() - value_mean).square().sum(-1)} if self.value else {}
+
+    def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        """Scores new tokens, and replaces the scores of the stored ones; see [`Observer.observe`]."""
+        tokens = chunk.keys.shape[2]
+        observing = tokens if self.window is None else min(self.window, tokens)
+        seen = attention_seen(chunk, observing, self.power, self.exclude)
+
+        def pooled(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+            scores = pool_in_order(scores, order, self.pool)
+            return scores.sum(2) if self.group == "sum" else scores.amax(2)
+
+        return {"score": seen.write(seen.reduce(pooled), "score", add=False)}
+
+    def importance(self, slots: Slots) -> torch.Tensor:
+        """The score, with the factors asked for; see [`Observer.importance`]."""
+        result = slots.fields["score"]
+        if self.mean:
+            result = result / queries_that_saw(slots, slots.seen if self.window is None else self.window)
+            if self.group == "sum":
+                result = result / slots.group[:, None]
+        if self.value:
+            result = result * slots.fields["value"]
+        if self.equalise:
+            result = equalise_layers(torch.where(slots.filled, result, 0.0), slots.layer_of_row)
+        return result
 
 
-def pool_by_position(scores: torch.Tensor, positions: torch.Tensor, filled: torch.Tensor, width: int) -> torch.Tensor:
-    """Max-pools scores over neighbours in position order and sums them over each KV head's query heads.
-
-    Neighbours are neighbours among the slots still stored; storage order plays no part.
+def equalise_layers(scores: torch.Tensor, layer_of_row: torch.Tensor) -> torch.Tensor:
+    """Divides each layer's scores by their sum.
 
     Args:
-        scores (`torch.Tensor`): float32 `[batch, q_heads, slots]`, not negative.
-        positions (`torch.Tensor`): `int32` `[batch, kv_heads, slots]`.
-        filled (`torch.Tensor`): `bool` `[batch, kv_heads, slots]`, false for slots that hold nothing.
-        width (`int`): Width of the pool, odd.
+        scores (`torch.Tensor`): float32 `[batch, rows, slots]`, zero where nothing is stored.
+        layer_of_row (`torch.Tensor`): `int64` `[rows]`.
 
     Returns:
-        `torch.Tensor`: float32 `[batch, kv_heads, slots]`, zero where nothing is stored.
+        `torch.Tensor`: float32 `[batch, rows, slots]`.
     """
-    batch, kv_heads, slots = positions.shape
-    scores = scores.view(batch, kv_heads, -1, slots)
-    if width > 1 and slots:
-        # Empty slots go to the end, where their zeros change no maximum of scores that are not negative.
-        order = torch.where(filled, positions, torch.iinfo(torch.int32).max).argsort(dim=-1, stable=True)
-        order = order[:, :, None].expand_as(scores)
-        ordered = torch.where(filled[:, :, None], scores, 0.0).gather(-1, order)
-        pooled = F.max_pool1d(ordered.flatten(0, 1), width, stride=1, padding=width // 2)
-        scores = torch.empty_like(scores).scatter_(-1, order, pooled.view_as(scores))
-    return torch.where(filled, scores.sum(2), 0.0)
+    per_row = scores.sum(-1)
+    layers = int(layer_of_row.max()) + 1
+    per_layer = per_row.new_zeros(per_row.shape[0], layers).index_add_(1, layer_of_row, per_row)
+    return scores / per_layer[:, layer_of_row, None].clamp(min=torch.finfo(torch.float32).tiny)

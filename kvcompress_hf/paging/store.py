@@ -1,13 +1,15 @@
 """The rows of all layers of one shape: page tables, lengths, and the tail that is not packed yet."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena
+
+Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Usage:
     tables: int = 0
     tail: int = 0
     pages: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """How much a store holds at one moment; see [`PagedStore.snapshot`]."""
+
+    lengths: torch.Tensor
+    tail_lengths: torch.Tensor
+    sums: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class PagedStore:
@@ -78,6 +89,8 @@ class PagedStore:
         self.tail_positions: torch.Tensor | None = None  # int32 [layers, batch, capacity]
         self.tail_fields: torch.Tensor | None = None  # int32 [layers, fields, batch, kv_heads, capacity]
         self._tail_shared = False
+        self._sums: torch.Tensor | None = None  # float32 [2, layers, batch, kv_heads, head_dim]: of keys and of values
+        self._summed: torch.Tensor | None = None  # float32 [layers, batch]: tokens in the sums
         arena.register(self)
 
     def _int32(self, *shape: int) -> torch.Tensor:
@@ -152,6 +165,28 @@ class PagedStore:
         packed = self.lengths.sum(0).view(self.layers, self.batch, self.geometry.kv_heads)
         return packed + self.tail_lengths[:, :, None]
 
+    def snapshot(self) -> "Snapshot":
+        """How much is stored now, to go back to by [`PagedStore.restore`] if only additions follow.
+
+        Returns:
+            `Snapshot`: Copies of the lengths.
+        """
+        sums = None if self._sums is None or self._summed is None else (self._sums.clone(), self._summed.clone())
+        return Snapshot(self.lengths.clone(), self.tail_lengths.clone(), sums)
+
+    def restore(self, snapshot: "Snapshot | None") -> None:
+        """Takes back what was added since; what was packed from the tail is still in the tail's memory.
+
+        Args:
+            snapshot (`Snapshot` or `None`): From [`PagedStore.snapshot`]; `None` takes back everything.
+        """
+        if snapshot is None:
+            snapshot = Snapshot(torch.zeros_like(self.lengths), torch.zeros_like(self.tail_lengths), None)
+        for tier, lengths in enumerate(snapshot.lengths):
+            self.truncate(tier, lengths)
+        self.tail_lengths.copy_(snapshot.tail_lengths)
+        self._sums, self._summed = snapshot.sums or (None, None)
+
     # -- the tail --------------------------------------------------------------------------------------------------
 
     def reserve_tail(self, capacity: int) -> None:
@@ -191,12 +226,14 @@ class PagedStore:
             self._tail_shared = False
             self.version += 1
 
-    def pack_tail(self, tier: int, layer: int | None = None) -> None:
+    def pack_tail(self, tier: int, layer: int | None = None, describe: Describe | None = None) -> None:
         """Moves the whole tail of one layer, or of all, into pages.
 
         Args:
             tier (`int`): Index of the tier that receives the slots.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
+            describe (`Callable`, *optional*): Makes slot fields from keys, values and the means of both, see
+                [`PagedStore.describe`].
 
         Raises:
             CacheMemoryError: If the arena is full; nothing has changed then.
@@ -205,7 +242,8 @@ class PagedStore:
             return
         part = slice(None) if layer is None else slice(layer, layer + 1)
         keys, values = self.tail_keys[part].flatten(0, 1), self.tail_values[part].flatten(0, 1)
-        counts = self.tail_lengths[part].flatten()[:, None].expand(-1, self.geometry.kv_heads)
+        lengths = self.tail_lengths[part].flatten()
+        counts = lengths[:, None].expand(-1, self.geometry.kv_heads)
         fields: dict[str, torch.Tensor] = {}
         for i, name in enumerate(self.layout.fields):
             if name == "position":
@@ -213,6 +251,9 @@ class PagedStore:
                 fields[name] = positions[:, None].expand(-1, self.geometry.kv_heads, -1)
             elif self.tail_fields is not None:
                 fields[name] = self.tail_fields[part, i].flatten(0, 1).view(torch.float32)
+        if describe is not None:
+            used = torch.arange(self.tail_capacity, device=keys.device) < lengths[:, None]
+            fields.update(self.describe(describe, keys, values, used, layer))
         self.pack(tier, keys, values, counts, None, fields, layer)
         if self._tail_shared:
             self.tail_lengths = self.tail_lengths.clone()
@@ -228,6 +269,45 @@ class PagedStore:
             return
         used = torch.arange(self.tail_capacity, device=self.geometry.device) < self.tail_lengths[..., None]
         self.tail_lengths.copy_((used & (self.tail_positions < position)).sum(-1))
+
+    def describe(
+        self,
+        describe: Describe,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        real: torch.Tensor,
+        layer: int | None,
+    ) -> dict[str, torch.Tensor]:
+        """Makes slot fields of new tokens from their keys and values and the means over all tokens so far.
+
+        Args:
+            describe (`Callable`): From keys, values `[batch, kv_heads, tokens, head_dim]` and the means of both
+                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is `layers * batch`.
+            values (`torch.Tensor`): Likewise.
+            real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Fields by name.
+        """
+        geometry = self.geometry
+        if self._sums is None or self._summed is None:
+            shape = (2, self.layers, self.batch, geometry.kv_heads, geometry.head_dim)
+            with torch.inference_mode(False):
+                self._sums = torch.zeros(shape, device=geometry.device)
+                self._summed = torch.zeros((self.layers, self.batch), device=geometry.device)
+        part = slice(None) if layer is None else slice(layer, layer + 1)
+        weight = real.float()
+        for sums, states in zip(self._sums, (keys, values), strict=True):
+            clean = torch.where(real[:, None, :, None], states.float(), 0.0)
+            sums[part] += clean.sum(2).view_as(sums[part])
+        self._summed[part] += weight.sum(1).view_as(self._summed[part])
+        count = self._summed[part].flatten().clamp(min=1)[:, None, None, None]
+        means = [sums[part].flatten(0, 1)[:, :, None] / count for sums in self._sums]
+        # What is not a token may hold anything.
+        states = [torch.where(real[:, None, :, None], part_states, 0) for part_states in (keys, values)]
+        return describe(states[0], states[1], means[0], means[1])
 
     # -- packed slots ----------------------------------------------------------------------------------------------
 
@@ -344,6 +424,22 @@ class PagedStore:
         """
         return self.backend.read_field(self.rows(), tier, field, int(self.lengths[tier].max()))
 
+    def clear_field(self, field: str, layer: int) -> None:
+        """Sets a float field of every slot of a layer to zero, in pages and tail.
+
+        Args:
+            field (`str`): Name of the field.
+            layer (`int`): Index of the layer.
+        """
+        rows = self.rows(layer)
+        for tier, lengths in enumerate(rows.lengths):
+            width = int(lengths.max())
+            if width:
+                zeros = torch.zeros((lengths.numel(), width), device=lengths.device)
+                self.backend.write_field(rows, tier, field, zeros)
+        if self.tail_fields is not None:
+            self.tail_fields[layer, self.layout.fields.index(field)] = 0
+
     def evict(self, tier: int, keep: torch.Tensor) -> None:
         """Drops slots: the last survivors fill the holes, and pages that come free go back to the arena.
 
@@ -370,6 +466,28 @@ class PagedStore:
         if bool((kept < lengths).any()):
             self.evicted = True
             self.truncate(tier, kept)
+
+    def demote(self, tier: int, lower: int, chosen: torch.Tensor) -> None:
+        """Copies slots into a lower tier, re-quantised from what is stored; [`PagedStore.evict`] then drops them here.
+
+        Args:
+            tier (`int`): Index of the tier they are in.
+            lower (`int`): Index of the tier that receives them.
+            chosen (`torch.Tensor`): `bool` `[rows, slots]` over all layers, within each row's length.
+
+        Raises:
+            CacheMemoryError: If the arena is full; nothing has changed then.
+        """
+        counts = chosen.sum(1, dtype=torch.int32)
+        row, source = torch.nonzero(chosen, as_tuple=True)
+        if not row.numel():
+            return
+        self._reserve(lower, slice(0, chosen.shape[0]), counts)
+        rank = chosen.cumsum(1, dtype=torch.int32)[row, source] - 1
+        target = self.lengths[lower][row] + rank
+        self.backend.retier(self.rows(), row.to(torch.int32), tier, source.to(torch.int32), lower, target)
+        self.lengths[lower] += counts
+        self.evicted = True
 
     def truncate(self, tier: int, lengths: torch.Tensor) -> None:
         """Shortens rows and frees the pages behind.
@@ -412,6 +530,8 @@ class PagedStore:
                 self.tail_positions = self.tail_positions[:, index].contiguous()
             if self.tail_fields is not None:
                 self.tail_fields = self.tail_fields[:, :, index].contiguous()
+            if self._sums is not None and self._summed is not None:
+                self._sums, self._summed = self._sums[:, :, index].contiguous(), self._summed[:, index].contiguous()
         self._tail_shared = False
         self.batch = index.numel()
         self.arena.retain(self.live_ids())
@@ -432,6 +552,8 @@ class PagedStore:
         other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
         other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
         other.evicted = self.evicted
+        if self._sums is not None and self._summed is not None:
+            other._sums, other._summed = self._sums.clone(), self._summed.clone()
         self._tail_shared = other._tail_shared = self.tail_keys is not None
         self.arena.retain(other.live_ids())
         return other
@@ -442,6 +564,7 @@ class PagedStore:
         self.lengths.zero_()
         self.tail_lengths = torch.zeros_like(self.tail_lengths)
         self.evicted = False
+        self._sums = self._summed = None
         self.drop_tail()
 
     # -- called by the arena ---------------------------------------------------------------------------------------
@@ -466,6 +589,7 @@ class PagedStore:
     def own_bytes(self) -> int:
         """`int`: Bytes of tables and tail."""
         tail = [self.tail_keys, self.tail_values, self.tail_positions, self.tail_fields]
+        tail += [self._sums, self._summed]
         owned = [*self.tables, self.lengths, self.tail_lengths, *(t for t in tail if t is not None)]
         return sum(t.nbytes for t in owned)
 
@@ -492,6 +616,7 @@ class PagedStore:
             usage.pages += pages
         packed = usage.payload + usage.metadata + usage.fields
         usage.slack = usage.pages * self.layout.page_bytes - packed
-        usage.tables = sum(t.nbytes for t in [*self.tables, self.lengths, self.tail_lengths])
+        means = sum(t.nbytes for t in (self._sums, self._summed) if t is not None)
+        usage.tables = means + sum(t.nbytes for t in [*self.tables, self.lengths, self.tail_lengths])
         usage.tail = self.own_bytes - usage.tables
         return usage

@@ -6,7 +6,35 @@ ones of the row: `sorted[h + (e - 1) * b - 1]`. Prices do not fall with `e`, so 
 takes a prefix of each row. Ties go by position, then by row, so plans are deterministic.
 """
 
+from dataclasses import dataclass
+
 import torch
+
+from kvcompress_hf.planning.base import EVICT, Plan, PlanView, require_single_tier
+from kvcompress_hf.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PagePlan(Plan):
+    """Plan: free whole pages, cheapest first, over all layers and heads of a sequence, until the budget is met."""
+
+    kind = "pages"
+
+    def check(self, recipe: Recipe) -> None:
+        """Needs a budget and one tier; see [`Plan.check`]."""
+        super().check(recipe)
+        require_single_tier(self, recipe)
+
+    def targets(self, view: PlanView) -> torch.Tensor:
+        """Keeps what [`plan_pages`] keeps; see [`Plan.targets`]."""
+        lengths = view.filled.sum(-1)
+        per_page = view.slots_per_page[:, 0]
+        held = ((lengths + per_page - 1) // per_page * view.page_bytes).sum(1)
+        excess = held - view.bytes_allowed()
+        keep = plan_pages(
+            view.importance, view.positions, view.filled, view.protected, per_page, view.page_bytes, excess
+        )
+        return torch.where(keep, 0, EVICT)
 
 
 def plan_pages(

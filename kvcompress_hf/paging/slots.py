@@ -1,0 +1,144 @@
+"""All slots of all stores seen by sequence: gathered for observers and plans, and changed as a plan decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from kvcompress_hf.paging.store import PagedStore
+
+
+@dataclass(frozen=True)
+class StorePart:
+    """A store and which of the model's layers it holds.
+
+    Args:
+        store (`PagedStore`): The store; its tail must be packed.
+        layers (`tuple[int, ...]`): Layers of the model, in the order of the store's layers.
+        groups (`tuple[int, ...]`): Query heads per KV head of each of them.
+    """
+
+    store: PagedStore
+    layers: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """`int`: Rows of one sequence."""
+        return len(self.layers) * self.store.geometry.kv_heads
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Every stored slot of a batch, over all layers and heads.
+
+    Columns are grouped by tier: first the slots of the best tier, then those of the next.
+
+    Args:
+        fields (`dict[str, torch.Tensor]`): Slot fields by name, float32 `[batch, rows, slots]`.
+        positions (`torch.Tensor`): `int32` `[batch, rows, slots]`.
+        filled (`torch.Tensor`): `bool` `[batch, rows, slots]`, false where there is no slot.
+        tier (`torch.Tensor`): `int64` `[slots]`, the tier of each column.
+        layer_of_row (`torch.Tensor`): `int64` `[rows]`, the model's layer of each row.
+        group (`torch.Tensor`): `int64` `[rows]`, query heads that share the row's KV head.
+        seen (`int`): Tokens seen, padding and evicted ones included.
+        prompt (`int`): Tokens of `seen` that came in chunks; the rest was decoded one by one.
+    """
+
+    fields: dict[str, torch.Tensor]
+    positions: torch.Tensor
+    filled: torch.Tensor
+    tier: torch.Tensor
+    layer_of_row: torch.Tensor
+    group: torch.Tensor
+    seen: int
+    prompt: int
+
+
+def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, prompt: int) -> Slots:
+    """Reads the fields of every slot.
+
+    Args:
+        parts (`Sequence[StorePart]`): The stores; the first one's device is where the result lies.
+        fields (`Sequence[str]`): Names of the float32 fields to read.
+        seen (`int`): Tokens seen.
+        prompt (`int`): Tokens that came in chunks.
+
+    Returns:
+        `Slots`: Every slot.
+    """
+    device = parts[0].store.geometry.device
+    tiers = len(parts[0].store.layout.tiers)
+    widths = [max(int(part.store.lengths[t].max()) for part in parts) for t in range(tiers)]
+    read: dict[str, list[torch.Tensor]] = {name: [] for name in ("position", "filled", *fields)}
+    for part in parts:
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in read}
+        for tier, width in enumerate(widths):
+            lengths = part.store.lengths[tier]
+            columns["filled"].append(torch.arange(width, device=lengths.device) < lengths[:, None])
+            for name in ("position", *fields):
+                values = part.store.read_field(tier, name)
+                columns[name].append(F.pad(values, (0, width - values.shape[1])))
+        for name, pieces in columns.items():
+            read[name].append(_by_sequence(torch.cat(pieces, dim=1), part).to(device))
+    joined = {name: torch.cat(pieces, dim=1) for name, pieces in read.items()}
+    heads = [part.store.geometry.kv_heads for part in parts]
+    layers = [layer for part, h in zip(parts, heads, strict=True) for layer in part.layers for _ in range(h)]
+    groups = [group for part, h in zip(parts, heads, strict=True) for group in part.groups for _ in range(h)]
+    tier_of = torch.repeat_interleave(torch.arange(tiers), torch.tensor(widths))
+    return Slots(
+        fields={name: joined[name] for name in fields},
+        positions=joined["position"],
+        filled=joined["filled"],
+        tier=tier_of.to(device),
+        layer_of_row=torch.tensor(layers, device=device),
+        group=torch.tensor(groups, device=device),
+        seen=seen,
+        prompt=prompt,
+    )
+
+
+def apply_targets(parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor) -> int:
+    """Lowers and evicts slots.
+
+    Args:
+        parts (`Sequence[StorePart]`): The stores, as they were gathered.
+        slots (`Slots`): The slots, as they were gathered.
+        targets (`torch.Tensor`): `int64` `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
+            whose target is above its tier stays where it is.
+
+    Returns:
+        `int`: Number of slots evicted.
+    """
+    targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
+    targets = torch.where(slots.filled, targets, -1)
+    evicted = int((slots.filled & (targets < 0)).sum())
+    start = 0
+    for part in parts:
+        store = part.store
+        mine = targets[:, start : start + part.rows].to(store.geometry.device)
+        start += part.rows
+        rows = _by_row(mine, part)
+        # From the lowest tier up: what is evicted there makes room for what comes down.
+        for tier in reversed(range(len(store.layout.tiers))):
+            here = rows[:, slots.tier.to(rows.device) == tier][:, : int(store.lengths[tier].max())]
+            for lower in range(tier + 1, len(store.layout.tiers)):
+                store.demote(tier, lower, here == lower)
+            store.evict(tier, here == tier)
+    return evicted
+
+
+def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:
+    """`[store rows, slots]` to `[batch, rows, slots]`, the rows of layers that never arrived left out."""
+    store = part.store
+    shaped = values.view(store.layers, store.batch, store.geometry.kv_heads, values.shape[1])
+    return shaped[: len(part.layers)].transpose(0, 1).flatten(1, 2)
+
+
+def _by_row(values: torch.Tensor, part: StorePart) -> torch.Tensor:
+    """The inverse of [`_by_sequence`]; rows of layers that never arrived keep nothing."""
+    store = part.store
+    used, heads = len(part.layers), store.geometry.kv_heads
+    rows = values.view(store.batch, used, heads, values.shape[-1]).transpose(0, 1).flatten(0, 2)
+    return F.pad(rows, (0, 0, 0, store.lengths.shape[1] - rows.shape[0]), value=-1)

@@ -1,0 +1,154 @@
+"""What a plan is: a typed part of a recipe that decides for every slot to keep it, to lower its tier, or to evict it."""
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvcompress_hf.recipe import Part
+
+if TYPE_CHECKING:
+    from kvcompress_hf.recipe import Recipe
+
+EVICT = -1
+
+
+@dataclass(frozen=True)
+class PlanView:
+    """Every slot of a batch, and what it may cost. Rows are all layers and KV heads of a sequence.
+
+    Args:
+        importance (`torch.Tensor`): float32 `[batch, rows, slots]`.
+        spread (`torch.Tensor`, *optional*): float32 `[batch, rows, slots]`, how unsettled the importance is.
+        positions (`torch.Tensor`): `int32` `[batch, rows, slots]`.
+        filled (`torch.Tensor`): `bool` `[batch, rows, slots]`, false where there is no slot.
+        protected (`torch.Tensor`): `bool` `[batch, rows, slots]`, slots that may not be evicted.
+        tier (`torch.Tensor`): `int64` `[slots]`, the tier that each column is stored in now.
+        layer_of_row (`torch.Tensor`): `int64` `[rows]`.
+        slots_per_page (`torch.Tensor`): `int64` `[rows, tiers]`.
+        page_bytes (`torch.Tensor`): `int64` `[rows]`.
+        allowed_bytes (`torch.Tensor`, *optional*): `int64` `[batch]`, bytes of pages each sequence may hold; `None`
+            without a budget.
+        allowed_slots (`torch.Tensor`, *optional*): `int64` `[batch, rows]`, an even share of the budget per row in
+            slots of the best tier.
+        tokens (`torch.Tensor`): `int64` `[batch]`, real tokens each sequence has seen.
+        distortion (`torch.Tensor`): float32 `[tiers]`, measured loss of storing a slot in a tier, as a fraction of the
+            loss of evicting it.
+    """
+
+    importance: torch.Tensor
+    spread: torch.Tensor | None
+    positions: torch.Tensor
+    filled: torch.Tensor
+    protected: torch.Tensor
+    tier: torch.Tensor
+    layer_of_row: torch.Tensor
+    slots_per_page: torch.Tensor
+    page_bytes: torch.Tensor
+    allowed_bytes: torch.Tensor | None
+    allowed_slots: torch.Tensor | None
+    tokens: torch.Tensor
+    distortion: torch.Tensor
+
+    @property
+    def tiers(self) -> int:
+        """`int`: Number of tiers."""
+        return self.slots_per_page.shape[1]
+
+    def slots_allowed(self) -> torch.Tensor:
+        """The even share of the budget; a recipe's plan is checked to have one.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch, rows]`.
+
+        Raises:
+            ValueError: If there is no budget.
+        """
+        if self.allowed_slots is None:
+            raise ValueError("The plan needs a budget, and the recipe has none.")
+        return self.allowed_slots
+
+    def bytes_allowed(self) -> torch.Tensor:
+        """The budget in bytes; a recipe's plan is checked to have one.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch]`.
+
+        Raises:
+            ValueError: If there is no budget.
+        """
+        if self.allowed_bytes is None:
+            raise ValueError("The plan needs a budget, and the recipe has none.")
+        return self.allowed_bytes
+
+    def bytes_of(self, targets: torch.Tensor) -> torch.Tensor:
+        """Bytes of pages that targets would take, every started page counted whole.
+
+        Args:
+            targets (`torch.Tensor`): `[batch, rows, slots]`, tier of each slot or `EVICT`.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch]`.
+        """
+        total = torch.zeros(targets.shape[0], dtype=torch.int64, device=targets.device)
+        for tier in range(self.tiers):
+            counts = (targets == tier).sum(-1)
+            per_page = self.slots_per_page[:, tier]
+            total += ((counts + per_page - 1) // per_page * self.page_bytes).sum(1)
+        return total
+
+
+class Plan(Part, abc.ABC):
+    """Decides for every slot. Subclass it as a frozen dataclass with a `kind`, and a recipe can use it.
+
+    Slots only move down: a target above a slot's present tier means that it stays where it is.
+    """
+
+    family = "plan"
+
+    @property
+    def needs_distortion(self) -> bool:
+        """`bool`: Whether the loss of each tier is to be measured on the first chunk."""
+        return False
+
+    def check(self, recipe: "Recipe") -> None:
+        """Refuses recipes that this plan cannot work with; called when the recipe is made.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Raises:
+            ValueError: If the plan needs a budget that is not there, or cannot fill the tiers.
+        """
+        if recipe.budget is None:
+            raise ValueError(f"{type(self).__name__} needs a budget; add budget=0.25, say.")
+
+    @abc.abstractmethod
+    def targets(self, view: PlanView) -> torch.Tensor:
+        """The decision for every slot.
+
+        Args:
+            view (`PlanView`): Every slot of the batch.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch, rows, slots]`: the tier to keep each slot in, or `EVICT`; anything where
+            `view.filled` is false.
+        """
+
+
+def require_single_tier(plan: Plan, recipe: "Recipe") -> None:
+    """Refuses several tiers for plans that only keep or evict.
+
+    Args:
+        plan (`Plan`): The plan.
+        recipe (`Recipe`): The recipe.
+
+    Raises:
+        ValueError: If the recipe has several tiers.
+    """
+    if len(recipe.tiers) > 1:
+        raise ValueError(
+            f"{type(plan).__name__} only keeps or evicts, so it takes one tier, not {', '.join(recipe.tiers)}; give one "
+            "tier, or plan with ThresholdPlan or RateDistortion."
+        )
