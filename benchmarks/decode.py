@@ -177,9 +177,11 @@ def main() -> None:
             torch.set_num_threads(threads)
             speed = bandwidth()
             times = measure(forms, args.seconds)
-            best = {key: min(t[key] for name, t in times.items() if name.startswith("torch")) for key in ("median_ms", "min_ms")}
+            dense = [t for name, t in times.items() if name.startswith("torch")]
+            best = {key: min(t[key] for t in dense) for key in ("median_ms", "min_ms")}
             print(f"\ncontext {context}, {threads} thread(s), memory read {speed / 1e9:.1f} GB/s")
-            print(f"{'':30}{'MB':>8}{'floor ms':>10}{'median ms':>11}{'min ms':>9}{'% of floor':>12}{'x best torch':>14}")
+            heads = f"{'MB':>8}{'floor ms':>10}{'median ms':>11}{'min ms':>9}{'% of floor':>12}{'x best torch':>14}"
+            print(f"{'':30}{heads}")
             for name, t in times.items():
                 floor = sizes[name] / speed * 1e3
                 ratio = {key: best[key] / t[key] for key in best}
@@ -187,10 +189,9 @@ def main() -> None:
                     f"{name:30}{sizes[name] / 1e6:8.1f}{floor:10.3f}{t['median_ms']:11.3f}{t['min_ms']:9.3f}"
                     f"{100 * floor / t['min_ms']:11.0f}%{ratio['median_ms']:14.2f}"
                 )
-                results.append(
-                    dict(context=context, threads=threads, form=name, bytes=sizes[name], bytes_per_second=speed)
-                    | dict(floor_ms=floor, **t, times_best_torch_median=ratio["median_ms"], times_best_torch_min=ratio["min_ms"])
-                )
+                ratios = {"times_best_torch_median": ratio["median_ms"], "times_best_torch_min": ratio["min_ms"]}
+                setting = dict(context=context, threads=threads, form=name, bytes=sizes[name])
+                results.append(setting | dict(bytes_per_second=speed, floor_ms=floor) | t | ratios)
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": machine, "arguments": vars(args), "results": results}, file, indent=1)

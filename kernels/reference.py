@@ -263,7 +263,8 @@ class ReferenceBackend(Backend):
     def write_field(self, rows: Rows, tier: int, field: str, values: Tensor) -> None:
         device = rows.lengths[0].device
         checks.check_rows(rows, device)
-        checks.check_tensor("values", values, (rows.count, None), rows.layout.field_dtype(field), device)
+        shape = (rows.count, None)
+        checks.check_tensor("values", values, shape, rows.layout.field_dtype(field), device, contiguous=False)
         checks.check_width(rows, tier, values.shape[1])
         i = rows.layout.field_index(field)
         present = torch.arange(values.shape[1], device=device) < rows.lengths[tier].unsqueeze(1)

@@ -4,14 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from kvcompress_hf.patches import interface
-from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
-from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
-from kvcompress_hf.patches.llama import PagedLlamaAttention
-from kvcompress_hf.patches.mistral import PagedMistralAttention
-from kvcompress_hf.patches.support import check_model, check_transformers, text_config
-from kvcompress_hf.patches.swap import restore_originals, swap_modules
-from kvcompress_hf.reports import RunReport
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -19,8 +11,16 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.patches import interface
+from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
+from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
+from kvcompress_hf.patches.llama import PagedLlamaAttention
+from kvcompress_hf.patches.mistral import PagedMistralAttention
+from kvcompress_hf.patches.support import check_model, check_transformers, text_config
+from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.reports import RunReport
 
 __all__ = ["is_patched", "last_run_report", "patch", "patched", "unpatch"]
 
@@ -195,9 +195,7 @@ def _choose_route(model: PreTrainedModel, route: str) -> str:
     swappable = sum(type(module) in _SWAPPED for module in model.modules())
     if route == "swap" and not swappable:
         names = " or ".join(kind.__name__ for kind in _SWAPPED)
-        raise UnsupportedModelError(
-            f'{type(model).__name__} has no {names} to swap; use route="interface" or "auto".'
-        )
+        raise UnsupportedModelError(f'{type(model).__name__} has no {names} to swap; use route="interface" or "auto".')
     if route != "auto":
         return route
     # A model with some layers of another kind, or with layers on other ranks, is the interface's.
@@ -210,9 +208,7 @@ def _install(model: PreTrainedModel, record: PatchRecord) -> None:
     try:
         _set_implementation(model, record.route)
         record.implementations = [
-            (config, old, config._attn_implementation)
-            for config, old in before
-            if config._attn_implementation != old
+            (config, old, config._attn_implementation) for config, old in before if config._attn_implementation != old
         ]
         if record.route == "swap":
             record.swapped = swap_modules(model, _SWAPPED)
@@ -231,14 +227,13 @@ def _set_implementation(model: PreTrainedModel, route: str) -> None:
     text = text_config(model)
     base = interface.base_implementation(text._attn_implementation)
     # Flash and flex attention know other masks than ours; the past is read by our own kernels in any case.
-    bases = (base,) if base in interface.BASES else interface.BASES
+    names: tuple[str, ...] = (base,) if base in interface.BASES else interface.BASES
     if route == "swap":
         if base in interface.BASES:
             return
-        names = bases
     else:
         interface.register()
-        names = tuple(interface.interface_name(name) for name in bases)
+        names = tuple(interface.interface_name(name) for name in names)
     for name in names:
         try:
             model.set_attn_implementation(
@@ -260,9 +255,7 @@ def _sub_config_name(config: PreTrainedConfig, text: PreTrainedConfig) -> str:
     for name in config.sub_configs:
         if getattr(config, name, None) is text:
             return name
-    raise UnsupportedModelError(
-        f"{type(config).__name__} hides its text config, so its attention cannot be set."
-    )
+    raise UnsupportedModelError(f"{type(config).__name__} hides its text config, so its attention cannot be set.")
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -273,13 +266,11 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
         config = waiting.pop(0)
         if id(config) not in found:
             found[id(config)] = config
-            waiting += [
-                part for name in config.sub_configs if (part := getattr(config, name, None)) is not None
-            ]
+            waiting += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
     return list(found.values())
 
 
-def _is_intact(model: nn.Module, record: PatchRecord) -> bool:
+def _is_intact(model: Any, record: PatchRecord) -> bool:
     """Whether nobody has taken parts of the patch away since, for instance by `set_attn_implementation`."""
     present = set(model.modules())
     ours = text_config(model)._attn_implementation in map(interface.interface_name, interface.BASES)

@@ -1,15 +1,16 @@
 """Two tokens, then one more: a patched model must give the stock logits before anyone relies on it."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.patches.support import text_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.patches.support import text_config
 from kvcompress_hf.presets import get_preset
 
 __all__ = ["check_dry_run", "evaluating", "stock_logits"]
@@ -98,6 +99,12 @@ def _run(model: PreTrainedModel, cache: CompressedPagedCache | None) -> list[Ten
     # With offloading to disk the weights are on "meta" between calls; accelerate then moves the ids itself.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     ids = torch.tensor([[1, 2, 3]], device=device) % text_config(model).vocab_size
-    first = model(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
-    second = model(input_ids=ids[:, 2:], past_key_values=first.past_key_values, use_cache=True)
-    return [step.logits.float().cpu() for step in (first, second)]
+    # Said outright where the model takes them: on the later ranks of a pipeline stock caches cannot tell.
+    say = "position_ids" in inspect.signature(model.forward).parameters
+    past, logits = cache, []
+    for part in (slice(0, 2), slice(2, 3)):
+        positions = {"position_ids": torch.arange(3, device=device)[None, part]} if say else {}
+        out = model(input_ids=ids[:, part], past_key_values=past, use_cache=True, **positions)
+        past = out.past_key_values
+        logits.append(out.logits.float().cpu())
+    return logits

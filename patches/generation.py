@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.patches.support import text_config
-from kvcompress_hf.reports import RunReport
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 
+from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.patches.support import text_config
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.reports import RunReport
 
 __all__ = ["RECORD", "PatchRecord", "bind_methods", "record_of", "unbind_methods"]
 
@@ -53,6 +53,10 @@ class PatchRecord:
     replaced: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
     last_run: RunReport | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model has had no run of its own yet.
+        return {**self.__dict__, "last_run": None}
 
 
 def record_of(model: nn.Module) -> PatchRecord | None:
@@ -145,24 +149,15 @@ def _prepare_cache(
     option = getattr(generation_config, _OPTION, None)
     past = model_kwargs.get("past_key_values")
     implementation = generation_config.cache_implementation
-    if (
-        record is None
-        or past is not None
-        or generation_config.use_cache is False
-        or implementation is not None
-    ):
+    if record is None or past is not None or generation_config.use_cache is False or implementation is not None:
         if option is not None and past is None:
-            wish = (
-                f"cache_implementation={implementation!r}"
-                if implementation is not None
-                else "use_cache=False"
-            )
-            raise ValueError(
-                f"kvcompress={option!r} and {wish} ask for different caches; leave one of them out."
-            )
+            wish = f"cache_implementation={implementation!r}" if implementation is not None else "use_cache=False"
+            raise ValueError(f"kvcompress={option!r} and {wish} ask for different caches; leave one of them out.")
+        if isinstance(past, CompressedPagedCache):
+            _check_passed_cache(model, generation_config, past)
+            if record is not None:
+                record.last_run = past.run_report
         stock(generation_config, model_kwargs, *args, **kwargs)
-        if record is not None and isinstance(past, CompressedPagedCache):
-            record.last_run = past.run_report
         return
     cache = CompressedPagedCache(
         model.config,
@@ -175,6 +170,20 @@ def _prepare_cache(
     record.last_run = cache.run_report
 
 
+def _check_passed_cache(
+    model: PreTrainedModel, generation_config: GenerationConfig, cache: CompressedPagedCache
+) -> None:
+    layers = text_config(model).num_hidden_layers
+    if len(cache) != layers:
+        raise ValueError(
+            f"The cache passed as past_key_values was made for {len(cache)} layers, but {type(model).__name__} has "
+            f"{layers}; make it with CompressedPagedCache(model.config, ...)."
+        )
+    if generation_config.use_cache is False:
+        # Stock would feed all tokens to the cache again at every step.
+        raise ValueError("use_cache=False and a cache as past_key_values contradict each other; leave one of them out.")
+
+
 def _call_recipe(option: Any, patched: Recipe) -> Recipe:
     """The recipe of one call: a preset's name, a recipe, or changes to the patched one."""
     if option is None:
@@ -183,8 +192,7 @@ def _call_recipe(option: Any, patched: Recipe) -> Recipe:
         return resolve_recipe(option) if "preset" in option else patched.with_overrides(**option)
     if isinstance(option, (list, tuple)):
         raise UnsupportedFeatureError(
-            "kvcompress= takes one recipe for the whole batch for now; one per row of the batch is not "
-            "available yet."
+            "kvcompress= takes one recipe for the whole batch for now; one per row of the batch is not available yet."
         )
     return resolve_recipe(option)
 
@@ -213,9 +221,7 @@ def _prepare_inputs(
     The model would go on with a new `DynamicCache`, and compression would end without a word. Emptying the
     cache and filling it again from all tokens is the same computation.
     """
-    inputs = _stock(model, "prepare_inputs_for_generation")(
-        input_ids, past_key_values=past_key_values, **kwargs
-    )
+    inputs = _stock(model, "prepare_inputs_for_generation")(input_ids, past_key_values=past_key_values, **kwargs)
     if isinstance(past_key_values, CompressedPagedCache) and inputs.get("past_key_values") is None:
         past_key_values.reset()
         inputs["past_key_values"] = past_key_values

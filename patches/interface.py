@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from kvcompress_hf.patches.call import check_call
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.patches.call import check_call
 
 __all__ = ["BASES", "PREFIX", "base_implementation", "interface_name", "register"]
 
@@ -68,11 +68,9 @@ def _attention_function(base: str) -> AttentionFunction:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        stock = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager_function(module))
+        stock: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager_function(module))
         if getattr(key, "_kvc", None) is None and getattr(value, "_kvc", None) is None:
-            return stock(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _attend(stock, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
 
     return kvcompress_attention
@@ -91,12 +89,7 @@ def _attend(
     kwargs: dict[str, Any],
 ) -> Tensor:
     handle, other = getattr(key, "_kvc", None), getattr(value, "_kvc", None)
-    if (
-        handle is None
-        or other is None
-        or handle.cache is not other.cache
-        or handle.layer_idx != other.layer_idx
-    ):
+    if handle is None or other is None or handle.cache is not other.cache or handle.layer_idx != other.layer_idx:
         raise UnsupportedFeatureError(
             f"{type(module).__name__} changes keys or values between the cache and its attention, so the "
             "compressed "
@@ -110,8 +103,7 @@ def _attend(
     )
     if getattr(module, "is_causal", True) is False:
         raise UnsupportedFeatureError(
-            f"{type(module).__name__} attends in both directions; the compressed cache is for causal "
-            "attention."
+            f"{type(module).__name__} attends in both directions; the compressed cache is for causal attention."
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return handle.cache.attend(
@@ -121,9 +113,7 @@ def _attend(
         value,
         attention_mask,
         scaling=scaling,
-        dense=lambda: stock(
-            module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs
-        )[0],
+        dense=lambda: stock(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)[0],
         softcap=kwargs.get("softcap"),
         sliding_window=_sliding_window(module, handle.layer_idx, kwargs),
         sinks=kwargs.get("s_aux"),
@@ -142,13 +132,21 @@ def _sliding_window(module: nn.Module, layer_idx: int, kwargs: dict[str, Any]) -
     return window
 
 
-def _eager_function(module: nn.Module) -> AttentionFunction | None:
+def _eager_function(module: nn.Module) -> AttentionFunction:
     """`eager_attention_forward` of the file the attention class, or the nearest parent class, comes from."""
     for parent in type(module).__mro__:
         function = getattr(sys.modules.get(parent.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
-    return None
+    # Only ever called if the model runs on eager attention, which then is not where all families have it.
+    return _no_eager_function
+
+
+def _no_eager_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    raise UnsupportedFeatureError(
+        f"{type(module).__module__} has no eager_attention_forward to go on with; load the model with "
+        'attn_implementation="sdpa" if it supports that.'
+    )
 
 
 _FUNCTIONS = {base: _attention_function(base) for base in BASES}

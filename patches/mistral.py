@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.patches.swap import paged_attention
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.models.mistral.modeling_mistral import (
@@ -11,6 +9,9 @@ from transformers.models.mistral.modeling_mistral import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches.swap import paged_attention
 
 __all__ = ["PagedMistralAttention"]
 
@@ -21,7 +22,7 @@ class PagedMistralAttention(MistralAttention):
     Made by [`patch`] over the state of a stock module, never from a config.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],

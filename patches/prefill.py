@@ -1,15 +1,16 @@
 """Filling a cache with a prompt once, to be used many times."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.patches.core import patched
-from kvcompress_hf.patches.generation import record_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches.core import patched
+from kvcompress_hf.patches.generation import record_of
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
 
@@ -50,8 +51,7 @@ def prefill(
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens] with at least one "
-            "token."
+            f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens] with at least one token."
         )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -70,7 +70,8 @@ def prefill(
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with patched(model, resolved):
         cache = CompressedPagedCache(model.config, resolved, prompt_tokens=tokens)
-        extra = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        # Only the cache is wanted, not the logits of a whole prompt.
+        extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         for start in range(0, tokens, step):
             end = min(start + step, tokens)
             model(

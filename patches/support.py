@@ -58,17 +58,13 @@ def check_model(model: Any) -> None:
         raise TypeError(f"patch() takes a transformers PreTrainedModel, got {type(model).__name__}{inner}.")
     reason = _reason_against(model)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} ({model.config.model_type}) is not supported: {reason}."
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} ({model.config.model_type}) is not supported: {reason}.")
 
 
-def _reason_against(model: PreTrainedModel) -> str | None:
+def _reason_against(model: Any) -> str | None:
     config = model.config
     if config.is_encoder_decoder:
-        return (
-            "it is an encoder-decoder model, and only decoder-only language models have the cache we replace"
-        )
+        return "it is an encoder-decoder model, and only decoder-only language models have the cache we replace"
     if not model.can_generate():
         return "it has no generate(); give the language-model class (for instance AutoModelForCausalLM)"
     text = text_config(model)

@@ -9,12 +9,13 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.patches.call import check_call
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.patches.call import check_call
 
 __all__ = ["paged_attention", "paged_view", "restore_originals", "swap_modules"]
 
@@ -93,9 +94,7 @@ def _retarget_forward(state: dict[str, Any], old: nn.Module, new: nn.Module) -> 
     forward, bound = state["forward"], types.MethodType(type(new).forward, new)
     if "_old_forward" in state:
         if not (
-            isinstance(forward, functools.partial)
-            and forward.args == (old,)
-            and _is_own(state["_old_forward"], old)
+            isinstance(forward, functools.partial) and forward.args == (old,) and _is_own(state["_old_forward"], old)
         ):
             return False
         state["_old_forward"] = bound
@@ -110,9 +109,7 @@ def _retarget_forward(state: dict[str, Any], old: nn.Module, new: nn.Module) -> 
 
 def _is_own(method: Any, module: nn.Module) -> bool:
     return (
-        isinstance(method, types.MethodType)
-        and method.__self__ is module
-        and method.__func__ is type(module).forward
+        isinstance(method, types.MethodType) and method.__self__ is module and method.__func__ is type(module).forward
     )
 
 
@@ -168,16 +165,31 @@ def paged_attention(
     cos, sin = position_embeddings
     query, key = rotate(query, key, cos, sin)
 
+    output = _attend(module, cache, query, key, value, attention_mask, eager, sliding_window, kwargs)
+    return module.o_proj(output.reshape(*input_shape, -1)), None
+
+
+@torch.compiler.disable
+def _attend(
+    module: Any,
+    cache: CompressedPagedCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    eager: Callable[..., tuple[Tensor, Tensor | None]],
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
     def dense() -> Tensor:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
-        # The mask carries the window for sdpa and eager; the argument is for the implementations without
-        # masks.
+        # For sdpa and eager the mask carries the window; the argument is for implementations without masks.
         window = {} if sliding_window is None else {"sliding_window": sliding_window}
         return function(
             module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **window, **kwargs
         )[0]
 
-    output = cache.attend(
+    return cache.attend(
         module.layer_idx,
         query,
         key,
@@ -187,4 +199,3 @@ def paged_attention(
         dense=dense,
         sliding_window=sliding_window,
     )
-    return module.o_proj(output.reshape(*input_shape, -1)), None

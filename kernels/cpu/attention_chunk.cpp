@@ -64,15 +64,19 @@ struct Chunk {
       const int r0 = first + c * kHeads;
       if (causal && t.position[0] > a->position + (r0 + q.count - 1) / a->group) continue;
       compute_logits(t, q, *layout, logits, w.scratch.s);
-      for (int i = 0; i < q.count; ++i) {
+      float largest[kHeads];
+      const bool plain = is_plain(t, logits) && !(fresh && (a->allowed || a->bias));
+      if (plain) plain_largest(t, q.count, w.scratch.s, largest);
+      for (int i = 0; i < q.count && !plain; ++i) {
         const int at = (r0 + i) / a->group, position = a->position + at;
         const int64_t mask = ((int64_t)b * a->n_q + at) * a->n_k + t.start;
         const Visible see = {a->window ? position - a->window : INT32_MIN, causal ? position : INT32_MAX,
                              fresh && a->allowed ? a->allowed + mask : nullptr,
                              fresh && a->bias ? a->bias + mask : nullptr};
-        softmax_row(t, w.states[c], i, finish_logits(w.scratch.s[i], t, logits, see), w.scratch);
+        largest[i] = finish_logits(w.scratch.s[i], t, logits, see);
       }
-      add_values(t, w.scratch, w.states[c], q.count, *layout);
+      const bool low = softmax(t, w.states[c], q.count, largest, w.scratch);
+      add_values(t, w.scratch, low, w.states[c], q.count, *layout);
     }
   }
 };

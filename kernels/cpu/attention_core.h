@@ -106,15 +106,19 @@ struct Tile {
   bool rotated, masked;         // masked: some lane may be unseen, look at position
   int start, n, blocks;         // first slot, slots, ceil(n / 16)
   const uint8_t *keys[kBlocks], *values[kBlocks];
-  const uint8_t *next_keys[kBlocks], *next_values[kBlocks];  // to prefetch; never null
   const uint8_t *key_params[kBlocks], *value_params[kBlocks];
   int64_t param_bytes;          // from scale to offset
+  // What to prefetch while the tile is worked on; never null.
+  const uint8_t *next_keys[kBlocks], *next_values[kBlocks], *next_key_params[kBlocks], *next_value_params[kBlocks];
+  int64_t next_param_bytes;
   int64_t value_stride;         // native: elements from slot to slot
   char* fields[kBlocks];        // field f of a block is at fields + f * field_bytes
   int64_t field_bytes;
   alignas(64) int32_t position[kTile];
-  alignas(64) float value_scale[kTile], value_offset[kTile];
-  float largest_scale;
+  // The tile's weights are probability * value scale, as integers: `weight` has the value scales so that the largest
+  // is kWeightLimit (coarse_weight: 127), weight_step (coarse_step) is the size of one unit.
+  alignas(64) float weight[kTile], coarse_weight[kTile], value_offset[kTile];
+  float weight_step, coarse_step;
 };
 
 struct Pages {  // how to reach the slots of a call's rows
@@ -137,7 +141,9 @@ KVC_INLINE void clear_next(Tile& t) {
     const int from = b < t.blocks ? b : 0;
     t.next_keys[b] = t.keys[from];
     t.next_values[b] = t.values[from];
+    t.next_key_params[b] = t.next_value_params[b] = t.keys[from];
   }
+  t.next_param_bytes = 0;
 }
 
 // Marks the lanes past the last slot; positions of the others must be set.
@@ -202,11 +208,19 @@ static inline void load_value_params(Tile& t) {
       if (at + kLanes > t.n)  // past the end lies garbage, perhaps NaN
         for (int e = 0; e < kLanes; ++e)
           if (at + e >= t.n) scale[e] = offset[e] = 0.f;
-      store(t.value_scale + at, scale);
+      store(t.weight + at, scale);
       store(t.value_offset + at, offset);
       largest = max(largest, scale);
     }
-  t.largest_scale = reduce_max(largest);
+  const float peak = reduce_max(largest);
+  t.weight_step = peak / kWeightLimit;
+  t.coarse_step = peak / 127.f;
+  const vf unit = all(peak > 0.f ? kWeightLimit / peak : 0.f);
+  for (int i = 0; i < 16 * t.blocks; i += kLanes) {
+    const vf x = load(t.weight + i) * unit;
+    store(t.weight + i, x);
+    store(t.coarse_weight + i, x * all(1.f / 256));
+  }
 }
 
 // Slots of the tail, keys row-major.
@@ -244,10 +258,9 @@ static inline void look_ahead(Tile& t, const Tile& ahead, const Pages& pages) {
     t.next_keys[b] = ahead.keys[b];
     t.next_values[b] = ahead.values[b];
     if (ahead.kind == kCodes) {
-      prefetch(ahead.key_params[b]);
-      prefetch(ahead.key_params[b] + ahead.param_bytes);
-      prefetch(ahead.value_params[b]);
-      prefetch(ahead.value_params[b] + ahead.param_bytes);
+      t.next_key_params[b] = ahead.key_params[b];
+      t.next_value_params[b] = ahead.value_params[b];
+      t.next_param_bytes = ahead.param_bytes;
     }
     if (pages.need_position && pages.position_field >= 0 && ahead.tier < pages.rows->layout->n_tiers)
       prefetch(ahead.fields[b] + pages.position_field * ahead.field_bytes);
@@ -263,8 +276,8 @@ struct Queries {  // up to kHeads query rows of one KV head, in every form that 
   float step[2][kHeads], sum[2][kHeads];                    // logit = step * scale * dot + sum * offset
 };
 struct Softmax {  // running state of the same rows
-  float m[kHeads], alpha[kHeads], weight_step[kHeads];
-  alignas(64) float l[kHeads][16], z[kHeads][16];  // lane-wise sums of p, and of p * value offset
+  float m[kHeads], l[kHeads], z[kHeads];  // maximum; sums of p, and of p * value offset
+  float alpha[kHeads], step[kHeads];      // o = o * alpha + product of the tile * step
   alignas(64) float o[kHeads][KVC_MAX_HEAD_DIM];
 };
 struct Scratch {
@@ -287,8 +300,7 @@ static inline Logits logits_of(float scale, float softcap) {
 static inline void clear(Softmax& s, int count, int d) {
   for (int h = 0; h < count; ++h) {
     s.m[h] = kFloor;
-    memset(s.l[h], 0, sizeof s.l[h]);
-    memset(s.z[h], 0, sizeof s.z[h]);
+    s.l[h] = s.z[h] = 0.f;
     memset(s.o[h], 0, d * sizeof(float));
   }
 }
@@ -305,7 +317,7 @@ static inline void quantise_query(Queries& q, int form, int h, const float* x, i
   (void)peak;
 #endif
   vf sum = vf{};
-  for (int i = 0; i < d; i += kLanes) sum = sum + put(q.words[form], h, i, load(x + i) * all(inverse));
+  for (int i = 0; i < d; i += kLanes) sum = sum + put<true>(q.words[form], h, i, load(x + i) * all(inverse));
   q.step[form][h] = step * scale;
   q.sum[form][h] = reduce_add(sum) * step * scale;
 }
@@ -343,6 +355,10 @@ KVC_INLINE void code_logits(const Tile& t, const Queries& q, int b0, int d, floa
   constexpr int kPer = 8 / BITS;
   const Words& w = q.words[t.rotated];
   const int n = d / (4 * kPer);
+  for (int b = 0; b < NB; ++b) {  // a few lines at a time: many at once would wait for each other
+    prefetch(t.next_key_params[b0 + b]);
+    prefetch(t.next_key_params[b0 + b] + t.next_param_bytes);
+  }
   for (int part = 0; part < kParts; ++part) {
     Dot sum[NB][G];
     KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = dot_zero();
@@ -502,60 +518,108 @@ static inline float finish_logits(float* s, const Tile& t, const Logits& logits,
   return reduce_max(largest);
 }
 
+// Whether finish_logits() would change nothing, whatever the query may see of past slots.
+KVC_INLINE bool is_plain(const Tile& t, const Logits& logits) { return !t.masked && logits.cap_out == 0.f; }
+
+// The largest logits of all rows of a plain tile.
+static inline void plain_largest(const Tile& t, int count, const float (*s)[kTile], float* largest) {
+  vf m[kHeads];
+  KVC_UNROLL for (int h = 0; h < kHeads; ++h) m[h] = load(s[h < count ? h : 0]);
+  for (int i = kLanes; i < 16 * t.blocks; i += kLanes)
+    KVC_UNROLL for (int h = 0; h < kHeads; ++h) m[h] = max(m[h], load(s[h < count ? h : 0] + i));
+  reduce_max4(m, largest);
+}
+
 // ---- softmax and values ----------------------------------------------------------------------------------------
-// Logits of row h become probabilities relative to the running maximum: floats in w.s for native values, words
-// (times the value scale) for codes.
-static inline void softmax_row(const Tile& t, Softmax& r, int h, float largest, Scratch& w) {
-  const float m = largest > r.m[h] ? largest : r.m[h];
-  const float alpha = m > r.m[h] ? exp2(r.m[h] - m) : 1.f;
-  r.alpha[h] = alpha;
-  r.m[h] = m;
-  float* s = w.s[h];
-  const int n = 16 * t.blocks;
-  vf l[kParts], z[kParts];
-  KVC_UNROLL for (int k = 0; k < kParts; ++k) {
-    l[k] = load(r.l[h] + k * kLanes) * all(alpha);
-    z[k] = load(r.z[h] + k * kLanes) * all(alpha);
-  }
-  if (t.value_bits == 0) {
-    for (int i = 0; i < n; i += 16) KVC_UNROLL for (int k = 0; k < kParts; ++k) {
-      const vf p = exp2(load(s + i + k * kLanes) - all(m));
-      l[k] = l[k] + p;
-      store(s + i + k * kLanes, p);
+// Logits become probabilities relative to the tile's own maximum `base`: floats in w.s for native values, words (times
+// the value scale) for codes. Also their sums, and the part of the output that all dims share.
+template <int G>
+static void native_softmax(const Tile& t, const float* base, Scratch& w, float* sum) {
+  vf l[kHeads] = {};
+  for (int i = 0; i < 16 * t.blocks; i += kLanes)
+    KVC_UNROLL for (int h = 0; h < G; ++h) {
+      const vf p = exp2(load(w.s[h] + i) - all(base[h]));
+      l[h] = l[h] + p;
+      store(w.s[h] + i, p);
     }
-  } else {
-    // Rounding weights down to nothing would lose their share of the values' mean, as codes are not negative: what
-    // rounding took away is given back times the middle code.
-    const float half = ((1 << t.value_bits) - 1) * 0.5f;
-#if KVC_ISA_avx512 || KVC_ISA_avx2
-    const float peak = largest > kFloor ? t.largest_scale * exp2(largest - m) : 0.f;
-    const float inverse = peak > 1e-30f ? kWeightLimit / peak : 0.f;
-    const float step = peak / kWeightLimit;
-#else
-    const float inverse = 1.f, step = 1.f;
-#endif
-    r.weight_step[h] = step;
-    for (int i = 0; i < n; i += 16) KVC_UNROLL for (int k = 0; k < kParts; ++k) {
-      const int at = i + k * kLanes;
-      const vf p = exp2(load(s + at) - all(m));
-      l[k] = l[k] + p;
-      const vf x = p * load(t.value_scale + at);
-      const vf kept = put(w.weights, h, at, x * all(inverse)) * all(step);
-      z[k] = p * load(t.value_offset + at) + ((x - kept) * all(half) + z[k]);
+  reduce_add4(l, sum);
+}
+template <int G, bool LOW>
+static void code_softmax(const Tile& t, const float* base, Scratch& w, float* sum, float* shared) {
+  const float* weight = LOW ? t.weight : t.coarse_weight;
+  vf l[kHeads] = {}, z[kHeads] = {}, lost[kHeads] = {};
+  for (int i = 0; i < 16 * t.blocks; i += kLanes) {
+    const vf scale = load(weight + i), offset = load(t.value_offset + i);
+    KVC_UNROLL for (int h = 0; h < G; ++h) {
+      const vf p = exp2(load(w.s[h] + i) - all(base[h]));
+      const vf x = p * scale;
+      l[h] = l[h] + p;
+      z[h] = p * offset + z[h];
+      lost[h] = lost[h] + (x - put<LOW>(w.weights, h, i, x));
     }
   }
-  KVC_UNROLL for (int k = 0; k < kParts; ++k) {
-    store(r.l[h] + k * kLanes, l[k]);
-    store(r.z[h] + k * kLanes, z[k]);
+  // Weights rounded down to nothing would lose their share of the values' mean, as codes are not negative: what
+  // rounding took away is given back times the middle code.
+  const vf middle = all(((1 << t.value_bits) - 1) * 0.5f * (LOW ? t.weight_step : t.coarse_step));
+  KVC_UNROLL for (int h = 0; h < G; ++h) z[h] = lost[h] * middle + z[h];
+  reduce_add4(l, sum);
+  reduce_add4(z, shared);
+}
+
+// Takes a tile's logits (w.s, with their largest) into the running state. Returns whether the weights have low
+// bytes: they need none where a tile weighs little against what was seen before.
+template <int G>
+static bool softmax_of(const Tile& t, Softmax& r, const float* largest, Scratch& w) {
+  alignas(64) float change[2 * kHeads < kLanes ? kLanes : 2 * kHeads] = {};  // to alpha, then beta
+  float base[kHeads];
+  KVC_UNROLL for (int h = 0; h < G; ++h) {
+    base[h] = largest[h] > kFloor ? largest[h] : kFloor;
+    const float m = base[h] > r.m[h] ? base[h] : r.m[h];
+    change[h] = r.m[h] - m;
+    change[kHeads + h] = base[h] - m;
+    r.m[h] = m;
+  }
+  for (int i = 0; i < 2 * kHeads; i += kLanes) store(change + i, exp2(load(change + i)));
+  const float *alpha = change, *beta = change + kHeads;
+  // A coarse weight is off by 0.29 / 127 of the tile's peak, 64 of them by 0.018 together. With beta / l <= 1/512
+  // everywhere, all tiles' errors add up to at most 0.018 / sqrt(512) = 8e-4 of the output.
+  bool low = true;
+  if (kTwoBytes && t.value_bits) {
+    low = false;
+    KVC_UNROLL for (int h = 0; h < G; ++h) low |= !(beta[h] * 512.f <= r.l[h] * alpha[h]);
+  }
+  const float unit = t.value_bits == 0 ? 1.f : low ? t.weight_step : t.coarse_step;
+  float sum[kHeads], shared[kHeads] = {};
+  if (t.value_bits == 0) native_softmax<G>(t, base, w, sum);
+  else if (low || !kTwoBytes) code_softmax<G, true>(t, base, w, sum, shared);
+  else code_softmax<G, !kTwoBytes>(t, base, w, sum, shared);
+  KVC_UNROLL for (int h = 0; h < G; ++h) {
+    r.l[h] = r.l[h] * alpha[h] + sum[h] * beta[h];
+    r.z[h] = r.z[h] * alpha[h] + shared[h] * beta[h];
+    r.alpha[h] = alpha[h];
+    r.step[h] = unit * beta[h];
+  }
+  return low;
+}
+static inline bool softmax(const Tile& t, Softmax& r, int count, const float* largest, Scratch& w) {
+  switch (count) {
+    case 1: return softmax_of<1>(t, r, largest, w);
+    case 2: return softmax_of<2>(t, r, largest, w);
+    case 3: return softmax_of<3>(t, r, largest, w);
+    default: return softmax_of<4>(t, r, largest, w);
   }
 }
 
-template <int BITS, int G, int NV>
+template <int BITS, int G, int NV, bool LOW>
 KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0, int d) {
   constexpr int kPer = 8 / BITS, kGroups = 4 / kPer;  // 64-byte vectors per 16 slots and 16 dims
   Dot sum[G][NV];
   KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v] = dot_zero();
   for (int b = 0; b < t.blocks; ++b) {
+    if (v0 == 0) {
+      prefetch(t.next_value_params[b]);
+      prefetch(t.next_value_params[b] + t.next_param_bytes);
+    }
     const uint8_t *p = t.values[b] + v0 * KVC_WIDTH, *next = t.next_values[b] + v0 * KVC_WIDTH;
     KVC_UNROLL for (int g = 0; g < kGroups; ++g) {
       Raw x[NV];
@@ -566,14 +630,14 @@ KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0,
       KVC_UNROLL for (int j = 0; j < kPer; ++j) {
         KVC_UNROLL for (int v = 0; v < NV; ++v) {
           const Codes c = codes<BITS>(x[v], j);
-          KVC_UNROLL for (int h = 0; h < G; ++h) dot<true>(sum[h][v], c, w.weights, h, b * 4 + g * kPer + j);
+          KVC_UNROLL for (int h = 0; h < G; ++h) dot<LOW>(sum[h][v], c, w.weights, h, b * 4 + g * kPer + j);
         }
       }
     }
   }
   KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
     float* o = r.o[h] + (v0 + v) * kLanes;
-    store(o, value<true>(sum[h][v]) * all(r.weight_step[h]) + load(o) * all(r.alpha[h]));
+    store(o, value<LOW>(sum[h][v]) * all(r.step[h]) + load(o) * all(r.alpha[h]));
   }
 }
 
@@ -597,17 +661,17 @@ KVC_INLINE void native_values(const Tile& t, const Scratch& w, Softmax& r, int v
   }
   KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
     float* o = r.o[h] + (v0 + v) * kLanes;
-    store(o, sum[h][v] + load(o) * all(r.alpha[h]));
+    store(o, sum[h][v] * all(r.step[h]) + load(o) * all(r.alpha[h]));
   }
 }
 
-template <int BITS, int G>
+template <int BITS, int G, bool LOW>
 static void all_code_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
-  constexpr int kOnce = G >= 3 ? 2 : 4;
+  constexpr int kOnce = G >= 3 && LOW ? 2 : 4;
   const int n = d / kLanes;
   int v = 0;
-  for (; v + kOnce <= n; v += kOnce) code_values<BITS, G, kOnce>(t, w, r, v, d);
-  for (; v < n; ++v) code_values<BITS, G, 1>(t, w, r, v, d);
+  for (; v + kOnce <= n; v += kOnce) code_values<BITS, G, kOnce, LOW>(t, w, r, v, d);
+  for (; v < n; ++v) code_values<BITS, G, 1, LOW>(t, w, r, v, d);
 }
 template <int DTYPE, int G>
 static void all_native_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
@@ -618,22 +682,27 @@ static void all_native_values(const Tile& t, const Scratch& w, Softmax& r, int d
   for (; v < n; ++v) native_values<DTYPE, G, 1>(t, w, r, v);
 }
 
+template <int G, bool LOW>
+KVC_INLINE void tile_code_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
+  if (t.value_bits == 8) all_code_values<8, G, LOW>(t, w, r, d);
+  else if (t.value_bits == 4) all_code_values<4, G, LOW>(t, w, r, d);
+  else all_code_values<2, G, LOW>(t, w, r, d);
+}
 template <int G>
-static void tile_values(const Tile& t, const Scratch& w, Softmax& r, const KvcLayout& layout) {
+static void tile_values(const Tile& t, const Scratch& w, bool low, Softmax& r, const KvcLayout& layout) {
   const int d = layout.head_dim;
-  if (t.value_bits == 8) all_code_values<8, G>(t, w, r, d);
-  else if (t.value_bits == 4) all_code_values<4, G>(t, w, r, d);
-  else if (t.value_bits == 2) all_code_values<2, G>(t, w, r, d);
+  if (t.value_bits) low || !kTwoBytes ? tile_code_values<G, true>(t, w, r, d) : tile_code_values<G, !kTwoBytes>(t, w, r, d);
   else if (layout.dtype == KVC_F32) all_native_values<KVC_F32, G>(t, w, r, d);
   else if (layout.dtype == KVC_F16) all_native_values<KVC_F16, G>(t, w, r, d);
   else all_native_values<KVC_BF16, G>(t, w, r, d);
 }
-static inline void add_values(const Tile& t, const Scratch& w, Softmax& r, int count, const KvcLayout& layout) {
+static inline void add_values(const Tile& t, const Scratch& w, bool low, Softmax& r, int count,
+                              const KvcLayout& layout) {
   switch (count) {
-    case 1: return tile_values<1>(t, w, r, layout);
-    case 2: return tile_values<2>(t, w, r, layout);
-    case 3: return tile_values<3>(t, w, r, layout);
-    default: return tile_values<4>(t, w, r, layout);
+    case 1: return tile_values<1>(t, w, low, r, layout);
+    case 2: return tile_values<2>(t, w, low, r, layout);
+    case 3: return tile_values<3>(t, w, low, r, layout);
+    default: return tile_values<4>(t, w, low, r, layout);
   }
 }
 
@@ -642,12 +711,11 @@ static inline void add_values(const Tile& t, const Scratch& w, Softmax& r, int c
 static inline void merge(Softmax& a, const Softmax& b, int count, int d) {
   for (int h = 0; h < count; ++h) {
     const float m = a.m[h] > b.m[h] ? a.m[h] : b.m[h];
-    const vf fa = all(exp2(a.m[h] - m)), fb = all(exp2(b.m[h] - m));
+    const float x = exp2(a.m[h] - m), y = exp2(b.m[h] - m);
+    const vf fa = all(x), fb = all(y);
     a.m[h] = m;
-    for (int i = 0; i < 16; i += kLanes) {
-      store(a.l[h] + i, load(a.l[h] + i) * fa + load(b.l[h] + i) * fb);
-      store(a.z[h] + i, load(a.z[h] + i) * fa + load(b.z[h] + i) * fb);
-    }
+    a.l[h] = a.l[h] * x + b.l[h] * y;
+    a.z[h] = a.z[h] * x + b.z[h] * y;
     for (int i = 0; i < d; i += kLanes) store(a.o[h] + i, load(a.o[h] + i) * fa + load(b.o[h] + i) * fb);
   }
 }
@@ -659,11 +727,7 @@ static inline float log2_of(float x) {
 
 // Normalises row h into o; returns the base-2 log of the denominator, sink included (-inf: nothing seen, no sink).
 static inline float finish_row(Softmax& r, int h, int d, const float* sink) {
-  float l = 0.f, z = 0.f, m = r.m[h], alpha = 1.f;
-  for (int i = 0; i < 16; i += kLanes) {
-    l += reduce_add(load(r.l[h] + i));
-    z += reduce_add(load(r.z[h] + i));
-  }
+  float l = r.l[h], m = r.m[h], alpha = 1.f;
   if (sink) {
     const float s = *sink * kLog2e, top = s > m ? s : m;
     alpha = exp2(m - top);
@@ -671,7 +735,7 @@ static inline float finish_row(Softmax& r, int h, int d, const float* sink) {
     m = top;
   }
   const float scale = l > 0.f || l != l ? alpha / l : 0.f;  // NaN goes through
-  for (int i = 0; i < d; i += kLanes) store(r.o[h] + i, (load(r.o[h] + i) + all(z)) * all(scale));
+  for (int i = 0; i < d; i += kLanes) store(r.o[h] + i, (load(r.o[h] + i) + all(r.z[h])) * all(scale));
   return l > 0.f || l != l ? m + log2_of(l) : -__builtin_inff();
 }
 

@@ -182,10 +182,12 @@ struct Decode {
     for (int c = 0; c < heads4; ++c) {
       compute_logits(t, q[c], *layout, logits, w.s);
       float largest[kHeads];
-      for (int h = 0; h < q[c].count; ++h) largest[h] = finish_logits(w.s[h], t, logits, see);
+      if (is_plain(t, logits)) plain_largest(t, q[c].count, w.s, largest);
+      else
+        for (int h = 0; h < q[c].count; ++h) largest[h] = finish_logits(w.s[h], t, logits, see);
       if (statistics) keep(t, c, q[c].count, w);
-      for (int h = 0; h < q[c].count; ++h) softmax_row(t, s[c], h, largest[h], w);
-      add_values(t, w, s[c], q[c].count, *layout);
+      const bool low = softmax(t, s[c], q[c].count, largest, w);
+      add_values(t, w, low, s[c], q[c].count, *layout);
     }
   }
 

@@ -11,6 +11,7 @@
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC bug 105593: false alarms from its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #if KVC_ISA_avx512
@@ -88,6 +89,30 @@ KVC_INLINE float reduce_add(vf x) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 #else
   return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+// Four registers reduced together: out[i] = sum (or maximum) of x[i]. Costs little more than one alone.
+KVC_INLINE void reduce_add4(const vf* x, float* out) {
+#if KVC_ISA_avx512
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512 s = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = reduce_add(x[i]);
+#endif
+}
+KVC_INLINE void reduce_max4(const vf* x, float* out) {
+#if KVC_ISA_avx512
+  const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512 s = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = reduce_max(x[i]);
 #endif
 }
 
@@ -226,6 +251,7 @@ KVC_INLINE void hadamard(float* x, int n, int block) {
 constexpr int kMaxQuads = 64;
 constexpr float kWeightLimit = 32512.f;  // 127 * 256: the high byte stays in range after rounding
 #if KVC_ISA_avx512
+constexpr bool kTwoBytes = true;  // leaving the low byte out saves time
 struct Words {  // weights of up to four heads
   alignas(64) int32_t high[4][kMaxQuads];
   alignas(64) int32_t low[4][kMaxQuads];
@@ -241,26 +267,37 @@ KVC_INLINE Codes codes(Raw x, int j) {
   if (BITS == 8) return x;
   return _mm512_and_si512((__m512i)((vus)x >> (j * BITS)), _mm512_set1_epi8((1 << BITS) - 1));
 }
+// GCC 12 keeps copies of every sum when the intrinsic is used in a loop, and spills; written out, it does not.
+KVC_INLINE void dpbusd(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
 KVC_INLINE Dot dot_zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 template <bool LOW>
 KVC_INLINE void dot(Dot& s, Codes c, const Words& w, int head, int quad) {
-  s.high = _mm512_dpbusd_epi32(s.high, c, _mm512_set1_epi32(w.high[head][quad]));
-  if (LOW) s.low = _mm512_dpbusd_epi32(s.low, c, _mm512_set1_epi32(w.low[head][quad]));
+  dpbusd(s.high, c, _mm512_set1_epi32(w.high[head][quad]));
+  if (LOW) dpbusd(s.low, c, _mm512_set1_epi32(w.low[head][quad]));
 }
 template <bool LOW>
 KVC_INLINE vf value(const Dot& s) {
-  const vf high = _mm512_cvtepi32_ps(s.high) * all(256.f);
-  return LOW ? high + _mm512_cvtepi32_ps(s.low) : high;
+  const vf high = _mm512_cvtepi32_ps(s.high);
+  return LOW ? high * all(256.f) + _mm512_cvtepi32_ps(s.low) : high;
 }
-// Rounds 16 weights (already scaled to +-kWeightLimit) from lane `at` on; returns what they now are.
+// Rounds kLanes weights from lane `at` on and returns what they now are. They are scaled to +-kWeightLimit, or,
+// when the low byte is not wanted, to +-127.
+template <bool LOW>
 KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   const __m512i r = _mm512_cvtps_epi32(x);
+  if (!LOW) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.high[head][at / 4]), _mm512_cvtepi32_epi8(r));
+    return _mm512_cvtepi32_ps(r);
+  }
   const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(r, _mm512_set1_epi32(128)), 8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.high[head][at / 4]), _mm512_cvtepi32_epi8(h));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.low[head][at / 4]), _mm512_cvtepi32_epi8(r));
   return _mm512_cvtepi32_ps(r);
 }
 #elif KVC_ISA_avx2
+constexpr bool kTwoBytes = false;
 struct Words {
   alignas(64) int32_t pair[4][kMaxQuads][2];
 };
@@ -289,6 +326,7 @@ template <bool LOW>
 KVC_INLINE vf value(const Dot& s) {
   return _mm256_cvtepi32_ps(s.sum);
 }
+template <bool LOW>
 KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   const __m256i r = _mm256_cvtps_epi32(x);
   const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
@@ -299,6 +337,7 @@ KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   return _mm256_cvtepi32_ps(r);
 }
 #else
+constexpr bool kTwoBytes = false;
 struct Words {
   alignas(64) float weight[4][kMaxQuads * 4];
 };
@@ -326,13 +365,15 @@ template <bool LOW>
 KVC_INLINE vf value(const Dot& s) {
   return s.sum;
 }
+template <bool LOW>
 KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   store(&w.weight[head][at], x);
   return x;
 }
 #endif
 
-KVC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Into L2: L1 can wait for only some 24 lines at a time, which makes a third of the bandwidth.
+KVC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 }  // namespace KVC_ISA

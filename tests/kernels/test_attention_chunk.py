@@ -24,15 +24,15 @@ def check(cache, backend, exact, relative_error, tolerance, **options):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("tier", [(8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (0, 0)])
+@pytest.mark.parametrize(
+    "tier, dtype", [((8, 8), F32), ((8, 4), BF16), ((4, 2), F32), ((2, 2), F16), ((0, 0), F32), ((0, 0), F16), ((0, 0), BF16)]
+)
 def test_every_tier(build_cache, backend, exact, relative_error, tolerance, tier, dtype):
     cache = build_cache(backend, tiers=[tier], dtype=dtype)
     check(cache, backend, exact, relative_error, tolerance)
 
 
-@pytest.mark.parametrize("head_dim", [16, 48, 80, 96, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("group, head_dim", [(1, 16), (3, 48), (4, 80), (8, 96), (1, 128), (4, 256)])
 def test_shapes(build_cache, backend, exact, relative_error, tolerance, group, head_dim):
     cache = build_cache(backend, tiers=[(8, 4), (4, 2), (0, 0)], group=group, head_dim=head_dim, dtype=BF16, most=90)
     check(cache, backend, exact, relative_error, tolerance, n_q=5)
@@ -62,7 +62,7 @@ def test_queries_that_see_nothing(build_cache, backend, exact, relative_error, t
     assert torch.isneginf(lse[:, :, :3]).all() and torch.isfinite(lse[:, :, 3:]).all()
 
 
-@pytest.mark.parametrize("window", [1, 4, 50, 400])
+@pytest.mark.parametrize("window", [1, 50, 400])
 def test_window(build_cache, backend, exact, relative_error, tolerance, window):
     cache = build_cache(backend, tiers=[(8, 4), (0, 0)], most=[[100, 80, 150, 3], [0, 90, 60, 1]])
     check(cache, backend, exact, relative_error, tolerance, n_q=80, window=window, position=345)

@@ -29,10 +29,9 @@ def check(cache, backend, exact, relative_error, tolerance, **options):
             assert torch.equal(a, e)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("tier", [*QUANTISED, (0, 0)])
-def test_every_tier(build_cache, backend, exact, relative_error, tolerance, tier, dtype):
-    cache = build_cache(backend, tiers=[tier], dtype=dtype, head_dim=64, most=200)
+def test_every_tier(build_cache, backend, exact, relative_error, tolerance, tier):
+    cache = build_cache(backend, tiers=[tier], head_dim=64, most=200)
     check(cache, backend, exact, relative_error, tolerance)
 
 
@@ -42,8 +41,10 @@ def test_groups(build_cache, backend, exact, relative_error, tolerance, group):
     check(cache, backend, exact, relative_error, tolerance)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("head_dim", [16, 48, 80, 96, 112, 128, 240, 256])
+@pytest.mark.parametrize(
+    "head_dim, dtype",
+    [(16, F32), (48, F16), (80, BF16), (96, F16), (112, F32), (128, BF16), (128, F16), (240, BF16), (256, F32)],
+)
 def test_head_dims(build_cache, backend, exact, relative_error, tolerance, head_dim, dtype):
     tiers = [(8, 8), (4, 2), (2, 4), (0, 0)]
     cache = build_cache(backend, tiers=tiers, head_dim=head_dim, dtype=dtype, most=70)
@@ -57,7 +58,7 @@ def test_page_sizes(build_cache, backend, exact, relative_error, tolerance, page
 
 
 @pytest.mark.parametrize("lengths", [[1, 0, 16, 17], [0, 0, 0, 0], [64, 63, 65, 128]])
-@pytest.mark.parametrize("tail_lengths", [(0, 0), (1, 16), (33, 39)])
+@pytest.mark.parametrize("tail_lengths", [(0, 16), (33, 39)])
 def test_edges(build_cache, backend, exact, relative_error, tolerance, lengths, tail_lengths):
     cache = build_cache(backend, tiers=[(4, 4)], most=[lengths], tail_lengths=tail_lengths)
     check(cache, backend, exact, relative_error, tolerance)
@@ -112,7 +113,7 @@ def test_flat_and_sharp_softmax(build_cache, backend, exact, relative_error, tol
     assert relative_error(actual, expected) <= 2e-3
 
 
-@pytest.mark.parametrize("group", [1, 4, 6])
+@pytest.mark.parametrize("group", [1, 6])
 def test_statistics(build_cache, backend, exact, relative_error, group, threads):
     cache = build_cache(backend, tiers=[(8, 4), (0, 0)], group=group, most=[[2000, 80, 0, 31], [64, 17, 0, 700]])
     before = [cache.rows.lengths[t].clone() for t in range(2)]
@@ -132,13 +133,13 @@ def test_statistics(build_cache, backend, exact, relative_error, group, threads)
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_rows_are_split_over_threads(build_cache, backend, exact, relative_error, tolerance, threads, statistics):
-    lengths = [[9000, 3, 0, 700], [5, 4000, 0, 64]]
+    lengths = [[5000, 3, 0, 700], [5, 2000, 0, 64]]
     cache = build_cache(backend, tiers=[(8, 4), (4, 2)], most=lengths, dtype=BF16, head_dim=128)
     options = dict(sum_field="sum", square_field="square") if statistics else {}
     check(cache, backend, exact, relative_error, tolerance, **options)
 
 
-@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("batch", [1, 20])
 def test_many_rows(build_cache, backend, exact, relative_error, tolerance, threads, batch):
     cache = build_cache(backend, batch=batch, kv_heads=8, group=4, most=90, dtype=F16, tail_lengths=(7,))
     check(cache, backend, exact, relative_error, tolerance)

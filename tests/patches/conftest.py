@@ -179,8 +179,13 @@ def snapshot() -> Callable[[PreTrainedModel], dict[str, Any]]:
             },
             "tensors": {name: id(tensor) for name, tensor in model.named_parameters()},
             "class": type(model),
-            "config": (model.config.to_json_string(), model.config._attn_implementation),
-            "generation_config": model.generation_config.to_json_string(),
+            "config": model.config.to_json_string(),
+            "implementations": {
+                name: module.config._attn_implementation
+                for name, module in model.named_modules()
+                if isinstance(module, PreTrainedModel)
+            },
+            "generation_config": model.generation_config.to_json_string() if model.can_generate() else None,
         }
 
     return take

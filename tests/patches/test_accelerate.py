@@ -74,6 +74,17 @@ def test_dispatched_after_patching(family, route, build_model, run_generate, dis
     _check(model, run_generate, expected)
 
 
+@pytest.mark.parametrize("family", ("llama", "qwen3"))
+def test_everything_on_disk(family, build_model, run_generate, tmp_path):
+    """No weight is anywhere but on disk when the model is patched."""
+    model = build_model(family)
+    expected = run_generate(model, "padded", 24)
+    accelerate.cpu_offload(model) if family == "qwen3" else accelerate.disk_offload(model, tmp_path)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    patch(model, "lossless")
+    _check(model, run_generate, expected)
+
+
 def test_hooks_removed_while_patched(build_model, run_generate, dispatch):
     model = build_model("llama")
     expected = run_generate(model, "padded", 24)

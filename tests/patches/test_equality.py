@@ -94,7 +94,9 @@ def test_logits_within_1e_4(family, route, build_model, padded):
         mask = padded["attention_mask"]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
-            out = [model(padded["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache).logits]
+            out = [
+                model(padded["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+            ]
             for step in steps:
                 mask = torch.cat([mask, torch.ones_like(step)], 1)
                 positions = (mask.cumsum(-1) - 1)[:, -step.shape[1] :]

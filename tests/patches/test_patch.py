@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -88,7 +89,12 @@ def test_patching_again_replaces_only_the_recipe(family, route, build_model, sna
 def test_every_form_of_a_recipe(build_model):
     model = build_model("llama")
     recipe = get_preset("kv-compress").with_overrides(budget=0.5)
-    for form in (recipe, recipe.to_dict(), {"preset": "kv-compress", "budget": 0.5}, Recipe.from_json(recipe.to_json())):
+    for form in (
+        recipe,
+        recipe.to_dict(),
+        {"preset": "kv-compress", "budget": 0.5},
+        Recipe.from_json(recipe.to_json()),
+    ):
         assert record_of(patch(model, form)).recipe == recipe
 
 
@@ -137,6 +143,7 @@ def test_deepcopy_is_a_patched_model_of_its_own(route, build_model, run_generate
     run_generate(model, "padded", 4)
     twin = copy.deepcopy(model)
     assert is_patched(twin) and record_of(twin) is not record_of(model)
+    assert record_of(twin).last_run is None
     unpatch(model)
     assert snapshot(model) == before
     with torch.no_grad():
@@ -192,7 +199,9 @@ def test_nothing_of_a_cache_stays_on_the_model(build_model, run_generate):
     run_generate(model, "padded", 8)
     assert {name: sorted(vars(module)) for name, module in model.named_modules() if name} == attributes
     record = record_of(model)
-    kept = [value for value in vars(record.last_run).values() if isinstance(value, (torch.Tensor, CompressedPagedCache))]
+    kept = [
+        value for value in vars(record.last_run).values() if isinstance(value, (torch.Tensor, CompressedPagedCache))
+    ]
     assert kept == []
 
 
@@ -262,7 +271,7 @@ def test_failed_dry_run_undoes_everything(family, route, build_model, run_genera
     expected, before = run_generate(model, "padded", 16), snapshot(model)
     attend = CompressedPagedCache.attend
     with monkeypatch.context() as context:
-        context.setattr(CompressedPagedCache, "attend", lambda *args, **kwargs: attend(*args, **kwargs) * 1.5)
+        context.setattr(CompressedPagedCache, "attend", lambda *args, **kwargs: attend(*args, **kwargs) + 1)
         with pytest.raises(UnsupportedModelError, match="logits differ"):
             patch(model, route=route)
     assert snapshot(model) == before
@@ -334,6 +343,42 @@ def test_other_caches_go_the_stock_way(family, route, build_model, run_generate,
         torch.testing.assert_close(model(prompt(3), use_cache=False).logits, logits)
 
 
+@pytest.mark.parametrize("kind", ("llava", "gemma3"))
+def test_text_part_of_a_composite_model(kind, snapshot, padded):
+    """Only the language part is switched; vision towers keep their attention."""
+    text = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.2,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    if kind == "llava":
+        config = transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**text), vision_config=transformers.CLIPVisionConfig(**vision)
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+    else:
+        text |= {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    model.eval()
+    arguments = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected, before = model.generate(**padded, **arguments), snapshot(model)
+    patch(model, "lossless")
+    assert record_of(model).route == ("swap" if kind == "llava" else "interface")
+    assert config.vision_config._attn_implementation == "sdpa"
+    out = model.generate(**padded, **arguments, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, CompressedPagedCache) and torch.equal(out.sequences, expected)
+    unpatch(model)
+    assert snapshot(model) == before
+
+
 def test_names_used_of_transformers():
     """The parts of transformers that patching relies on, by name."""
     from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
@@ -344,7 +389,6 @@ def test_names_used_of_transformers():
             "_prepare_cache_for_generation",
             "_prepare_generation_config",
             "_supports_default_dynamic_cache",
-            "_supports_logits_to_keep",
             "prepare_inputs_for_generation",
         ),
         PreTrainedModel: ("_can_set_attn_implementation", "_is_stateful", "set_attn_implementation"),

@@ -1,0 +1,33 @@
+"""Run by `test_distributed.py` in two processes: a model split over them, stock against patched."""
+
+import os
+import sys
+
+import torch
+import torch.distributed
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from kvcompress_hf import patch
+from kvcompress_hf.cache import CompressedPagedCache
+
+
+def main(folder: str, split: str) -> None:
+    torch.set_num_threads(1)
+    saved = torch.load(os.path.join(folder, "expected.pt"))
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**{split: 2})).eval()
+    for route in ("auto", "interface"):
+        patch(model, "lossless", route=route)
+        out = model.generate(**saved["inputs"], **saved["arguments"], return_dict_in_generate=True)
+        assert isinstance(out.past_key_values, CompressedPagedCache)
+        assert torch.equal(out.sequences, saved["tokens"]), f"{split}, {route}: other tokens than in one process"
+        patch(model, "kv-compress", budget=0.5)
+        tokens = model.generate(**saved["inputs"], **saved["arguments"])
+        totals = [torch.zeros_like(tokens) for _ in range(2)]
+        torch.distributed.all_gather(totals, tokens)
+        assert torch.equal(*totals), f"{split}, {route}: the processes disagree"
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
