@@ -2,16 +2,16 @@
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
-from kvcompress_hf.patches import last_run_report as report
-from kvcompress_hf.patches import patch, patched, prefill, unpatch
-from kvcompress_hf.presets import get_preset, presets
 from kvcompress_hf.importance.running import RunningScores
 from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.importance.window import WindowScores
+from kvcompress_hf.patches import last_run_report as report
+from kvcompress_hf.patches import patch, patched, prefill, unpatch
 from kvcompress_hf.planning.kv_compress import PagePlan
 from kvcompress_hf.planning.lowest import LowestPlan
 from kvcompress_hf.planning.rate_distortion import RateDistortion
 from kvcompress_hf.planning.thresholds import ThresholdPlan
+from kvcompress_hf.presets import get_preset, presets
 from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 from kvcompress_hf.reports import MemoryReport, RunReport, plot_slots
 

@@ -72,12 +72,12 @@ class _StoreLayers:
 
 @dataclass
 class _Before:
-    """How things stood before a multi-token forward pass, should it run out of memory."""
+    """How things stood before a forward pass, should it not reach its end."""
 
     seen: int = 0
     tail_used: list[int] = field(default_factory=list)
     padding: torch.Tensor | None = None
-    stores: dict[Geometry, Snapshot] = field(default_factory=dict)
+    stores: dict[Geometry, Snapshot] | None = None
 
 
 class PagedAttention:
@@ -171,7 +171,8 @@ class PagedAttention:
         ):
             raise ValueError(
                 f"Layer {layer_idx} holds {self.batch} sequences x {store.geometry.kv_heads} KV heads in "
-                f"{store.geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh cache."
+                f"{store.geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh "
+                "cache."
             )
         valid = None if mask is None else self._valid(mask, query.shape[2], tokens)
         layer.group = query.shape[1] // key.shape[1]
@@ -392,6 +393,14 @@ class PagedAttention:
     # -- before and after a forward pass ---------------------------------------------------------------------------
 
     def _begin_forward(self, tokens: int, mask: torch.Tensor | None, key: torch.Tensor) -> None:
+        if any(layer.store is not None and layer.seen != self.seen for layer in self._layers):
+            behind = min(layer.seen for layer in self._layers if layer.store is not None)
+            added = self.seen - behind
+            self._undo_forward()
+            raise RuntimeError(
+                f"The last forward pass stopped half way, so its {added} tokens were in some layers only. They have "
+                f"been taken back: the cache holds {self.seen} tokens again. Repeat that forward pass."
+            )
         if self._unfinished:
             # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
             self._end_forward()
@@ -399,22 +408,26 @@ class PagedAttention:
             self.batch = key.shape[0]
         if tokens > 1 or not self.seen:
             self._prompt = self.seen + tokens
-        if tokens > 1:
-            self._before = _Before(
-                seen=self.seen,
-                tail_used=[layer.tail_used for layer in self._layers],
-                padding=self._padding,
-                stores={geometry: owned.store.snapshot() for geometry, owned in self._stores.items()},
-            )
+        decoding = tokens == 1 and self.seen > 0
+        self._before = _Before(
+            seen=self.seen,
+            tail_used=[layer.tail_used for layer in self._layers],
+            padding=self._padding,
+            # A decoded token only goes to the tail, from where it can be taken back without a copy of the lengths.
+            stores=None if decoding else {g: owned.store.snapshot() for g, owned in self._stores.items()},
+        )
         if mask is not None:
             padding = (~self._valid(mask, mask.shape[-2], tokens)).sum(1)
             self._padding = padding if self._padding is None else self._padding.to(padding.device) + padding
 
     def _undo_forward(self) -> None:
-        """Takes back a multi-token forward pass that ran out of memory: only additions were made so far."""
+        """Takes back a forward pass that did not reach its end: only additions were made so far."""
         before = self._before
         for geometry, owned in self._stores.items():
-            owned.store.restore(before.stores.get(geometry))
+            if before.stores is None:
+                owned.store.crop_tail(before.seen)
+            else:
+                owned.store.restore(before.stores.get(geometry))
         for layer, tail_used in zip(self._layers, before.tail_used, strict=True):
             layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
         self.seen, self._padding, self._unfinished = before.seen, before.padding, False

@@ -47,21 +47,18 @@ def check_call(module: nn.Module, dropout: float, kwargs: Mapping[str, Any]) -> 
         if name == "is_causal" and value is True:
             continue
         raise UnsupportedFeatureError(
-            f"{type(module).__name__} was called with {name}={_short(value)}, which changes attention in a "
-            "way the "
+            f"{type(module).__name__} was called with {name}={_short(value)}, which changes attention in a way the "
             "compressed cache does not know; leave it out, or unpatch the model for this call."
         )
     if dropout:
         raise UnsupportedFeatureError(
-            f"{type(module).__name__} applies attention dropout ({dropout}), which a compressed cache does "
-            "not; "
-            "call model.eval() first, or train without a compressed cache."
+            f"{type(module).__name__} applies attention dropout ({dropout}), which a compressed cache does not; call "
+            "model.eval() first, or train without a compressed cache."
         )
     if kwargs.get("output_attentions"):
         logger.warning_once(
-            "output_attentions=True has no effect with a compressed cache: heads keep different numbers of "
-            "tokens, "
-            "so there is no rectangular attention matrix to return."
+            "output_attentions=True has no effect with a compressed cache: heads keep different numbers of tokens, so "
+            "there is no rectangular attention matrix to return."
         )
 
 

@@ -78,8 +78,7 @@ def check_dry_run(model: PreTrainedModel, expected: list[Tensor]) -> None:
         ) from error
     if cache.get_seq_length() != 3:
         raise UnsupportedModelError(
-            f"{name} is not supported: it was given a compressed cache for 3 tokens but stored "
-            f"{cache.get_seq_length()} in it."
+            f"{name} is not supported: of 3 tokens it stored {cache.get_seq_length()} in the compressed cache."
         )
     tolerance = _TOLERANCE.get(model.dtype, 5e-2)
     for step, (ours, stock) in enumerate(zip(got, expected, strict=True)):
@@ -87,11 +86,9 @@ def check_dry_run(model: PreTrainedModel, expected: list[Tensor]) -> None:
         if not torch.allclose(ours, stock, rtol=0.0, atol=tolerance * scale, equal_nan=True):
             difference = float((ours - stock).abs().max())
             raise UnsupportedModelError(
-                f"{name} is not supported: with the lossless recipe its logits differ by {difference:.3g} "
-                "from the stock "
-                f"model in step {step + 1} of the check (allowed: {tolerance * scale:.3g}); its attention "
-                "does something "
-                "that the compressed cache does not reproduce."
+                f"{name} is not supported: with the lossless recipe its logits differ by {difference:.3g} from the "
+                f"stock model in step {step + 1} of the check (allowed: {tolerance * scale:.3g}); its attention does "
+                "something that the compressed cache does not reproduce."
             )
 
 

@@ -91,8 +91,7 @@ def _attend(
     handle, other = getattr(key, "_kvc", None), getattr(value, "_kvc", None)
     if handle is None or other is None or handle.cache is not other.cache or handle.layer_idx != other.layer_idx:
         raise UnsupportedFeatureError(
-            f"{type(module).__name__} changes keys or values between the cache and its attention, so the "
-            "compressed "
+            f"{type(module).__name__} changes keys or values between the cache and its attention, so the compressed "
             "cache cannot tell what belongs together; this model is not supported."
         )
     # The three that the cache is told about; all others must be harmless.

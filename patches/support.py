@@ -25,8 +25,7 @@ def check_transformers() -> None:
     installed = transformers.__version__
     if not Version(TRANSFORMERS_FROM) <= Version(installed) < Version(TRANSFORMERS_BELOW):
         raise UnsupportedFeatureError(
-            f"kvcompress_hf works with transformers >={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}, but "
-            f"{installed} is "
+            f"kvcompress_hf works with transformers >={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}, but {installed} is "
             f'installed; pip install "transformers>={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}".'
         )
 
@@ -76,6 +75,8 @@ def _reason_against(model: Any) -> str | None:
     if other:
         supported = " and ".join(sorted(_ATTENTION_LAYERS))
         return f"it has layers of type {', '.join(other)}, and only {supported} are supported"
+    if shared := getattr(text, "num_kv_shared_layers", None):
+        return f"its last {shared} layers use the keys and values of earlier ones, which the compressed cache cannot"
     if getattr(text, "attention_chunk_size", None) and not getattr(text, "layer_types", None):
         return "it attends in chunks, which the compressed cache does not know"
     if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi":

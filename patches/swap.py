@@ -52,13 +52,10 @@ def restore_originals(model: nn.Module, swapped: list[tuple[nn.Module, nn.Module
         swapped (`list[tuple[nn.Module, nn.Module]]`): What `swap_modules` returned.
     """
     for paged, original in swapped:
-        before, state = original.__dict__, dict(paged.__dict__)
-        if "_hf_hook" in before and before["_hf_hook"] is state.get("_hf_hook"):
-            state.update({name: before[name] for name in ("forward", "_old_forward") if name in before})
-        else:
-            _retarget_forward(state, paged, original)
-        before.clear()
-        before.update(state)
+        state = dict(paged.__dict__)
+        _retarget_forward(state, paged, original)
+        original.__dict__.clear()
+        original.__dict__.update(state)
     _replace_children(model, dict(swapped))
 
 
@@ -79,9 +76,8 @@ def paged_view(module: nn.Module, paged_class: type[nn.Module], name: str = "att
     state = dict(module.__dict__)
     if not _retarget_forward(state, module, paged := paged_class.__new__(paged_class)):
         raise UnsupportedModelError(
-            f"The forward of {name} ({type(module).__name__}) was replaced by {state['forward']!r}; patch "
-            "the model first "
-            "and apply that change afterwards, or undo it."
+            f"The forward of {name} ({type(module).__name__}) was replaced by {state['forward']!r}; patch the model "
+            "first and apply that change afterwards, or undo it."
         )
     paged.__dict__.update(state)
     return paged

@@ -72,6 +72,7 @@ struct Past {  // everything a row's queries may look at; the tail's and the new
     const int64_t d = layout.head_dim, bytes = d * pages.elt, b = row / pages.kv_heads, h = row % pages.kv_heads;
     const bool is_tail = part == layout.n_tiers;
     t.kind = kNative;
+    t.dtype = layout.dtype;
     t.row = row;
     t.tier = part;
     t.key_bits = t.value_bits = 0;

@@ -75,8 +75,8 @@ struct Chunk {
                              fresh && a->bias ? a->bias + mask : nullptr};
         largest[i] = finish_logits(w.scratch.s[i], t, logits, see);
       }
-      const bool low = softmax(t, w.states[c], q.count, largest, w.scratch);
-      add_values(t, w.scratch, low, w.states[c], q.count, *layout);
+      const bool pairs = softmax(t, w.states[c], q.count, largest, w.scratch);
+      add_values(t, w.scratch, pairs, w.states[c], q.count, *layout);
     }
   }
 };
@@ -100,7 +100,7 @@ int chunk(KvcChunk* a) {
   const int64_t query_rows = (int64_t)a->n_q * a->group, blocks = (query_rows + kQueryRows - 1) / kQueryRows;
 
   double slots = 0;
-  for (int row = 0; row < rows; ++row) slots += 64. * c.past.tiles(row);
+  for (int row = 0; row < rows; ++row) slots += (double)kTile * c.past.tiles(row);
   int threads = max_threads();
   if (slots * query_rows * layout.head_dim < 1.5e6 * threads) threads = 1;
 

@@ -1,5 +1,5 @@
 // The engine shared by decode, chunk and window scores: logits, softmax and value products over one *tile* of at
-// most 64 slots, for up to four query rows of a KV head at a time. Tiles are gathered from pages, 16-slot block by
+// most kTile slots, for up to four query rows of a KV head at a time. Tiles are gathered from pages, 16-slot block by
 // block, so that their size does not depend on the page's; codes are used where they lie, never expanded.
 #ifndef KVC_ATTENTION_CORE_H
 #define KVC_ATTENTION_CORE_H
@@ -14,7 +14,7 @@ namespace kvc {
 namespace KVC_ISA {
 namespace {
 
-constexpr int kTile = 64;           // slots
+constexpr int kTile = 128;          // slots
 constexpr int kBlocks = kTile / 16;
 constexpr int kHeads = 4;           // query rows handled together
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -102,7 +102,7 @@ enum TileKind { kNative, kRows, kCodes };  // keys in blocks of 16; keys row-maj
 struct Tile {
   TileKind kind;
   int row, tier;                // tier: index, or n_tiers for the tail, n_tiers + 1 for new keys
-  int key_bits, value_bits;
+  int dtype, key_bits, value_bits;  // bits 0: native
   bool rotated, masked;         // masked: some lane may be unseen, look at position
   int start, n, blocks;         // first slot, slots, ceil(n / 16)
   const uint8_t *keys[kBlocks], *values[kBlocks];
@@ -115,10 +115,10 @@ struct Tile {
   char* fields[kBlocks];        // field f of a block is at fields + f * field_bytes
   int64_t field_bytes;
   alignas(64) int32_t position[kTile];
-  // The tile's weights are probability * value scale, as integers: `weight` has the value scales so that the largest
-  // is kWeightLimit (coarse_weight: 127), weight_step (coarse_step) is the size of one unit.
-  alignas(64) float weight[kTile], coarse_weight[kTile], value_offset[kTile];
-  float weight_step, coarse_step;
+  // A slot's weight is its probability times its value scale, as an integer: `weight` holds the scales with the
+  // largest made kWeightLimit, weight_step is the size of one unit.
+  alignas(64) float weight[kTile], value_offset[kTile];
+  float weight_step;
 };
 
 struct Pages {  // how to reach the slots of a call's rows
@@ -157,6 +157,7 @@ static inline void packed_tile(Tile& t, const Pages& p, int row, int tier, int s
   const KvcTier& f = layout.tier[tier];
   const int d = layout.head_dim;
   t.kind = f.key_bits ? kCodes : kNative;
+  t.dtype = layout.dtype;
   t.row = row;
   t.tier = tier;
   t.key_bits = f.key_bits;
@@ -214,13 +215,8 @@ static inline void load_value_params(Tile& t) {
     }
   const float peak = reduce_max(largest);
   t.weight_step = peak / kWeightLimit;
-  t.coarse_step = peak / 127.f;
   const vf unit = all(peak > 0.f ? kWeightLimit / peak : 0.f);
-  for (int i = 0; i < 16 * t.blocks; i += kLanes) {
-    const vf x = load(t.weight + i) * unit;
-    store(t.weight + i, x);
-    store(t.coarse_weight + i, x * all(1.f / 256));
-  }
+  for (int i = 0; i < 16 * t.blocks; i += kLanes) store(t.weight + i, load(t.weight + i) * unit);
 }
 
 // Slots of the tail, keys row-major.
@@ -229,6 +225,7 @@ static inline void tail_tile(Tile& t, const Pages& p, int row, int start, int n)
   const KvcTail& tail = *p.tail;
   const int64_t batch = row / p.kv_heads, d = layout.head_dim, first = row * tail.capacity + start;
   t.kind = kRows;
+  t.dtype = layout.dtype;
   t.row = row;
   t.tier = layout.n_tiers;
   t.key_bits = t.value_bits = 0;
@@ -317,7 +314,7 @@ static inline void quantise_query(Queries& q, int form, int h, const float* x, i
   (void)peak;
 #endif
   vf sum = vf{};
-  for (int i = 0; i < d; i += kLanes) sum = sum + put<true>(q.words[form], h, i, load(x + i) * all(inverse));
+  for (int i = 0; i < d; i += kLanes) sum = sum + put(q.words[form], h, i, load(x + i) * all(inverse));
   q.step[form][h] = step * scale;
   q.sum[form][h] = reduce_add(sum) * step * scale;
 }
@@ -369,7 +366,7 @@ KVC_INLINE void code_logits(const Tile& t, const Queries& q, int b0, int d, floa
         const Raw x = load_raw(t.keys[b0 + b] + at);
         KVC_UNROLL for (int j = 0; j < kPer; ++j) {
           const Codes c = codes<BITS>(x, j);
-          KVC_UNROLL for (int h = 0; h < G; ++h) dot<true>(sum[b][h], c, w, h, i * kPer + j);
+          KVC_UNROLL for (int h = 0; h < G; ++h) dot(sum[b][h], c, w, h, i * kPer + j);
         }
       }
     }
@@ -378,7 +375,7 @@ KVC_INLINE void code_logits(const Tile& t, const Queries& q, int b0, int d, floa
       const vf scale = from_f16(params), offset = from_f16(params + t.param_bytes);
       KVC_UNROLL for (int h = 0; h < G; ++h)
         store(s[h] + 16 * (b0 + b) + kLanes * part,
-              value<true>(sum[b][h]) * (scale * all(q.step[t.rotated][h])) + offset * all(q.sum[t.rotated][h]));
+              value(sum[b][h]) * (scale * all(q.step[t.rotated][h])) + offset * all(q.sum[t.rotated][h]));
     }
   }
 }
@@ -509,7 +506,7 @@ static inline float finish_logits(float* s, const Tile& t, const Logits& logits,
     if (see.bias) x = x + load_first(see.bias + i, t.n - i) * all(kLog2e);
     if (t.masked) {
       const vi at = load_int(t.position + i);
-      x = (at > all(see.first)) & (at <= all(see.last)) ? x : all(kMasked);
+      x = ((at > all(see.first)) & (at <= all(see.last))) ? x : all(kMasked);
     }
     if (see.allowed) x = load_flags(see.allowed + i, t.n - i) != 0 ? x : all(kMasked);
     store(s + i, x);
@@ -534,40 +531,47 @@ static inline void plain_largest(const Tile& t, int count, const float (*s)[kTil
 // Logits become probabilities relative to the tile's own maximum `base`: floats in w.s for native values, words (times
 // the value scale) for codes. Also their sums, and the part of the output that all dims share.
 template <int G>
-static void native_softmax(const Tile& t, const float* base, Scratch& w, float* sum) {
+static void native_softmax(const Tile& t, bool pairs, const float* base, Scratch& w, float* sum) {
   vf l[kHeads] = {};
   for (int i = 0; i < 16 * t.blocks; i += kLanes)
     KVC_UNROLL for (int h = 0; h < G; ++h) {
       const vf p = exp2(load(w.s[h] + i) - all(base[h]));
       l[h] = l[h] + p;
       store(w.s[h] + i, p);
+#if KVC_ISA_avx512
+      if (pairs) {
+        const __m256bh b = _mm512_cvtneps_pbh(p);
+        memcpy(&w.weights.high[h][i / 2], &b, 32);
+      }
+#else
+      (void)pairs;
+#endif
     }
   reduce_add4(l, sum);
 }
-template <int G, bool LOW>
+template <int G>
 static void code_softmax(const Tile& t, const float* base, Scratch& w, float* sum, float* shared) {
-  const float* weight = LOW ? t.weight : t.coarse_weight;
   vf l[kHeads] = {}, z[kHeads] = {}, lost[kHeads] = {};
   for (int i = 0; i < 16 * t.blocks; i += kLanes) {
-    const vf scale = load(weight + i), offset = load(t.value_offset + i);
+    const vf scale = load(t.weight + i), offset = load(t.value_offset + i);
     KVC_UNROLL for (int h = 0; h < G; ++h) {
       const vf p = exp2(load(w.s[h] + i) - all(base[h]));
       const vf x = p * scale;
       l[h] = l[h] + p;
       z[h] = p * offset + z[h];
-      lost[h] = lost[h] + (x - put<LOW>(w.weights, h, i, x));
+      lost[h] = lost[h] + (x - put(w.weights, h, i, x));
     }
   }
   // Weights rounded down to nothing would lose their share of the values' mean, as codes are not negative: what
   // rounding took away is given back times the middle code.
-  const vf middle = all(((1 << t.value_bits) - 1) * 0.5f * (LOW ? t.weight_step : t.coarse_step));
+  const vf middle = all(((1 << t.value_bits) - 1) * 0.5f * t.weight_step);
   KVC_UNROLL for (int h = 0; h < G; ++h) z[h] = lost[h] * middle + z[h];
   reduce_add4(l, sum);
   reduce_add4(z, shared);
 }
 
-// Takes a tile's logits (w.s, with their largest) into the running state. Returns whether the weights have low
-// bytes: they need none where a tile weighs little against what was seen before.
+// Takes a tile's logits (w.s, with their largest) into the running state. Returns whether probabilities are pairs of
+// bf16 in w.weights (only for bf16 values): each is then off by 0.1 % at most, in a tile that weighs little.
 template <int G>
 static bool softmax_of(const Tile& t, Softmax& r, const float* largest, Scratch& w) {
   alignas(64) float change[2 * kHeads < kLanes ? kLanes : 2 * kHeads] = {};  // to alpha, then beta
@@ -581,25 +585,19 @@ static bool softmax_of(const Tile& t, Softmax& r, const float* largest, Scratch&
   }
   for (int i = 0; i < 2 * kHeads; i += kLanes) store(change + i, exp2(load(change + i)));
   const float *alpha = change, *beta = change + kHeads;
-  // A coarse weight is off by 0.29 / 127 of the tile's peak, 64 of them by 0.018 together. With beta / l <= 1/512
-  // everywhere, all tiles' errors add up to at most 0.018 / sqrt(512) = 8e-4 of the output.
-  bool low = true;
-  if (kTwoBytes && t.value_bits) {
-    low = false;
-    KVC_UNROLL for (int h = 0; h < G; ++h) low |= !(beta[h] * 512.f <= r.l[h] * alpha[h]);
-  }
-  const float unit = t.value_bits == 0 ? 1.f : low ? t.weight_step : t.coarse_step;
+  bool pairs = KVC_WIDTH == 64 && t.value_bits == 0 && t.dtype == KVC_BF16 && t.n % 2 == 0;
+  KVC_UNROLL for (int h = 0; h < G; ++h) pairs &= beta[h] * 64.f <= r.l[h] * alpha[h];
   float sum[kHeads], shared[kHeads] = {};
-  if (t.value_bits == 0) native_softmax<G>(t, base, w, sum);
-  else if (low || !kTwoBytes) code_softmax<G, true>(t, base, w, sum, shared);
-  else code_softmax<G, !kTwoBytes>(t, base, w, sum, shared);
+  if (t.value_bits == 0) native_softmax<G>(t, pairs, base, w, sum);
+  else code_softmax<G>(t, base, w, sum, shared);
+  const float unit = t.value_bits == 0 ? 1.f : t.weight_step;
   KVC_UNROLL for (int h = 0; h < G; ++h) {
     r.l[h] = r.l[h] * alpha[h] + sum[h] * beta[h];
     r.z[h] = r.z[h] * alpha[h] + shared[h] * beta[h];
     r.alpha[h] = alpha[h];
     r.step[h] = unit * beta[h];
   }
-  return low;
+  return pairs;
 }
 static inline bool softmax(const Tile& t, Softmax& r, int count, const float* largest, Scratch& w) {
   switch (count) {
@@ -610,7 +608,7 @@ static inline bool softmax(const Tile& t, Softmax& r, int count, const float* la
   }
 }
 
-template <int BITS, int G, int NV, bool LOW>
+template <int BITS, int G, int NV>
 KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0, int d) {
   constexpr int kPer = 8 / BITS, kGroups = 4 / kPer;  // 64-byte vectors per 16 slots and 16 dims
   Dot sum[G][NV];
@@ -630,14 +628,14 @@ KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0,
       KVC_UNROLL for (int j = 0; j < kPer; ++j) {
         KVC_UNROLL for (int v = 0; v < NV; ++v) {
           const Codes c = codes<BITS>(x[v], j);
-          KVC_UNROLL for (int h = 0; h < G; ++h) dot<LOW>(sum[h][v], c, w.weights, h, b * 4 + g * kPer + j);
+          KVC_UNROLL for (int h = 0; h < G; ++h) dot(sum[h][v], c, w.weights, h, b * 4 + g * kPer + j);
         }
       }
     }
   }
   KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
     float* o = r.o[h] + (v0 + v) * kLanes;
-    store(o, value<LOW>(sum[h][v]) * all(r.step[h]) + load(o) * all(r.alpha[h]));
+    store(o, value(sum[h][v]) * all(r.step[h]) + load(o) * all(r.alpha[h]));
   }
 }
 
@@ -665,13 +663,57 @@ KVC_INLINE void native_values(const Tile& t, const Scratch& w, Softmax& r, int v
   }
 }
 
-template <int BITS, int G, bool LOW>
+#if KVC_ISA_avx512
+// The same with pairs of bf16 probabilities, two slots and 32 dims at a time, from v0 * 32 on.
+template <int G, int NV>
+KVC_INLINE void pair_values(const Tile& t, const Scratch& w, Softmax& r, int v0) {
+  vf sum[G][NV][2];
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v][0] = sum[h][v][1] = vf{};
+  const int64_t stride = t.value_stride * 2;
+  for (int b = 0; b < t.blocks; ++b) {
+    const uint8_t *p = t.values[b] + v0 * 64, *next = t.next_values[b] + v0 * 64;
+    const int n = min_int(16, t.n - 16 * b);
+    for (int i = 0; i < n; i += 2, p += 2 * stride, next += 2 * stride) {
+      KVC_UNROLL for (int v = 0; v < NV; ++v) {
+        prefetch(next + 64 * v);
+        prefetch(next + stride + 64 * v);
+        const __m512i x = _mm512_loadu_si512(p + 64 * v), y = _mm512_loadu_si512(p + stride + 64 * v);
+        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(x, y), high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+        KVC_UNROLL for (int h = 0; h < G; ++h) {
+          const __m512bh weight = (__m512bh)_mm512_set1_epi32(w.weights.high[h][8 * b + i / 2]);
+          sum[h][v][0] = _mm512_dpbf16_ps(sum[h][v][0], low, weight);
+          sum[h][v][1] = _mm512_dpbf16_ps(sum[h][v][1], high, weight);
+        }
+      }
+    }
+  }
+  // Lane 4 * i + j of `low` and `high` are dims 8 * i + j and 8 * i + 4 + j.
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
+    float* o = r.o[h] + (v0 + v) * 32;
+    const vf a = _mm512_permutex2var_ps(sum[h][v][0], first, sum[h][v][1]);
+    const vf b = _mm512_permutex2var_ps(sum[h][v][0], second, sum[h][v][1]);
+    store(o, a * all(r.step[h]) + load(o) * all(r.alpha[h]));
+    store(o + 16, b * all(r.step[h]) + load(o + 16) * all(r.alpha[h]));
+  }
+}
+template <int G>
+static void all_pair_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
+  int v = 0;
+  for (; v + 2 <= d / 32; v += 2) pair_values<G, 2>(t, w, r, v);
+  if (v < d / 32) pair_values<G, 1>(t, w, r, v);
+  if (d % 32) native_values<KVC_BF16, G, 1>(t, w, r, d / 16 - 1);
+}
+#endif
+
+template <int BITS, int G>
 static void all_code_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
-  constexpr int kOnce = G >= 3 && LOW ? 2 : 4;
+  constexpr int kOnce = G >= 3 ? 2 : 4;
   const int n = d / kLanes;
   int v = 0;
-  for (; v + kOnce <= n; v += kOnce) code_values<BITS, G, kOnce, LOW>(t, w, r, v, d);
-  for (; v < n; ++v) code_values<BITS, G, 1, LOW>(t, w, r, v, d);
+  for (; v + kOnce <= n; v += kOnce) code_values<BITS, G, kOnce>(t, w, r, v, d);
+  for (; v < n; ++v) code_values<BITS, G, 1>(t, w, r, v, d);
 }
 template <int DTYPE, int G>
 static void all_native_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
@@ -682,27 +724,27 @@ static void all_native_values(const Tile& t, const Scratch& w, Softmax& r, int d
   for (; v < n; ++v) native_values<DTYPE, G, 1>(t, w, r, v);
 }
 
-template <int G, bool LOW>
-KVC_INLINE void tile_code_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
-  if (t.value_bits == 8) all_code_values<8, G, LOW>(t, w, r, d);
-  else if (t.value_bits == 4) all_code_values<4, G, LOW>(t, w, r, d);
-  else all_code_values<2, G, LOW>(t, w, r, d);
-}
 template <int G>
-static void tile_values(const Tile& t, const Scratch& w, bool low, Softmax& r, const KvcLayout& layout) {
+static void tile_values(const Tile& t, const Scratch& w, bool pairs, Softmax& r, const KvcLayout& layout) {
   const int d = layout.head_dim;
-  if (t.value_bits) low || !kTwoBytes ? tile_code_values<G, true>(t, w, r, d) : tile_code_values<G, !kTwoBytes>(t, w, r, d);
+  (void)pairs;
+  if (t.value_bits == 8) all_code_values<8, G>(t, w, r, d);
+  else if (t.value_bits == 4) all_code_values<4, G>(t, w, r, d);
+  else if (t.value_bits == 2) all_code_values<2, G>(t, w, r, d);
   else if (layout.dtype == KVC_F32) all_native_values<KVC_F32, G>(t, w, r, d);
   else if (layout.dtype == KVC_F16) all_native_values<KVC_F16, G>(t, w, r, d);
+#if KVC_ISA_avx512
+  else if (pairs) all_pair_values<G>(t, w, r, d);
+#endif
   else all_native_values<KVC_BF16, G>(t, w, r, d);
 }
-static inline void add_values(const Tile& t, const Scratch& w, bool low, Softmax& r, int count,
+static inline void add_values(const Tile& t, const Scratch& w, bool pairs, Softmax& r, int count,
                               const KvcLayout& layout) {
   switch (count) {
-    case 1: return tile_values<1>(t, w, low, r, layout);
-    case 2: return tile_values<2>(t, w, low, r, layout);
-    case 3: return tile_values<3>(t, w, low, r, layout);
-    default: return tile_values<4>(t, w, low, r, layout);
+    case 1: return tile_values<1>(t, w, pairs, r, layout);
+    case 2: return tile_values<2>(t, w, pairs, r, layout);
+    case 3: return tile_values<3>(t, w, pairs, r, layout);
+    default: return tile_values<4>(t, w, pairs, r, layout);
   }
 }
 

@@ -186,8 +186,8 @@ struct Decode {
       else
         for (int h = 0; h < q[c].count; ++h) largest[h] = finish_logits(w.s[h], t, logits, see);
       if (statistics) keep(t, c, q[c].count, w);
-      const bool low = softmax(t, s[c], q[c].count, largest, w);
-      add_values(t, w, low, s[c], q[c].count, *layout);
+      const bool pairs = softmax(t, s[c], q[c].count, largest, w);
+      add_values(t, w, pairs, s[c], q[c].count, *layout);
     }
   }
 

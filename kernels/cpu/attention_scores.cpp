@@ -7,7 +7,7 @@ namespace kvc {
 namespace KVC_ISA {
 namespace {
 
-constexpr int kPieceTiles = 16;  // tiles per task of the second pass
+constexpr int kPieceTiles = 8;   // tiles per task of the second pass
 
 struct Worker {
   Tile tiles[2];
@@ -163,7 +163,7 @@ int scores(KvcScores* a) {
   int most = 0;
   for (int row = 0; row < rows; ++row) {
     const int tiles = s.past.tiles(row);
-    slots += 64. * tiles;
+    slots += (double)kTile * tiles;
     if (tiles > most) most = tiles;
   }
   const int pieces = (most + kPieceTiles - 1) / kPieceTiles;

@@ -251,7 +251,6 @@ KVC_INLINE void hadamard(float* x, int n, int block) {
 constexpr int kMaxQuads = 64;
 constexpr float kWeightLimit = 32512.f;  // 127 * 256: the high byte stays in range after rounding
 #if KVC_ISA_avx512
-constexpr bool kTwoBytes = true;  // leaving the low byte out saves time
 struct Words {  // weights of up to four heads
   alignas(64) int32_t high[4][kMaxQuads];
   alignas(64) int32_t low[4][kMaxQuads];
@@ -265,39 +264,30 @@ KVC_INLINE Raw load_raw(const void* p) { return _mm512_loadu_si512(p); }
 template <int BITS>
 KVC_INLINE Codes codes(Raw x, int j) {
   if (BITS == 8) return x;
-  return _mm512_and_si512((__m512i)((vus)x >> (j * BITS)), _mm512_set1_epi8((1 << BITS) - 1));
+  return _mm512_and_si512((__m512i)((vus)x >> (j * BITS)), _mm512_set1_epi8((char)((1 << BITS) - 1)));
 }
 // GCC 12 keeps copies of every sum when the intrinsic is used in a loop, and spills; written out, it does not.
 KVC_INLINE void dpbusd(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
 KVC_INLINE Dot dot_zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-template <bool LOW>
 KVC_INLINE void dot(Dot& s, Codes c, const Words& w, int head, int quad) {
   dpbusd(s.high, c, _mm512_set1_epi32(w.high[head][quad]));
-  if (LOW) dpbusd(s.low, c, _mm512_set1_epi32(w.low[head][quad]));
+  dpbusd(s.low, c, _mm512_set1_epi32(w.low[head][quad]));
 }
-template <bool LOW>
 KVC_INLINE vf value(const Dot& s) {
-  const vf high = _mm512_cvtepi32_ps(s.high);
-  return LOW ? high * all(256.f) + _mm512_cvtepi32_ps(s.low) : high;
+  const vf high = _mm512_cvtepi32_ps(s.high), low = _mm512_cvtepi32_ps(s.low);
+  return high * all(256.f) + low;
 }
-// Rounds kLanes weights from lane `at` on and returns what they now are. They are scaled to +-kWeightLimit, or,
-// when the low byte is not wanted, to +-127.
-template <bool LOW>
+// Rounds kLanes weights, already scaled to +-kWeightLimit, from lane `at` on; returns what they now are.
 KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   const __m512i r = _mm512_cvtps_epi32(x);
-  if (!LOW) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.high[head][at / 4]), _mm512_cvtepi32_epi8(r));
-    return _mm512_cvtepi32_ps(r);
-  }
   const __m512i h = _mm512_srai_epi32(_mm512_add_epi32(r, _mm512_set1_epi32(128)), 8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.high[head][at / 4]), _mm512_cvtepi32_epi8(h));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.low[head][at / 4]), _mm512_cvtepi32_epi8(r));
   return _mm512_cvtepi32_ps(r);
 }
 #elif KVC_ISA_avx2
-constexpr bool kTwoBytes = false;
 struct Words {
   alignas(64) int32_t pair[4][kMaxQuads][2];
 };
@@ -316,17 +306,14 @@ KVC_INLINE Codes codes(Raw x, int j) {
           _mm256_and_si256((__m256i)((vus)x >> (8 + j * BITS)), mask)};
 }
 KVC_INLINE Dot dot_zero() { return {_mm256_setzero_si256()}; }
-template <bool LOW>
 KVC_INLINE void dot(Dot& s, const Codes& c, const Words& w, int head, int quad) {
   const __m256i a = _mm256_madd_epi16(c.even, _mm256_set1_epi32(w.pair[head][quad][0]));
   const __m256i b = _mm256_madd_epi16(c.odd, _mm256_set1_epi32(w.pair[head][quad][1]));
   s.sum = _mm256_add_epi32(s.sum, _mm256_add_epi32(a, b));
 }
-template <bool LOW>
 KVC_INLINE vf value(const Dot& s) {
   return _mm256_cvtepi32_ps(s.sum);
 }
-template <bool LOW>
 KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   const __m256i r = _mm256_cvtps_epi32(x);
   const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
@@ -337,7 +324,6 @@ KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   return _mm256_cvtepi32_ps(r);
 }
 #else
-constexpr bool kTwoBytes = false;
 struct Words {
   alignas(64) float weight[4][kMaxQuads * 4];
 };
@@ -357,15 +343,12 @@ KVC_INLINE Codes codes(Raw x, int j) {
   return r;
 }
 KVC_INLINE Dot dot_zero() { return {vf{}}; }
-template <bool LOW>
 KVC_INLINE void dot(Dot& s, const Codes& c, const Words& w, int head, int quad) {
   KVC_UNROLL for (int e = 0; e < 4; ++e) s.sum = c.c[e] * all(w.weight[head][quad * 4 + e]) + s.sum;
 }
-template <bool LOW>
 KVC_INLINE vf value(const Dot& s) {
   return s.sum;
 }
-template <bool LOW>
 KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   store(&w.weight[head][at], x);
   return x;

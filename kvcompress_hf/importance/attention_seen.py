@@ -32,9 +32,7 @@ class AttentionSeen:
         """Slots in the order of their positions, empty ones last: `int64` `[batch, kv_heads, slots]`."""
         return torch.where(self.filled, self.positions, torch.iinfo(torch.int32).max).argsort(dim=-1, stable=True)
 
-    def reduce(
-        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def reduce(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Reduces the scores per query head to one per KV head.
 
         Args:
@@ -123,11 +121,11 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
     positions.append(new.expand(batch, kv_heads, tokens))
     real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if chunk.valid is None else chunk.valid
     filled.append(real[:, None].expand(batch, kv_heads, tokens))
-    scores = [*past, tail_scores, fresh]
+    pieces = [*past, tail_scores, fresh]
     return AttentionSeen(
         chunk=chunk,
-        scores=torch.cat(scores, dim=-1),
-        widths=tuple(part.shape[-1] for part in scores),
+        scores=torch.cat(pieces, dim=-1),
+        widths=tuple(part.shape[-1] for part in pieces),
         positions=torch.cat(positions, dim=-1),
         filled=torch.cat(filled, dim=-1),
     )

@@ -306,8 +306,8 @@ class PagedStore:
         count = self._summed[part].flatten().clamp(min=1)[:, None, None, None]
         means = [sums[part].flatten(0, 1)[:, :, None] / count for sums in self._sums]
         # What is not a token may hold anything.
-        states = [torch.where(real[:, None, :, None], part_states, 0) for part_states in (keys, values)]
-        return describe(states[0], states[1], means[0], means[1])
+        clean_keys, clean_values = (torch.where(real[:, None, :, None], x, 0) for x in (keys, values))
+        return describe(clean_keys, clean_values, means[0], means[1])
 
     # -- packed slots ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a plan is: a typed part of a recipe that decides for every slot to keep it, to lower its tier, or to evict it."""
+"""What a plan is: a typed part of a recipe that decides for every slot to keep it, lower its tier, or evict it."""
 
 import abc
 from dataclasses import dataclass
@@ -149,6 +149,6 @@ def require_single_tier(plan: Plan, recipe: "Recipe") -> None:
     """
     if len(recipe.tiers) > 1:
         raise ValueError(
-            f"{type(plan).__name__} only keeps or evicts, so it takes one tier, not {', '.join(recipe.tiers)}; give one "
-            "tier, or plan with ThresholdPlan or RateDistortion."
+            f"{type(plan).__name__} only keeps or evicts, so it takes one tier, not {', '.join(recipe.tiers)}; give "
+            "one tier, or plan with ThresholdPlan or RateDistortion."
         )

@@ -17,9 +17,9 @@ def measure_distortion(
     """Loss per tier: relative error of values plus variance of the error of logits.
 
     With attention weights `p`, noise of variance `s` on the logits moves the output by about `p * |v - o|` times its
-    square root, and noise on the values by `p` times it; evicting a slot moves it by `p * |v - o|`. So the loss relative
-    to evicting is `|v' - v|**2 / |v - mean v|**2 + var(q.k' - q.k)`, and native storage loses nothing. The logits' error
-    counts without each query's mean, which softmax does not see.
+    square root, and noise on the values by `p` times it; evicting a slot moves it by `p * |v - o|`. So the loss
+    relative to evicting is `|v' - v|**2 / |v - mean v|**2 + var(q.k' - q.k)`, and native storage loses nothing. The
+    logits' error counts without each query's mean, which softmax does not see.
 
     Args:
         query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.

@@ -6,6 +6,7 @@ Keeping slot `i` in tier `t` costs `bytes_t` and loses `importance_i * d_t`; evi
 pages, rounding included, fit the budget.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ def lower_hull(slot_bytes: list[float], distortion: list[float]) -> list[tuple[i
         while len(hull) > 1 and _slope(hull[-2], (size, loss, tier)) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append((size, loss, tier))
-    return [(point[2], _slope(before, point)) for before, point in zip(hull, hull[1:], strict=False)]
+    return [(point[2], _slope(before, point)) for before, point in itertools.pairwise(hull)]
 
 
 def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:

@@ -40,7 +40,9 @@ class ThresholdPlan(Plan):
     def check(self, recipe: Recipe) -> None:
         """Takes one or two tiers; the budget is optional. See [`Plan.check`]."""
         if len(recipe.tiers) > 2:
-            raise ValueError(f"ThresholdPlan has a high and a low tier, but the recipe names {', '.join(recipe.tiers)}.")
+            raise ValueError(
+                f"ThresholdPlan has a high and a low tier, but the recipe names {', '.join(recipe.tiers)}."
+            )
         if recipe.budget is not None and self.alpha_low == 0:
             raise ValueError("ThresholdPlan with a budget needs alpha_low above 0: multiples of 0 never evict.")
 

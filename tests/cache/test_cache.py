@@ -181,6 +181,30 @@ def test_a_full_cache_says_so_and_stays_usable(model):
     close(logits(model, ids[:, 100:110], cache), logits(model, ids[:, 100:110], again))
 
 
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("recipe", ["lossless", "kv-compress"])
+def test_a_forward_that_stops_half_way_is_noticed_and_taken_back(model, recipe, count):
+    ids = tokens(1, 60)
+    cache, control = fresh(model, recipe), fresh(model, recipe)
+    for c in (cache, control):
+        logits(model, ids[:, :40], c)
+        logits(model, ids[:, 40:41], c)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, ids[:, 41 : 41 + count], cache)
+    finally:
+        handle.remove()
+    with pytest.raises(RuntimeError, match=f"its {count} tokens were in some layers only.*holds 41 tokens"):
+        logits(model, ids[:, 41 : 41 + count], cache)
+    for part in ids[:, 41:].split(count, dim=1):
+        close(logits(model, part, cache), logits(model, part, control))
+
+
 def test_an_empty_or_reset_cache_starts_over(stock, model):
     cache = fresh(model)
     cache.crop(0)

@@ -170,7 +170,7 @@ def tolerance() -> Callable[[Cache], float]:
 
     def limit(cache: Cache) -> float:
         quantised = any(tier.key_bits for tier in cache.rows.layout.tiers)
-        arithmetic = 1e-3 if quantised else 1e-5  # integer dots: 16-bit queries, 8 or 16-bit probabilities
+        arithmetic = 3e-4 if quantised else 1e-5  # integer dots: 16-bit queries and probabilities
         return max(arithmetic, {torch.float32: 0.0, torch.float16: 6e-4, torch.bfloat16: 5e-3}[cache.dtype])
 
     return limit

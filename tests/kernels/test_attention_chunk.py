@@ -25,7 +25,8 @@ def check(cache, backend, exact, relative_error, tolerance, **options):
 
 
 @pytest.mark.parametrize(
-    "tier, dtype", [((8, 8), F32), ((8, 4), BF16), ((4, 2), F32), ((2, 2), F16), ((0, 0), F32), ((0, 0), F16), ((0, 0), BF16)]
+    "tier, dtype",
+    [((8, 8), F32), ((8, 4), BF16), ((4, 2), F32), ((2, 2), F16), ((0, 0), F32), ((0, 0), F16), ((0, 0), BF16)],
 )
 def test_every_tier(build_cache, backend, exact, relative_error, tolerance, tier, dtype):
     cache = build_cache(backend, tiers=[tier], dtype=dtype)

@@ -15,7 +15,10 @@ def make_slots():
         positions = positions[None] if positions.dim() == 2 else positions
         rows = positions.shape[1]
         return Slots(
-            fields={name: torch.as_tensor(v, dtype=torch.float32).view(positions.shape) for name, v in (fields or {}).items()},
+            fields={
+                name: torch.as_tensor(v, dtype=torch.float32).view(positions.shape)
+                for name, v in (fields or {}).items()
+            },
             positions=positions,
             filled=torch.ones_like(positions, dtype=torch.bool) if filled is None else filled,
             tier=torch.zeros(positions.shape[-1], dtype=torch.int64),
