@@ -23,6 +23,7 @@ from torch import Tensor
 
 import kvcompress_hf
 from kvcompress_hf.kernels import CpuBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels.memory import page_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
@@ -52,7 +53,7 @@ def packed_sets(
     size = pages * args.kv_heads * layout.page_bytes
     n_sets = max(2, cache_bytes // size + 1)
     n_slabs = (pages * args.kv_heads * n_sets >> SLAB_PAGES_LOG2) + 1
-    slabs = [torch.zeros(1 << SLAB_PAGES_LOG2, layout.page_bytes, dtype=torch.uint8) for _ in range(n_slabs)]
+    slabs = [page_memory(1 << SLAB_PAGES_LOG2, layout.page_bytes) for _ in range(n_slabs)]
     addresses = torch.tensor([slab.data_ptr() for slab in slabs], dtype=torch.int64)
     order = torch.randperm(n_slabs << SLAB_PAGES_LOG2, generator=torch.Generator().manual_seed(0)).int()
     lengths = torch.zeros(args.kv_heads, dtype=torch.int32)
@@ -89,7 +90,7 @@ def torch_forms(q: Tensor, args: argparse.Namespace, context: int, cache_bytes: 
     size = 2 * context * args.kv_heads * args.head_dim * dtype.itemsize
     n_sets = max(2, cache_bytes // size + 1)
     shape = (1, args.kv_heads, context, args.head_dim)
-    sets = [tuple(torch.randn(shape).to(dtype) for _ in range(2)) for _ in range(n_sets)]
+    sets = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(n_sets)]
     packed = q.view(1, args.kv_heads, args.group, args.head_dim)
     scale = args.head_dim**-0.5
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -98,12 +99,17 @@ def torch_forms(q: Tensor, args: argparse.Namespace, context: int, cache_bytes: 
         k, v = sets[i % n_sets]
         return torch.matmul(torch.softmax(torch.matmul(packed * scale, k.transpose(-1, -2)), -1), v)
 
-    forms: dict[str, Form] = {
-        "torch matmul-softmax-matmul": matmul,
-        "torch SDPA packed": lambda i: sdpa(packed, *sets[i % n_sets]),
-    }
+    def sdpa_packed(i: int) -> Tensor:
+        k, v = sets[i % n_sets]
+        return sdpa(packed, k, v)
+
+    def sdpa_gqa(i: int) -> Tensor:
+        k, v = sets[i % n_sets]
+        return sdpa(q, k, v, enable_gqa=True)
+
+    forms: dict[str, Form] = {"torch matmul-softmax-matmul": matmul, "torch SDPA packed": sdpa_packed}
     if not args.skip_gqa:
-        forms["torch SDPA enable_gqa"] = lambda i: sdpa(q, *sets[i % n_sets], enable_gqa=True)
+        forms["torch SDPA enable_gqa"] = sdpa_gqa
     return forms
 
 

@@ -121,7 +121,8 @@ def page_layout(
 ) -> PageLayout:
     """Computes the page layout of a cache.
 
-    Without `page_bytes`, the size is the one near 8 KiB (at most 64 KiB) that wastes least in the worst tier.
+    Without `page_bytes`, the size is the one near 8 KiB that wastes least in the worst tier; with several tiers it is
+    at most 96 bytes per head dimension, because every head holds about half a page too much of each.
 
     Args:
         head_dim: Elements of a key or value vector: a multiple of 16, at most 256.

@@ -292,6 +292,8 @@ class PagedAttention:
         if self._observer is not None:
             started = time.perf_counter()
             store.reserve_tail(layer.tail_used)
+            if store.arena.shared:
+                store.own_all()  # observers write into the fields of what is stored
             chunk = Chunk(
                 store=store,
                 layer=layer.index,

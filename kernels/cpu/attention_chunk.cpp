@@ -124,6 +124,7 @@ int chunk(KvcChunk* a) {
     for (int64_t i = 0; i < blocks * rows; ++i)
       c.block((int)(i % rows), (int)((blocks - 1 - i / rows) * kQueryRows), workers[thread_index()]);
   }
+  arena.trim();
   return KVC_OK;
 }
 

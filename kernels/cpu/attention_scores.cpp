@@ -195,6 +195,7 @@ int scores(KvcScores* a) {
       s.accumulate(row, from, from + kPieceTiles, workers[thread_index()]);
     }
   }
+  arena.trim();
   return KVC_OK;
 }
 

@@ -32,7 +32,7 @@ int64_t slots_that_fit(const KvcLayout& layout, KvcTier& tier, int64_t page_byte
 }
 
 constexpr int64_t kPreferredBytes = 8 << 10;
-constexpr int64_t kLargestBytes = 64 << 10;
+constexpr int64_t kBytesPerDim = 96;  // with several tiers every head holds half a page too much of each: keep them small
 constexpr int64_t kSingleTierSlots = 64;
 
 int64_t choose_page_bytes(KvcLayout& layout) {
@@ -41,7 +41,8 @@ int64_t choose_page_bytes(KvcLayout& layout) {
     const int64_t unit = place(layout, layout.tier[i], KVC_SLOT_MULTIPLE);
     if (unit > smallest) smallest = unit;
   }
-  const int64_t limit = smallest > kLargestBytes ? smallest : kLargestBytes;
+  const int64_t several = kBytesPerDim * layout.head_dim;
+  const int64_t limit = layout.n_tiers == 1 ? smallest * kSingleTierSlots : smallest > several ? smallest : several;
   int64_t best = smallest;
   double best_waste = 1e9, best_distance = 1e9;
   for (int i = 0; i < layout.n_tiers; i++) {

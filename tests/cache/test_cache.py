@@ -153,6 +153,17 @@ def test_forks_go_their_own_ways(model, recipe, how):
     assert cache.memory().forks == 0
 
 
+@pytest.mark.parametrize("recipe", ["kv-compress", "h2o", "snapkv"])
+def test_a_fork_that_reads_on_leaves_its_parent_alone(model, recipe):
+    cache = fresh(model, recipe)
+    logits(model, tokens(1, 200), cache)
+    store = cache._attention.stores[0]
+    before = [store.read_field(0, name) for name in store.layout.fields]
+    logits(model, tokens(1, 20, seed=3), cache.fork())
+    for name, values in zip(store.layout.fields, before, strict=True):
+        assert torch.equal(store.read_field(0, name), values)
+
+
 def test_ten_forks_cost_little_until_they_diverge(model):
     cache = fresh(model, "k8v4")
     logits(model, tokens(1, 4096), cache)

@@ -1,6 +1,7 @@
 """The page layout: offsets, multiples, left-over, and errors."""
 
 import ctypes
+import contextlib
 import itertools
 
 import pytest
@@ -52,10 +53,10 @@ def test_sections_follow_each_other(head_dim, dtype, tiers, n_fields):
         assert layout.slot_bytes(layout.tiers.index(tier)) * tier.slots == tier.used
         waste = max(waste, 1 - tier.used / layout.page_bytes)
     smallest = 16 * max(layout.slot_bytes(i) for i in range(len(tiers)))
-    assert layout.page_bytes <= max(64 << 10, smallest)
-    assert waste < (0.16 if len(tiers) > 1 else 1e-9)
     if len(tiers) == 1:
-        assert layout.tiers[0].slots <= 64
+        assert layout.tiers[0].slots <= 64 and waste < 1e-9
+    else:
+        assert layout.page_bytes <= max(96 * head_dim, smallest)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
@@ -63,7 +64,16 @@ def test_sections_follow_each_other(head_dim, dtype, tiers, n_fields):
 def test_usual_recipes_waste_little(head_dim, fields):
     for tiers in ([(8, 4), (4, 2)], [(8, 4), (4, 4), (4, 2)], [(0, 0), (8, 4)]):
         layout = page_layout(head_dim, torch.bfloat16, tiers, fields)
-        assert max(1 - tier.used / layout.page_bytes for tier in layout.tiers) < 0.03
+        waste = worst_waste(layout)
+        assert waste < (0.19 if (0, 0) in tiers else 0.1)
+        # No page within the limit wastes less in its worst tier, but for the rounding of the comparison.
+        for page_bytes in range(64, 96 * head_dim + 1, 64):
+            with contextlib.suppress(ValueError):
+                assert waste <= worst_waste(page_layout(head_dim, torch.bfloat16, tiers, fields, page_bytes)) + 0.005
+
+
+def worst_waste(layout):
+    return max(1 - tier.used / layout.page_bytes for tier in layout.tiers)
 
 
 def test_given_page_bytes_are_kept():
