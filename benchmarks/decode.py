@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from kvcompress_hf.kernels.memory import page_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
-SLAB_PAGES_LOG2 = 8
+SLAB_BYTES = 4 << 20  # as the cache allocates its pages
 Form = Callable[[int], object]  # runs once on the buffers of a set
 
 
@@ -52,15 +53,16 @@ def packed_sets(
     pages = -(-context // layout.tiers[0].slots)
     size = pages * args.kv_heads * layout.page_bytes
     n_sets = max(2, cache_bytes // size + 1)
-    n_slabs = (pages * args.kv_heads * n_sets >> SLAB_PAGES_LOG2) + 1
-    slabs = [page_memory(1 << SLAB_PAGES_LOG2, layout.page_bytes) for _ in range(n_slabs)]
+    slab_shift = (SLAB_BYTES // layout.page_bytes).bit_length() - 1
+    n_slabs = (pages * args.kv_heads * n_sets >> slab_shift) + 1
+    slabs = [page_memory(1 << slab_shift, layout.page_bytes) for _ in range(n_slabs)]
     addresses = torch.tensor([slab.data_ptr() for slab in slabs], dtype=torch.int64)
-    order = torch.randperm(n_slabs << SLAB_PAGES_LOG2, generator=torch.Generator().manual_seed(0)).int()
+    order = torch.randperm(n_slabs << slab_shift, generator=torch.Generator().manual_seed(0)).int()
     lengths = torch.zeros(args.kv_heads, dtype=torch.int32)
     sets = []
     for i in range(n_sets):
         table = order[i * pages * args.kv_heads :][: pages * args.kv_heads].view(args.kv_heads, pages)
-        rows = Rows(layout, slabs, addresses, SLAB_PAGES_LOG2, [table], [lengths.clone()])
+        rows = Rows(layout, slabs, addresses, slab_shift, [table], [lengths.clone()])
         for start in range(0, context, 4096):
             n = min(4096, context - start)
             k, v = (torch.randn(1, args.kv_heads, n, args.head_dim).to(dtype) for _ in range(2))
@@ -199,6 +201,7 @@ def main() -> None:
                 setting = dict(context=context, threads=threads, form=name, bytes=sizes[name])
                 results.append(setting | dict(bytes_per_second=speed, floor_ms=floor) | t | ratios)
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         with open(args.json, "w") as file:
             json.dump({"machine": machine, "arguments": vars(args), "results": results}, file, indent=1)
 

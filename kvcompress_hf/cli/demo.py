@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--model", help="folder or hub id of a causal language model (default: this repository's)")
     demo.add_argument("--text", type=Path, help="a long text (default: haystack.txt beside the model)")
     demo.add_argument("--questions", type=int, default=16, help="how many (default: %(default)s)")
-    demo.add_argument("--prompt-tokens", type=int, default=1960, help="length of a prompt (default: %(default)s)")
+    demo.add_argument("--prompt-tokens", type=int, default=2200, help="length of a prompt (default: %(default)s)")
     demo.add_argument("--new-tokens", type=int, default=64, help="tokens made per question (default: %(default)s)")
     demo.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: the model's)")
     demo.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
@@ -76,6 +76,10 @@ def run_demo(args: argparse.Namespace) -> int:
         measure.Method("k8v4", "k8v4"),
         measure.Method("kv-compress, 1/4", "kv-compress", {"budget": 1 / 4}),
         measure.Method("kv-compress, 1/8", "kv-compress", {"budget": 1 / 8}),
+        measure.Method("kv-compress on k8v4, 1/4", "kv-compress", {"budget": 1 / 4, "tiers": "k8v4"}),
+        measure.Method("kv-compress on k8v4, 1/8", "kv-compress", {"budget": 1 / 8, "tiers": "k8v4"}),
+        measure.Method("auto, 1/4", "auto", {"budget": 1 / 4}),
+        measure.Method("auto, 1/8", "auto", {"budget": 1 / 8}),
     ]
     name = args.model or str(find_model())
     text = find_text(name, args.text)

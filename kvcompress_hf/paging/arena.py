@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from kvcompress_hf.errors import CacheMemoryError
+from kvcompress_hf.kernels.memory import page_memory
 from kvcompress_hf.units import format_bytes
 
 _SLAB_BYTES = 4 * 2**20  # an empty slab goes back to the allocator, so smaller slabs give memory back sooner
@@ -147,7 +148,8 @@ class Arena:
             pages = kept.get(index, 0)
             self.references[self._slab_ids(index)[pages:]] = -1
             with torch.inference_mode(False):
-                self.slabs[index] = self.slabs[index][:pages].clone()
+                shorter = self._new_slab(pages)
+                self.slabs[index] = shorter.copy_(self.slabs[index][:pages])
         while self.slabs and not self.slabs[-1].shape[0]:
             self.slabs.pop()
         with torch.inference_mode(False):
@@ -222,7 +224,7 @@ class Arena:
         with torch.inference_mode(False):
             while pages > 0:
                 count = min(pages, 1 << self.slab_shift)
-                slab = torch.zeros((count, self.page_bytes), dtype=torch.uint8, device=self.device)
+                slab = self._new_slab(count)
                 index = next((i for i, old in enumerate(self.slabs) if not old.shape[0]), len(self.slabs))
                 if index == len(self.slabs):
                     self.slabs.append(slab)
@@ -233,6 +235,11 @@ class Arena:
                 self.references[self._slab_ids(index)] = 0
                 pages -= count
         self._slabs_changed()
+
+    def _new_slab(self, pages: int) -> torch.Tensor:
+        if self.device.type == "cpu" and pages:
+            return page_memory(pages, self.page_bytes)
+        return torch.zeros((pages, self.page_bytes), dtype=torch.uint8, device=self.device)
 
     def _slabs_changed(self) -> None:
         with torch.inference_mode(False):

@@ -1,0 +1,79 @@
+"""The arrows of the design: who may import whom, read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Higher may import lower, never the other way; importance and planning are neighbours that do not know each other.
+LEVEL = {
+    "kernels": 0,
+    "paging": 1,
+    "importance": 2,
+    "planning": 2,
+    "presets": 3,
+    "attention": 3,
+    "reports": 4,
+    "cache": 5,
+    "patches": 6,
+    "perplexity": 7,
+    "cli": 8,
+    "__init__": 9,
+}
+ANYONE = {"errors", "units", "recipe"}
+BELOW_CACHE = ["kernels", "paging", "importance", "planning", "attention", "recipe", "presets", "reports"]
+
+
+def sources():
+    for folder in ("kvcompress_hf", "kernels", "patches"):
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+def room_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] != "kvcompress_hf" else parts[1]
+
+
+def imports_of(path):
+    package = ["kvcompress_hf", *path.relative_to(ROOT).parent.parts]
+    package = [part for i, part in enumerate(package) if i == 0 or part != "kvcompress_hf"]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path):
+    room = room_of(path)
+    known = set(LEVEL) | ANYONE
+    assert room in known, f"{room} is a new room: give it a place in the arrows"
+    for name in imports_of(path):
+        if room in BELOW_CACHE:
+            assert not name.startswith("transformers"), f"{path} imports transformers"
+        parts = name.split(".")
+        if parts[0] != "kvcompress_hf" or len(parts) < 2 or parts[1] not in known:
+            continue
+        target = parts[1]
+        if target == room or target in ANYONE:
+            continue
+        assert room not in ANYONE, f"{room} is read by all and imports none of them, but it imports {name}"
+        assert LEVEL[target] < LEVEL[room], f"{path.relative_to(ROOT)} imports {name}, against the arrows"
+
+
+def test_no_room_is_left_out():
+    rooms = {room_of(path) for path in sources()}
+    assert {"kernels", "paging", "importance", "planning", "attention", "cache", "patches", "cli"} <= rooms
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if room_of(p) != "cli"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_libraries_do_not_print_or_assert(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert), f"{path}:{node.lineno} asserts"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{path}:{node.lineno} prints"
