@@ -4,6 +4,7 @@ from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.patches import last_run_report as report
 from kvcompress_hf.patches import patch, patched, prefill, unpatch
+from kvcompress_hf.perplexity import PerplexityReport, perplexity
 from kvcompress_hf.presets import get_preset, presets
 from kvcompress_hf.importance.running import RunningScores
 from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
@@ -32,6 +33,7 @@ __all__ = [
     "KeyDiff",
     "LowestPlan",
     "PagePlan",
+    "PerplexityReport",
     "RateDistortion",
     "Recency",
     "RunningScores",
@@ -39,6 +41,7 @@ __all__ = [
     "get_preset",
     "patch",
     "patched",
+    "perplexity",
     "plot_slots",
     "prefill",
     "presets",
