@@ -7,6 +7,7 @@ from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.importance.window import WindowScores
 from kvcompress_hf.patches import last_run_report as report
 from kvcompress_hf.patches import patch, patched, prefill, unpatch
+from kvcompress_hf.perplexity import PerplexityReport, perplexity
 from kvcompress_hf.planning.kv_compress import PagePlan
 from kvcompress_hf.planning.lowest import LowestPlan
 from kvcompress_hf.planning.rate_distortion import RateDistortion
@@ -19,26 +20,28 @@ __all__ = [
     "Budget",
     "CacheFormatError",
     "CacheMemoryError",
+    "Chance",
     "CompressedPagedCache",
+    "KeyDiff",
+    "LowestPlan",
     "MemoryReport",
+    "PagePlan",
+    "PerplexityReport",
     "Protect",
+    "RateDistortion",
+    "Recency",
     "Recipe",
     "RunReport",
+    "RunningScores",
+    "ThresholdPlan",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
     "When",
     "WindowScores",
-    "Chance",
-    "KeyDiff",
-    "LowestPlan",
-    "PagePlan",
-    "RateDistortion",
-    "Recency",
-    "RunningScores",
-    "ThresholdPlan",
     "get_preset",
     "patch",
     "patched",
+    "perplexity",
     "plot_slots",
     "prefill",
     "presets",

@@ -1,4 +1,4 @@
-"""The `kvcompress` command: `demo`, `generate`, `presets`, `doctor`.
+"""The `kvcompress` command: `demo`, `generate`, `eval`, `presets`, `doctor`.
 
 It looks at the library from outside: only the public names of `kvcompress_hf` are used, plus the backend's name for
 `doctor`. Nothing in the library imports it.
@@ -42,13 +42,13 @@ def parse_budget(text: str) -> float | int | str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the command, with every subcommand."""
-    from . import demo, generate, info
+    from . import demo, evaluate, generate, info
 
     parser = argparse.ArgumentParser(
         prog="kvcompress", description="A compressed, paged, per-head KV cache for Hugging Face transformers."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, generate, info):
+    for module in (demo, generate, evaluate, info):
         module.add_commands(commands)
     return parser
 

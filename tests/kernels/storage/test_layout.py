@@ -1,7 +1,7 @@
 """The page layout: offsets, multiples, left-over, and errors."""
 
-import ctypes
 import contextlib
+import ctypes
 import itertools
 
 import pytest
