@@ -16,7 +16,8 @@ TINY = str(Path(__file__).parent / "models" / "kvlm-tiny")
 def main(name: str = TINY) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name)
-    inputs = tokenizer("The old house stood at the end of the lane, and nobody had lived in it " * 20, return_tensors="pt")
+    text = "The old house stood at the end of the lane, and nobody had lived in it " * 20
+    inputs = tokenizer(text, return_tensors="pt")
 
     stock = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     kvc.patch(model, "k8v4")

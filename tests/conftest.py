@@ -1,4 +1,4 @@
-"""One thread for the whole suite: tiny models gain nothing from two, and two spinning threads on a busy machine lose."""
+"""One thread for the whole suite: tiny models gain nothing from two, and two that spin on a busy machine lose."""
 
 import pytest
 import torch

@@ -1,0 +1,54 @@
+"""The command as a person runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvcompress_hf.cli import main
+
+MODEL = str(Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny")
+
+
+def test_presets_and_doctor_say_what_there_is(capsys):
+    assert main(["presets"]) == 0
+    assert "kv-compress" in capsys.readouterr().out
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "cpu" in out and "transformers" in out
+
+
+def test_generate_prints_text_and_memory(capsys):
+    arguments = ["generate", "--model", MODEL, "--prompt", "It was a dark night, and", "--recipe", "kv-compress"]
+    assert main([*arguments, "--budget", "1/2", "--max-new-tokens", "12", "--compare"]) == 0
+    captured = capsys.readouterr()
+    assert "dark" in captured.out  # the text goes to stdout, the figures to stderr
+    assert "kv-compress" in captured.err and "KiB" in captured.err and "%" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "zip"], "Unknown preset 'zip'"),
+        (["--recipe", "kv-compress", "--budget", "7.5"], "must lie in"),
+        (["--recipe", "lossless", "--budget", "1/2"], "no observer"),
+    ],
+)
+def test_mistakes_are_answered_in_a_line(capsys, arguments, words):
+    assert main(["generate", "--model", MODEL, "--prompt", "Once", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err and "Traceback" not in captured.err
+
+
+def test_a_small_demo_writes_its_table_figures_and_heatmaps(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = ["--questions", "2", "--prompt-tokens", "300", "--new-tokens", "10"]
+    assert main(["demo", "--model", MODEL, *sizes, "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    titles = [method["title"] for method in figures["methods"]]
+    assert titles[0].startswith("stock") and "lossless" in titles and "k8v4" in titles
+    assert all(title in out for title in titles)
+    lossless = figures["methods"][titles.index("lossless")]
+    assert lossless["same_tokens"] == 1.0
+    assert len(list(tmp_path.glob("slots_*.png"))) >= 2
