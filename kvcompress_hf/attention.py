@@ -174,7 +174,7 @@ class PagedAttention:
                 f"{store.geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh "
                 "cache."
             )
-        valid = None if mask is None else self._valid(mask, query.shape[2], tokens)
+        valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
         if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
@@ -406,6 +406,8 @@ class PagedAttention:
         if self._unfinished:
             # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
             self._end_forward()
+        # A mask that is refused must leave nothing behind, so it is read before anything is noted.
+        padding = None if mask is None else (~_real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
         if not self.batch:
             self.batch = key.shape[0]
         if tokens > 1 or not self.seen:
@@ -418,8 +420,7 @@ class PagedAttention:
             # A decoded token only goes to the tail, from where it can be taken back without a copy of the lengths.
             stores=None if decoding else {g: owned.store.snapshot() for g, owned in self._stores.items()},
         )
-        if mask is not None:
-            padding = (~self._valid(mask, mask.shape[-2], tokens)).sum(1)
+        if padding is not None:
             self._padding = padding if self._padding is None else self._padding.to(padding.device) + padding
 
     def _undo_forward(self) -> None:
@@ -544,18 +545,6 @@ class PagedAttention:
         layer.store, layer.index = owned.store, len(owned.layers)
         owned.layers.append(layer_idx)
         return owned.store
-
-    def _valid(self, mask: torch.Tensor, queries: int, tokens: int) -> torch.Tensor:
-        """Which new tokens are real: those that may see themselves. `bool` `[batch, tokens]`."""
-        if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
-            raise UnsupportedFeatureError(
-                f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
-                f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
-                "instead and let transformers build the 4-D one."
-            )
-        diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-        return real.expand(max(self.batch, real.shape[0]), -1).contiguous()
 
     # -- the past as a whole ---------------------------------------------------------------------------------------
 
@@ -720,6 +709,19 @@ class PagedAttention:
                 tokens = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
                 total += 2 * self.batch * geometry.kv_heads * geometry.head_dim * geometry.dtype.itemsize * tokens
         return total
+
+
+def _real_tokens(mask: torch.Tensor, queries: int, tokens: int, batch: int) -> torch.Tensor:
+    """Which new tokens are real: those that may see themselves. `bool` `[batch, tokens]`."""
+    if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
+        raise UnsupportedFeatureError(
+            f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
+            f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
+            "instead and let transformers build the 4-D one."
+        )
+    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return real.expand(batch, -1).contiguous()
 
 
 def _split_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -159,10 +159,12 @@ def plot_slots(slots: Sequence[torch.Tensor], sequence: int = 0) -> "Figure":
     figure = Figure(figsize=(2.5 + 0.6 * heads, 1.5 + 0.4 * len(slots)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0)
+    highest = grid.nan_to_num(0).max()
     for i in range(grid.shape[0]):
         for j in range(heads):
             if not grid[i, j].isnan():
-                axes.text(j, i, f"{int(grid[i, j])}", ha="center", va="center", color="white", fontsize=8)
+                ink = "black" if grid[i, j] > 0.7 * highest else "white"
+                axes.text(j, i, f"{int(grid[i, j])}", ha="center", va="center", color=ink, fontsize=8)
     axes.set(xlabel="KV head", ylabel="layer", title="slots kept", xticks=range(heads), yticks=range(len(slots)))
     figure.colorbar(image, label="slots")
     return figure

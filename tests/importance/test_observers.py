@@ -1,0 +1,104 @@
+"""Observers against attention computed densely in plain torch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
+
+import kvcompress_hf as kvc
+
+BATCH, KV_HEADS, GROUP, DIM = 2, 2, 3, 16
+SCALE = DIM**-0.5
+
+
+def attend(cache, query, key, value):
+    """One chunk through both layers of a cache, both with the same states."""
+    for layer in range(2):
+        cache.attend(layer, query, key, value, None, scaling=SCALE, dense=lambda: torch.zeros(1))
+
+
+def states(tokens, seed):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(BATCH, heads, tokens, DIM, generator=g) for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS)]
+
+
+def probabilities(query, key, first):
+    """`[batch, kv_heads, group, queries, keys]` of queries at positions `first`, `first + 1`, ..."""
+    q = query.unflatten(1, (KV_HEADS, GROUP))
+    logits = q @ key[:, :, None].transpose(-1, -2) * SCALE
+    seen = torch.arange(key.shape[2]) <= torch.arange(first, first + query.shape[2])[:, None]
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def stored(cache, field):
+    """A field of layer 1 in position order, `[batch, kv_heads, slots]`."""
+    store = cache._attention.stores[0]
+    positions = store.read_field(0, "position").view(2, BATCH, KV_HEADS, -1)[1]
+    values = store.read_field(0, field).view(2, BATCH, KV_HEADS, -1)[1]
+    return values.gather(-1, positions.long().argsort(dim=-1))
+
+
+def cache_with(observer, **parts):
+    shape = dict(hidden_size=96, num_attention_heads=KV_HEADS * GROUP, num_key_value_heads=KV_HEADS, head_dim=DIM)
+    config = LlamaConfig(num_hidden_layers=2, **shape)
+    recipe = kvc.Recipe(
+        observer=observer, budget=kvc.Budget(10**6), plan=kvc.LowestPlan(), when=kvc.When(every=8), **parts
+    )
+    return kvc.CompressedPagedCache(config, recipe)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("pool", [1, 7])
+@pytest.mark.parametrize("chunks", [(50,), (30, 20), (5, 40, 5)])
+def test_window_scores_are_those_of_the_last_queries(power, pool, chunks):
+    query, key, value = states(sum(chunks), 0)
+    window = 12
+    cache = cache_with(kvc.WindowScores(window=window, power=power, pool=pool))
+    start = 0
+    for count in chunks:
+        part = slice(start, start + count)
+        attend(cache, query[:, :, part], key[:, :, part], value[:, :, part])
+        start += count
+    observing = min(window, chunks[-1])
+    p = probabilities(query[:, :, -observing:], key, start - observing)
+    scores = p.pow(power).sum(3)  # over the observing queries
+    pooled = F.max_pool1d(scores.flatten(0, 1), pool, 1, pool // 2).view_as(scores)
+    torch.testing.assert_close(stored(cache, "score"), pooled.sum(2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [(40,), (25, 15)])
+def test_decode_steps_add_their_probabilities(chunks):
+    prompt, steps = sum(chunks), 8
+    query, key, value = states(prompt + steps, 1)
+    cache = cache_with(kvc.RunningScores("mean", std=True))
+    start = 0
+    for count in (*chunks, *[1] * steps):
+        part = slice(start, start + count)
+        attend(cache, query[:, :, part], key[:, :, part], value[:, :, part])
+        start += count
+    p = probabilities(query, key, 0)
+    torch.testing.assert_close(stored(cache, "sum"), p.sum((2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(stored(cache, "square"), p.square().sum((2, 3)), atol=1e-4, rtol=1e-4)
+
+
+def test_the_value_factor_and_key_direction_follow_from_keys_and_values():
+    query, key, value = states(40, 2)
+    cache = cache_with(kvc.WindowScores(value=True))
+    attend(cache, query, key, value)
+    expected = (value - value.mean(2, keepdim=True)).square().sum(-1)
+    torch.testing.assert_close(stored(cache, "value"), expected, atol=1e-4, rtol=1e-4)
+    cache = cache_with(kvc.KeyDiff())
+    attend(cache, query, key, value)
+    expected = -F.cosine_similarity(key, key.mean(2, keepdim=True).expand_as(key), dim=-1)
+    torch.testing.assert_close(stored(cache, "score"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_query_alone_counts_for_tova():
+    query, key, value = states(48, 3)
+    cache = cache_with(kvc.RunningScores("last"))
+    attend(cache, query[:, :, :40], key[:, :, :40], value[:, :, :40])
+    torch.testing.assert_close(stored(cache, "sum"), probabilities(query[:, :, 39:40], key[:, :, :40], 39).sum((2, 3)))
+    for i in range(40, 48):
+        attend(cache, query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1])
+    last = probabilities(query[:, :, 47:], key, 47).sum((2, 3))
+    torch.testing.assert_close(stored(cache, "sum"), last, atol=1e-5, rtol=1e-4)
