@@ -8,7 +8,7 @@ recipe's plan is made over all layers at once, and pages that came free go back.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -48,6 +48,26 @@ class RunStatistics:
     peak_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A recorded token whose queries have not been counted yet: it may still be taken back."""
+
+    query: torch.Tensor  # [batch, q_heads, 1, head_dim]
+    key: torch.Tensor
+    value: torch.Tensor
+    valid: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+
+    def select(self, index: torch.Tensor) -> "_Held":
+        """The same token of other sequences."""
+        at = index.to(self.key.device)
+        valid = None if self.valid is None else self.valid[at]
+        return replace(self, query=self.query[at], key=self.key[at], value=self.value[at], valid=valid)
+
+
 @dataclass
 class _Layer:
     """What belongs to one layer of the model."""
@@ -60,6 +80,7 @@ class _Layer:
     tail_used: int = 0  # most slots any sequence has in the tail
     plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = ()
+    held: list[_Held] = field(default_factory=list)  # the newest tokens, oldest first
 
 
 @dataclass
@@ -76,6 +97,7 @@ class _Before:
 
     seen: int = 0
     tail_used: list[int] = field(default_factory=list)
+    held: int = 0
     padding: torch.Tensor | None = None
     stores: dict[Geometry, Snapshot] | None = None
 
@@ -222,6 +244,9 @@ class PagedAttention:
         observer = self._observer
         sum_field = None if observer is None else observer.sum_field
         square_field = None if observer is None else observer.square_field
+        if self._holds:
+            layer.held.append(_Held(query, key, value, valid, scaling, softcap, window, sinks))
+            sum_field = square_field = None
         if sum_field or square_field:
             if store.arena.shared:
                 store.own_all()
@@ -234,6 +259,8 @@ class PagedAttention:
             softcap,
             window,
             None if sinks is None else sinks.data_ptr(),
+            sum_field,
+            square_field,
         )
         if layer.plan is None or layer.plan_key != plan_key:
             layer.plan = store.backend.plan_decode(
@@ -289,7 +316,10 @@ class PagedAttention:
             )
             output = cast(torch.Tensor, attended)  # without return_lse it is the output alone
         fields: dict[str, torch.Tensor] = {}
-        if self._observer is not None:
+        if self.recording and position:
+            if self._holds:
+                self._hold(layer, query.detach(), key, value, valid, scaling, softcap, window, sinks)
+        elif self._observer is not None:
             started = time.perf_counter()
             store.reserve_tail(layer.tail_used)
             if store.arena.shared:
@@ -320,6 +350,31 @@ class PagedAttention:
             self._unfinished = True
         self.statistics.seconds_packing += time.perf_counter() - started
         return output
+
+    @property
+    def _holds(self) -> bool:
+        """Whether recorded tokens keep their queries until it is known which tokens stay."""
+        observer = self._observer
+        return self.recording and observer is not None and bool(observer.sum_field or observer.square_field)
+
+    def _hold(
+        self,
+        layer: _Layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        for token in range(key.shape[2]):
+            one = slice(token, token + 1)
+            real = None if valid is None else valid[:, one]
+            layer.held.append(
+                _Held(query[:, :, one], key[:, :, one], value[:, :, one], real, scaling, softcap, window, sinks)
+            )
 
     def _append(
         self,
@@ -410,12 +465,13 @@ class PagedAttention:
         padding = None if mask is None else (~_real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
         if not self.batch:
             self.batch = key.shape[0]
-        if tokens > 1 or not self.seen:
+        if (tokens > 1 and not self.recording) or not self.seen:
             self._prompt = self.seen + tokens
         decoding = tokens == 1 and self.seen > 0
         self._before = _Before(
             seen=self.seen,
             tail_used=[layer.tail_used for layer in self._layers],
+            held=max(len(layer.held) for layer in self._layers),
             padding=self._padding,
             # A decoded token only goes to the tail, from where it can be taken back without a copy of the lengths.
             stores=None if decoding else {g: owned.store.snapshot() for g, owned in self._stores.items()},
@@ -433,6 +489,7 @@ class PagedAttention:
                 owned.store.restore(before.stores.get(geometry))
         for layer, tail_used in zip(self._layers, before.tail_used, strict=True):
             layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
+            del layer.held[before.held :]
         self.seen, self._padding, self._unfinished = before.seen, before.padding, False
         self._give_back()
 
@@ -564,6 +621,7 @@ class PagedAttention:
                 self._crop_store(owned, removed, target)
             for layer in self._layers:
                 layer.seen = min(layer.seen, target)
+                del layer.held[max(0, len(layer.held) - removed) :]
             self.seen = target
         if self.recording:
             self._commit()
@@ -585,10 +643,58 @@ class PagedAttention:
             self._layers[index].tail_used = max(0, self._layers[index].tail_used - removed)
 
     def _commit(self) -> None:
-        """Packs what past recording held back, now that it can no longer be taken back."""
+        """Does what past recording held back, now that nothing of it can be taken back any more.
+
+        The queries of the tokens that stayed are counted one by one, as if each had been decoded by itself; so
+        importance, packing and plans are those of plain decoding.
+        """
         self.recording = False
-        self._end_forward()
+        held = [list(layer.held) for layer in self._layers]
+        count = max((len(tokens) for tokens in held), default=0)
+        if count:
+            self._rewind(self.seen - count)
+        for token in range(count):
+            for layer, tokens in zip(self._layers, held, strict=True):
+                if layer.store is not None and tokens:
+                    one = tokens[token]
+                    self._decode(
+                        layer,
+                        layer.store,
+                        one.query,
+                        one.key,
+                        one.value,
+                        one.valid,
+                        one.scaling,
+                        one.softcap,
+                        one.window,
+                        one.sinks,
+                    )
+                    layer.seen += 1
+            self.seen += 1
+            self._end_forward()
+        if not count:
+            self._end_forward()
         self.recording = True
+
+    def _rewind(self, target: int) -> None:
+        """Takes recorded tokens out of the tail, which holds all of them."""
+        removed = self.seen - target
+        for owned in self._stores.values():
+            owned.store.crop_tail(target)
+            for index in owned.layers:
+                layer = self._layers[index]
+                layer.seen, layer.tail_used = target, layer.tail_used - removed
+                layer.held.clear()
+        self.seen = target
+
+    def tokens_until_packing(self) -> int:
+        """How many more tokens fit into the tail before it is packed.
+
+        Returns:
+            `int`: Tokens, at least 0.
+        """
+        used = max((self._tail_used(owned) for owned in self._stores.values()), default=0)
+        return max(0, self.recipe.when.every - used)
 
     def select(self, index: torch.Tensor) -> None:
         """Makes sequence `i` what sequence `index[i]` was.
@@ -606,6 +712,8 @@ class PagedAttention:
             layer.plan = None
         if self._padding is not None:
             self._padding = self._padding[index.to(self._padding.device)]
+        for layer in self._layers:
+            layer.held = [held.select(index) for held in layer.held]
         self.batch = index.numel()
 
     def reset(self) -> None:
@@ -639,6 +747,7 @@ class PagedAttention:
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             theirs.index, theirs.group = mine.index, mine.group
             theirs.seen, theirs.tail_used = mine.seen, mine.tail_used
+            theirs.held = list(mine.held)
             if mine.store is not None:
                 theirs.store = other._stores[mine.store.geometry].store
         return other

@@ -263,6 +263,18 @@ class CompressedPagedCache(Cache):
         """Holds new tokens back in the tail until [`CompressedPagedCache.crop`] says which of them stay."""
         self._set_recording(True)
 
+    def stop_past_recording(self) -> None:
+        """Commits what was held back; new tokens are no longer held back."""
+        self._set_recording(False)
+
+    def tokens_until_packing(self) -> int:
+        """How many more tokens fit into the tail before it is packed.
+
+        Returns:
+            `int`: Tokens, at least 0.
+        """
+        return self._attention.tokens_until_packing()
+
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether new tokens are held back.
 
@@ -275,6 +287,8 @@ class CompressedPagedCache(Cache):
         return self._attention.recording
 
     def _set_recording(self, value: bool) -> None:
+        if self._attention.recording and not value:
+            self._attention.crop(0)
         self._attention.recording = value
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -242,6 +242,11 @@ class Recipe:
         """`bool`: Whether the recipe ever drops a slot or moves it to a lower tier."""
         return self.plan is not None
 
+    @property
+    def changes_slots(self) -> bool:
+        """`bool`: Whether packing or planning changes what later tokens attend to."""
+        return self.evicts or self.tiers != ("native",)
+
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.
 

@@ -15,9 +15,11 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.patches.speculation import BoundedCandidates
 from kvcompress_hf.patches.support import text_config
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
@@ -81,6 +83,7 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
     methods: dict[str, Callable[..., Any]] = {
         "_prepare_generation_config": _prepare_generation_config,
         "_prepare_cache_for_generation": _prepare_cache,
+        "_get_candidate_generator": _get_candidate_generator,
     }
     if _may_drop_cache(model):
         methods["prepare_inputs_for_generation"] = _prepare_inputs
@@ -168,6 +171,15 @@ def _prepare_cache(
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
     record.last_run = cache.run_report
+
+
+def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> CandidateGenerator:
+    """As the stock method; keeps drafts within what a compressed cache can verify exactly."""
+    inner: CandidateGenerator = _stock(model, "_get_candidate_generator")(**kwargs)
+    cache = kwargs["model_kwargs"].get("past_key_values")
+    if isinstance(cache, CompressedPagedCache) and cache.recipe.changes_slots and not inner.requires_model_outputs:
+        return BoundedCandidates(inner, cache)
+    return inner
 
 
 def _check_passed_cache(

@@ -194,7 +194,12 @@ def test_nothing_of_a_cache_stays_on_the_model(build_model, run_generate):
     names = set(vars(model))
     patch(model, "k8v4")
     own = set(vars(model)) - names
-    assert own == {"_kvcompress_patch", "_prepare_cache_for_generation", "_prepare_generation_config"}
+    assert own == {
+        "_get_candidate_generator",
+        "_kvcompress_patch",
+        "_prepare_cache_for_generation",
+        "_prepare_generation_config",
+    }
     attributes = {name: sorted(vars(module)) for name, module in model.named_modules() if name}
     run_generate(model, "padded", 8)
     assert {name: sorted(vars(module)) for name, module in model.named_modules() if name} == attributes
@@ -387,6 +392,7 @@ def test_names_used_of_transformers():
     for owner, names in {
         GenerationMixin: (
             "_prepare_cache_for_generation",
+            "_get_candidate_generator",
             "_prepare_generation_config",
             "_supports_default_dynamic_cache",
             "prepare_inputs_for_generation",
