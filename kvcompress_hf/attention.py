@@ -106,7 +106,8 @@ class PagedAttention:
     """Everything below the transformers contract of one cache.
 
     Args:
-        recipe (`Recipe`): How to compress.
+        recipes (`Sequence[Recipe]`): How to compress: one recipe for all sequences, or one per sequence of the batch,
+            which differ in budget, plan and protection only.
         windows (`Sequence[int | None]`): Sliding window of each layer, `None` for full attention.
         prompt_tokens (`int`, *optional*): Length of the prompt in tokens when it is known beforehand; a fraction
             budget is then a fraction of the whole prompt from its first chunk on.
@@ -115,14 +116,16 @@ class PagedAttention:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipes: Sequence[Recipe],
         windows: Sequence[int | None],
         prompt_tokens: int | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        self.recipe = recipe
-        self._observer: Observer | None = recipe.observer
-        self._planner: Plan | None = recipe.plan
+        self.recipe = recipes[0]  # what sequences share: observer, tiers, when
+        self._recipes = tuple(recipes)
+        self._observer: Observer | None = self.recipe.observer
+        plans: list[Plan | None] = [recipe.plan for recipe in recipes]
+        self._needs_distortion = any(plan is not None and plan.needs_distortion for plan in plans)
         self._distortion: list[torch.Tensor] = []  # per measured layer, float32 [kv_heads, tiers]
         self._prompt = 0  # tokens that came in chunks; what follows was decoded one by one
         self.prompt_tokens = prompt_tokens
@@ -338,7 +341,7 @@ class PagedAttention:
                 valid=valid,
             )
             fields = self._observer.observe(chunk)
-            if self._planner is not None and self._planner.needs_distortion and position == 0:
+            if self._needs_distortion and position == 0:
                 tiers = [TIERS[name] for name in self.recipe.tiers]
                 self._distortion.append(measure_distortion(chunk.query, key, value, scaling, tiers))
             self.statistics.seconds_planning += time.perf_counter() - started
@@ -464,6 +467,7 @@ class PagedAttention:
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
         padding = None if mask is None else (~_real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
         if not self.batch:
+            self._recipes = self._spread_recipes(key.shape[0])
             self.batch = key.shape[0]
         if (tokens > 1 and not self.recording) or not self.seen:
             self._prompt = self.seen + tokens
@@ -478,6 +482,17 @@ class PagedAttention:
         )
         if padding is not None:
             self._padding = padding if self._padding is None else self._padding.to(padding.device) + padding
+
+    def _spread_recipes(self, batch: int) -> tuple[Recipe, ...]:
+        """One recipe per sequence where a batch has been expanded for beams or several answers per prompt."""
+        given = len(self._recipes)
+        if given == 1 or given == batch:
+            return self._recipes
+        if batch % given:
+            raise ValueError(
+                f"{given} recipes were given for a batch of {batch} rows; give one per row, or a single one for all."
+            )
+        return tuple(recipe for recipe in self._recipes for _ in range(batch // given))
 
     def _undo_forward(self) -> None:
         """Takes back a forward pass that did not reach its end: only additions were made so far."""
@@ -539,8 +554,8 @@ class PagedAttention:
 
     def _plan(self) -> None:
         """Brings every sequence within the budget, over all its layers and heads together."""
-        observer, planner = self._observer, self._planner
-        if observer is None or planner is None:
+        observer = self._observer
+        if observer is None:
             return
         parts = [
             StorePart(owned.store, tuple(owned.layers), tuple(self._layers[i].group for i in owned.layers))
@@ -549,21 +564,39 @@ class PagedAttention:
         slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
         windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
         padding = torch.zeros(self.batch, dtype=torch.int64) if self._padding is None else self._padding.cpu()
-        view = make_view(
-            self.recipe,
-            parts,
-            slots,
-            importance=observer.importance(slots),
-            spread=observer.spread(slots),
-            windows=windows,
-            tail_bytes=[self._tail_bytes(part.store) // self.batch for part in parts],
-            tokens=self.seen - padding,
-            expected=max(self.seen, self.prompt_tokens or 0) - padding,
-            padding=padding,
-            distortion=self._distortion,
-        )
+        importance, spread = observer.importance(slots), observer.spread(slots)
+        tail_bytes = [self._tail_bytes(part.store) // self.batch for part in parts]
+        tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
+        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+        for recipe, rows in self._sequences_by_recipe():
+            plan: Plan | None = recipe.plan
+            if plan is None:
+                return
+            view = make_view(
+                recipe,
+                parts,
+                slots.of(rows),
+                importance=importance[rows],
+                spread=None if spread is None else spread[rows],
+                windows=windows,
+                tail_bytes=tail_bytes,
+                tokens=tokens[rows],
+                expected=expected[rows],
+                padding=padding[rows],
+                distortion=self._distortion,
+            )
+            targets[rows] = plan.targets(view)
         self.statistics.plans += 1
-        self.statistics.evicted_slots += apply_targets(parts, slots, planner.targets(view))
+        self.statistics.evicted_slots += apply_targets(parts, slots, targets)
+
+    def _sequences_by_recipe(self) -> list[tuple[Recipe, torch.Tensor | slice]]:
+        """Each recipe with the sequences that it rules: `int64` indices, or all of them."""
+        if len(self._recipes) == 1:
+            return [(self.recipe, slice(None))]
+        rows: dict[Recipe, list[int]] = {}
+        for row, recipe in enumerate(self._recipes):
+            rows.setdefault(recipe, []).append(row)
+        return [(recipe, torch.tensor(mine)) for recipe, mine in rows.items()]
 
     def _tail_bytes(self, store: PagedStore) -> int:
         """Bytes of a store's tail while decoding; set aside from byte and fraction budgets.
@@ -714,6 +747,8 @@ class PagedAttention:
             self._padding = self._padding[index.to(self._padding.device)]
         for layer in self._layers:
             layer.held = [held.select(index) for held in layer.held]
+        if len(self._recipes) > 1:
+            self._recipes = tuple(self._recipes[i] for i in index.tolist())
         self.batch = index.numel()
 
     def reset(self) -> None:
@@ -736,7 +771,7 @@ class PagedAttention:
         Returns:
             `PagedAttention`: The copy.
         """
-        other = PagedAttention(self.recipe, self.windows, self.prompt_tokens, self.max_bytes)
+        other = PagedAttention(self._recipes, self.windows, self.prompt_tokens, self.max_bytes)
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
         other._distortion = list(self._distortion)

@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 
 from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
-from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RunReport, measure_memory
 from kvcompress_hf.units import format_bytes, parse_bytes
@@ -86,7 +86,8 @@ class CompressedPagedCache(Cache):
 
     Args:
         config (`PreTrainedConfig`): The model's config; number of layers and sliding windows are read from it.
-        recipe (`str`, `dict` or `Recipe`, *optional*): How to compress; the default preset when left out.
+        recipe (`str`, `dict`, `Recipe` or a list of these, *optional*): How to compress; the default preset when left
+            out. A list has one entry per row of the batch; they may differ in budget, plan and protect.
         prompt_tokens (`int`, *optional*): Length of the prompt when known beforehand; with a prompt that is read in
             chunks, a fraction budget is a fraction of this length from the first chunk on.
         max_bytes (`int` or `str`, *optional*): Most bytes of pages per device, such as `"2GiB"`.
@@ -113,15 +114,16 @@ class CompressedPagedCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        recipe: str | Mapping[str, Any] | Recipe | None = None,
+        recipe: str | Mapping[str, Any] | Recipe | Sequence[Any] | None = None,
         *,
         prompt_tokens: int | None = None,
         max_bytes: int | str | None = None,
     ) -> None:
-        self.recipe = resolve_recipe(recipe)
+        recipes = resolve_rows(recipe)
+        self.recipe = recipes[0]
         windows = layer_windows(config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
-        self._attention = PagedAttention(self.recipe, windows, prompt_tokens, limit)
+        self._attention = PagedAttention(recipes, windows, prompt_tokens, limit)
         self._take_over(self._attention)
 
     def _take_over(self, attention: PagedAttention) -> None:

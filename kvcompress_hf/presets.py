@@ -1,6 +1,6 @@
 """The named recipes, and how anything a person may write for a recipe becomes one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvcompress_hf.importance.running import RunningScores
@@ -12,7 +12,7 @@ from kvcompress_hf.planning.rate_distortion import RateDistortion
 from kvcompress_hf.planning.thresholds import ThresholdPlan
 from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
-__all__ = ["DEFAULT_PRESET", "get_preset", "presets", "resolve_recipe"]
+__all__ = ["DEFAULT_PRESET", "get_preset", "presets", "resolve_recipe", "resolve_rows"]
 
 #: What `patch(model)` uses when no recipe is given.
 DEFAULT_PRESET = "k8v4"
@@ -232,3 +232,53 @@ def resolve_recipe(spec: str | Mapping[str, Any] | Recipe | None = None, **overr
     else:
         raise TypeError(f"A recipe is a preset name, a Recipe, a dict or None, got {type(spec).__name__}.")
     return recipe.with_overrides(**overrides) if overrides else recipe
+
+
+def resolve_rows(
+    spec: str | Mapping[str, Any] | Recipe | Sequence[Any] | None = None, default: Recipe | None = None
+) -> tuple[Recipe, ...]:
+    """The recipes of the rows of a batch.
+
+    Rows of one batch share their pages, so what is stored per slot must be the same: the observer, tiers, page bytes
+    and `when`. Budget, plan (LeanKV's thresholds, say) and protection may differ from row to row.
+
+    Args:
+        spec: What [`resolve_recipe`] takes, for every row; or a list of such, one per row.
+        default (`Recipe`, *optional*): What `None` stands for and a dict without `preset` changes; left out, `None`
+            is the default preset and a dict a recipe of its own.
+
+    Returns:
+        `tuple[Recipe, ...]`: One recipe for all rows, or one per row.
+
+    Raises:
+        ValueError: If a preset, part or value is not allowed, the list is empty, or rows differ in what they share.
+        TypeError: If `spec` is of another type.
+    """
+    if isinstance(spec, (list, tuple)):
+        if not spec:
+            raise ValueError("The list of recipes is empty; give one recipe per row of the batch, or a single one.")
+        recipes = tuple(_resolve_with_default(one, default) for one in spec)
+    else:
+        recipes = (_resolve_with_default(spec, default),)
+    first = recipes[0]
+    for row, recipe in enumerate(recipes):
+        for part in ("observer", "tiers", "when", "page_bytes"):
+            mine, theirs = getattr(recipe, part), getattr(first, part)
+            if mine != theirs:
+                raise ValueError(
+                    f"Row {row} asks for {part}={mine!r} and row 0 for {part}={theirs!r}; rows of one batch share "
+                    "pages, so they may differ in budget, plan and protect only. Generate them in separate calls."
+                )
+        if (recipe.plan is None) != (first.plan is None):
+            raise ValueError(
+                f"Row {row} and row 0 must both have a plan, or neither; give a row budget=1.0 to keep all."
+            )
+    return recipes
+
+
+def _resolve_with_default(spec: Any, default: Recipe | None) -> Recipe:
+    if default is not None and spec is None:
+        return default
+    if default is not None and isinstance(spec, Mapping) and "preset" not in spec:
+        return default.with_overrides(**spec)
+    return resolve_recipe(spec)

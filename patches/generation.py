@@ -18,10 +18,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.speculation import BoundedCandidates
 from kvcompress_hf.patches.support import text_config
-from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
 
@@ -164,7 +163,7 @@ def _prepare_cache(
         return
     cache = CompressedPagedCache(
         model.config,
-        _call_recipe(option, record.recipe),
+        list(resolve_rows(option, record.recipe)),
         prompt_tokens=_prompt_tokens(generation_config, model_kwargs),
     )
     if generation_config.is_assistant:
@@ -194,19 +193,6 @@ def _check_passed_cache(
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
         raise ValueError("use_cache=False and a cache as past_key_values contradict each other; leave one of them out.")
-
-
-def _call_recipe(option: Any, patched: Recipe) -> Recipe:
-    """The recipe of one call: a preset's name, a recipe, or changes to the patched one."""
-    if option is None:
-        return patched
-    if isinstance(option, Mapping):
-        return resolve_recipe(option) if "preset" in option else patched.with_overrides(**option)
-    if isinstance(option, (list, tuple)):
-        raise UnsupportedFeatureError(
-            "kvcompress= takes one recipe for the whole batch for now; one per row of the batch is not available yet."
-        )
-    return resolve_recipe(option)
 
 
 def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int | None:

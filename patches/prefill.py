@@ -1,7 +1,7 @@
 """Filling a cache with a prompt once, to be used many times."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.patches.core import patched
 from kvcompress_hf.patches.generation import record_of
-from kvcompress_hf.presets import resolve_recipe
+from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 
 __all__ = ["prefill"]
@@ -21,7 +21,7 @@ __all__ = ["prefill"]
 def prefill(
     model: PreTrainedModel,
     input_ids: Tensor,
-    recipe: str | Mapping[str, Any] | Recipe | None = None,
+    recipe: str | Mapping[str, Any] | Recipe | Sequence[Any] | None = None,
     *,
     attention_mask: Tensor | None = None,
     chunk_size: int | None = None,
@@ -35,8 +35,8 @@ def prefill(
     Args:
         model (`PreTrainedModel`): The model; patched for the length of the call if it is not.
         input_ids (`Tensor`): `[batch, tokens]`, left-padded if the rows differ in length.
-        recipe (`str`, `Recipe` or `dict`, *optional*): As for [`patch`]; left out, the recipe the model is
-            patched with.
+        recipe (`str`, `Recipe`, `dict` or a list of these, *optional*): As for [`patch`], or one per row of the
+            batch; left out, the recipe the model is patched with.
         attention_mask (`Tensor`, *optional*): `[batch, tokens]`, 0 for padding.
         chunk_size (`int`, *optional*): Tokens per forward pass; all at once if left out.
         overrides: Parts of the recipe to change.
@@ -61,15 +61,16 @@ def prefill(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None.")
     record = record_of(model)
-    resolved = resolve_recipe(record.recipe if record is not None and recipe is None else recipe, **overrides)
+    rows = resolve_rows(recipe, None if record is None or recipe is not None else record.recipe)
+    recipes = [row.with_overrides(**overrides) for row in rows]
     tokens = input_ids.shape[1]
     step = chunk_size or tokens
     if attention_mask is None:
         positions = torch.arange(tokens, device=input_ids.device)[None]
     else:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    with patched(model, resolved):
-        cache = CompressedPagedCache(model.config, resolved, prompt_tokens=tokens)
+    with patched(model, recipes[0]):
+        cache = CompressedPagedCache(model.config, recipes, prompt_tokens=tokens)
         # Only the cache is wanted, not the logits of a whole prompt.
         extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         for start in range(0, tokens, step):

@@ -38,7 +38,8 @@ class BoundedCandidates(CandidateGenerator):
             `tuple`: Ids with candidates `[1, tokens + candidates]`; their logits `[1, candidates, vocab]` or `None`.
         """
         # The inner generator is asked even when nothing can be used: it counts on seeing every step.
-        ids, logits = self._inner.get_candidates(input_ids, **kwargs)
+        candidates: Any = self._inner.get_candidates(input_ids, **kwargs)
+        ids, logits = candidates
         if self._prompt_passed:
             self._cache.activate_past_recording()
             room = self._cache.tokens_until_packing() - 1  # the last accepted token is passed along with the draft

@@ -1,7 +1,7 @@
 """All slots of all stores seen by sequence: gathered for observers and plans, and changed as a plan decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,22 @@ class Slots:
     group: torch.Tensor
     seen: int
     prompt: int
+
+    def of(self, sequences: torch.Tensor | slice) -> "Slots":
+        """The slots of some sequences.
+
+        Args:
+            sequences (`torch.Tensor` or `slice`): Which, `int64` `[n]`.
+
+        Returns:
+            `Slots`: Their slots.
+        """
+        return replace(
+            self,
+            fields={name: values[sequences] for name, values in self.fields.items()},
+            positions=self.positions[sequences],
+            filled=self.filled[sequences],
+        )
 
 
 def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, prompt: int) -> Slots:

@@ -8,7 +8,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from kvcompress_hf import get_preset, report
 from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches import is_patched, last_run_report, patch, patched, prefill, unpatch
 
 
@@ -88,7 +87,14 @@ def test_prompt_length_reaches_the_cache(model, prompt, padded, monkeypatch):
         ({"preset": "kv-compress", "budget": 1.5}, ValueError, r"\(0, 1\]"),
         ({"bits": 2}, ValueError, "bits"),
         (3, TypeError, "int"),
-        ([{"tiers": "k4v4"}], UnsupportedFeatureError, "one recipe"),
+        ([], ValueError, "empty"),
+        (["k4v4", "k8v4"], ValueError, "Row 1 asks for tiers"),
+        (["k4v4", "k4v4", 3], TypeError, "int"),
+        (
+            ["kv-compress", {"preset": "kv-compress", "budget": 0.5}],
+            ValueError,
+            "2 recipes were given for a batch of 1",
+        ),
     ],
 )
 def test_wrong_options_per_call(model, option, error, words, prompt, run_generate):
@@ -102,6 +108,28 @@ def test_wrong_options_per_call(model, option, error, words, prompt, run_generat
 def test_contradicting_arguments(model, conflict, prompt):
     with pytest.raises(ValueError, match="different caches"):
         model.generate(prompt(), max_new_tokens=2, kvcompress={"tiers": "k4v4"}, **conflict)
+
+
+@pytest.mark.parametrize("arguments", ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}))
+def test_settings_per_row(model, arguments, prompt):
+    """A row with settings of its own gives what it gives alone with these settings, beams and all."""
+    settings = [
+        {"preset": "kv-compress", "budget": 0.5},
+        {"preset": "kv-compress", "budget": 0.15, "protect": {"recent": 16}},
+        {"preset": "kv-compress", "budget": 60},
+    ]
+    ids = prompt(tokens=300).view(3, 100).repeat(1, 2)
+    kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, **arguments}
+    together = model.generate(ids, kvcompress=settings, **kwargs)
+    answers = together.sequences.view(3, -1, together.sequences.shape[1])
+    kept = [layer.view(3, -1, layer.shape[1]) for layer in together.past_key_values.rows()]
+    for row, setting in enumerate(settings):
+        alone = model.generate(ids[row : row + 1], kvcompress=setting, **kwargs)
+        assert torch.equal(alone.sequences, answers[row])
+        for mine, theirs in zip(alone.past_key_values.rows(), kept, strict=True):
+            assert torch.equal(mine.sum(1), theirs[row].sum(1))
+    sizes = [sum(int(layer[row].sum()) for layer in kept) for row in range(3)]
+    assert sizes[0] > 1.3 * sizes[2] and sizes[2] > 1.2 * sizes[1]
 
 
 def test_option_is_unknown_to_an_unpatched_model(model, prompt):
