@@ -87,17 +87,22 @@ class KvcChunk(Structure):
     ]
 
 
+class KvcSums(Structure):
+    _fields_ = [("past", c_void_p * MAX_TIERS), *_fields(ptr="tail fresh")]
+
+
 class KvcScores(Structure):
     _fields_ = [
         ("rows", KvcRows),
         ("tail", KvcTail),
         *_fields(ptr="q k", i64="q_b q_h q_t k_b k_h k_t", ptr_b="query_valid key_valid"),
-        ("past", c_void_p * MAX_TIERS),
+        ("sum", KvcSums),
+        ("square", KvcSums),
         ("past_stride", c_int64 * MAX_TIERS),
         *_fields(
-            ptr="tail_out fresh sinks",
+            ptr="sinks",
             f32="scale softcap",
-            i32="window position_field position key_position exclude power batch kv_heads group n_q n_k",
+            i32="window position_field position key_position exclude powers batch kv_heads group n_q n_k",
         ),
     ]
 

@@ -371,6 +371,60 @@ class Backend(abc.ABC):
             ValueError: A shape or dtype is wrong, or `power` is neither 1 nor 2.
         """
 
+    def column_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> tuple[WindowScores, WindowScores]:
+        """Both powers of `window_scores`, which a backend may give for little more than the cost of one.
+
+        Args:
+            q: As in `window_scores`, like the others.
+            k_new: New keys.
+            rows: The packed slots.
+            tail: The tail, or `None`.
+            position: Logical position of query 0.
+            key_position: Logical position of new key 0.
+            scale: Factor on the dot products.
+            exclude: Distance from which on a query counts for a key.
+            softcap: Soft cap.
+            window: Window.
+            sinks: Sinks.
+            query_valid: Which queries add something.
+            key_valid: Which new keys are seen.
+
+        Returns:
+            The sums of probabilities, and the sums of squared probabilities.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
+        options = dict(
+            position=position,
+            key_position=key_position,
+            scale=scale,
+            exclude=exclude,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            query_valid=query_valid,
+            key_valid=key_valid,
+        )
+        first, second = (self.window_scores(q, k_new, rows, tail, power=power, **options) for power in (1, 2))  # type: ignore[arg-type]
+        return first, second
+
     @abc.abstractmethod
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
         """Converts pages from this backend's inner order to the canonical one (`include/page_layout.h`).

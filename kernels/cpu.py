@@ -359,9 +359,80 @@ class CpuBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
-        layout = rows.layout
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
+        (scores,) = self._scores(
+            (power,),
+            q,
+            k_new,
+            rows,
+            tail,
+            position=position,
+            key_position=key_position,
+            scale=scale,
+            exclude=exclude,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            query_valid=query_valid,
+            key_valid=key_valid,
+        )
+        return scores
+
+    def column_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> tuple[WindowScores, WindowScores]:
+        first, second = self._scores(
+            (1, 2),
+            q,
+            k_new,
+            rows,
+            tail,
+            position=position,
+            key_position=key_position,
+            scale=scale,
+            exclude=exclude,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            query_valid=query_valid,
+            key_valid=key_valid,
+        )
+        return first, second
+
+    def _scores(
+        self,
+        powers: Sequence[int],
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
+        query_valid: Tensor | None,
+        key_valid: Tensor | None,
+    ) -> list[WindowScores]:
+        layout = rows.layout
         checks.check_block(q, k_new, rows, tail, CPU)
         checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
         batch, kv_heads, n_k, _ = k_new.shape
@@ -372,13 +443,17 @@ class CpuBackend(Backend):
         if key_valid is not None:
             checks.check_tensor("key_valid", key_valid, (batch, n_k), torch.bool, CPU, contiguous=False)
             key_valid = key_valid.contiguous()
-        scores = WindowScores(
-            [torch.zeros(batch, q_heads, rows.width(tier)) for tier in range(len(layout.tiers))],
-            torch.zeros(batch, q_heads, 0 if tail is None else tail.capacity),
-            torch.zeros(batch, q_heads, n_k),
-        )
+        widths = [rows.width(tier) for tier in range(len(layout.tiers))]
+        results = [
+            WindowScores(
+                [torch.zeros(batch, q_heads, width) for width in widths],
+                torch.zeros(batch, q_heads, 0 if tail is None else tail.capacity),
+                torch.zeros(batch, q_heads, n_k),
+            )
+            for _ in powers
+        ]
         if q.numel() == 0:
-            return scores
+            return results
         c = abi.KvcScores(
             scale=scale,
             softcap=softcap or 0.0,
@@ -387,24 +462,26 @@ class CpuBackend(Backend):
             position=position,
             key_position=key_position,
             exclude=exclude,
-            power=power,
             batch=batch,
             kv_heads=kv_heads,
             group=q_heads // kv_heads,
             n_q=n_q,
             n_k=n_k,
+            powers=sum(powers),
         )
         _fill_rows(c.rows, rows)
         _fill_tail(c.tail, tail)
         c.q, c.k = q.data_ptr(), k_new.data_ptr()
         _fill_strides(c, "q", q)
         _fill_strides(c, "k", k_new)
-        c.query_valid, c.key_valid = _pointer(query_valid), _pointer(key_valid)
-        for tier, past in enumerate(scores.past):
-            c.past[tier], c.past_stride[tier] = past.data_ptr(), past.stride(1)
-        c.tail_out, c.fresh, c.sinks = map(_pointer, (scores.tail, scores.fresh, sinks))
+        c.query_valid, c.key_valid, c.sinks = map(_pointer, (query_valid, key_valid, sinks))
+        for power, scores in zip(powers, results, strict=True):
+            sums = c.sum if power == 1 else c.square
+            for tier, past in enumerate(scores.past):
+                sums.past[tier], c.past_stride[tier] = past.data_ptr(), past.stride(1)
+            sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()
         self._call("scores", c)
-        return scores
+        return results
 
 
 class _CpuDecodePlan(DecodePlan):

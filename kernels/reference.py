@@ -471,11 +471,45 @@ class ReferenceBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
+        if power not in (1, 2):
+            raise ValueError(f"power must be 1 or 2, got {power}")
+        both = self.column_scores(
+            q,
+            k_new,
+            rows,
+            tail,
+            position=position,
+            key_position=key_position,
+            scale=scale,
+            exclude=exclude,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            query_valid=query_valid,
+            key_valid=key_valid,
+        )
+        return both[power - 1]
+
+    def column_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> tuple[WindowScores, WindowScores]:
         layout, device = rows.layout, q.device
         batch, kv_heads, n_k, _ = k_new.shape
         n_q = q.shape[2]
-        if power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, got {power}")
         self._check_block(q, k_new, rows, tail, softcap, window, sinks)
         for name, mask, n in (("query_valid", query_valid, n_q), ("key_valid", key_valid, n_k)):
             if mask is not None:
@@ -485,7 +519,7 @@ class ReferenceBackend(Backend):
         parts = [self._packed(rows, tier, batch) for tier in range(len(layout.tiers))]
         parts += [fresh] if tail is None else [self._tail(tail), fresh]
         sizes = [part.k.shape[2] for part in parts]
-        total = torch.zeros(batch, q.shape[1], sum(sizes), dtype=self.compute, device=device)
+        totals = torch.zeros(2, batch, q.shape[1], sum(sizes), dtype=self.compute, device=device)
         for start in range(0, n_q, QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, n_q))
             query = torch.arange(position, position + n_q, device=device)[block]
@@ -493,19 +527,18 @@ class ReferenceBackend(Backend):
             seen = [self._visible(part, query, window) for part in parts]
             seen[-1] = seen[-1] & (fresh.position[:, :, None, None, :] <= query[:, None])  # type: ignore[index]
             probability, _ = _softmax(logits, torch.cat(seen, -1), self._grouped_sinks(sinks, kv_heads))
-            scores = probability.pow(power)
             if exclude > 0:
                 old_enough = [
                     s if part.position is None else query[:, None] - part.position[:, :, None, None, :] >= exclude
                     for part, s in zip(parts, seen, strict=True)
                 ]
-                scores = torch.where(torch.cat(old_enough, -1), scores, 0.0)
+                probability = torch.where(torch.cat(old_enough, -1), probability, 0.0)
             if query_valid is not None:
-                scores = scores * query_valid[:, None, None, block, None]
-            total += scores.sum(3).flatten(1, 2)
-        *past, newest = total.float().split(sizes, -1)
-        tail_scores = total.new_zeros(batch, q.shape[1], 0).float() if tail is None else past.pop()
-        return WindowScores(list(past), tail_scores, newest)
+                probability = probability * query_valid[:, None, None, block, None]
+            totals[0] += probability.sum(3).flatten(1, 2)
+            totals[1] += probability.square().sum(3).flatten(1, 2)
+        first, second = (_split_scores(total.float(), sizes, tail is not None) for total in totals)
+        return first, second
 
     def _check_block(
         self,
@@ -543,6 +576,13 @@ class ReferenceBackend(Backend):
             square_field=square_field,
         )
         return _ReferencePlan(self, rows, tail, q_heads, options)
+
+
+def _split_scores(scores: Tensor, sizes: Sequence[int], has_tail: bool) -> WindowScores:
+    """Scores `[batch, q_heads, sum(sizes)]` of the tiers, the tail if there is one, and the new keys."""
+    *past, newest = scores.split(sizes, -1)
+    tail = past.pop() if has_tail else scores[..., :0]
+    return WindowScores(list(past), tail, newest)
 
 
 class _ReferencePlan(DecodePlan):

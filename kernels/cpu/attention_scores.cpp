@@ -1,5 +1,5 @@
-// scores(): sum over the queries of probability ** power, for every key and query head. Logits are computed twice,
-// first for the normalisers of all queries, then for the sums: no queries x keys matrix is ever in memory.
+// scores(): sums over the queries of p and of p^2, for every key and query head. Logits are computed twice, first for
+// the normalisers of all queries, then for the sums: no queries x keys matrix is ever in memory.
 #include "attention_block.h"
 #include "ops.h"
 
@@ -104,11 +104,14 @@ struct Scores {
     }
   }
 
-  float* destination(const Tile& t, int b, int h) const {
+  // Where the tile's sums of p^power of query head h go; null = they are not wanted.
+  float* destination(int power, const Tile& t, int b, int h) const {
+    if (!(a->powers & power)) return nullptr;
+    const KvcSums& sums = power == 1 ? a->sum : a->square;
     const int64_t row = (int64_t)b * a->kv_heads * a->group + h;
-    if (t.tier < layout->n_tiers) return a->past[t.tier] + row * a->past_stride[t.tier] + t.start;
-    if (t.tier == layout->n_tiers) return a->tail_out ? a->tail_out + row * a->tail.capacity + t.start : nullptr;
-    return a->fresh + row * a->n_k + t.start;
+    if (t.tier < layout->n_tiers) return sums.past[t.tier] + row * a->past_stride[t.tier] + t.start;
+    if (t.tier == layout->n_tiers) return sums.tail ? sums.tail + row * a->tail.capacity + t.start : nullptr;
+    return sums.fresh + row * a->n_k + t.start;
   }
 
   void clear(int row, int from, int to, Tile& t) const {
@@ -116,7 +119,24 @@ struct Scores {
     TileWalk walk(past, row, from, to);
     while (walk.next(t))
       for (int g = 0; g < a->group; ++g)
-        if (float* out = destination(t, b, h0 + g)) memset(out, 0, t.n * sizeof(float));
+        for (int power = 1; power <= 2; ++power)
+          if (float* out = destination(power, t, b, h0 + g)) memset(out, 0, t.n * sizeof(float));
+  }
+
+  template <int SUM, int SQUARE>
+  static void add(float* sum, float* square, const float* s, float norm, int n) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      const vf p = exp2(load(s + i) - all(norm));
+      if (SUM) store(sum + i, load(sum + i) + p);
+      if (SQUARE) store(square + i, p * p + load(square + i));
+    }
+    if (i == n) return;
+    const vf p = exp2(load(s + i) - all(norm));
+    for (int e = 0; i + e < n; ++e) {
+      if (SUM) sum[i + e] += p[e];
+      if (SQUARE) square[i + e] += p[e] * p[e];
+    }
   }
 
   void accumulate(int row, int from, int to, Worker& w) const {
@@ -126,15 +146,11 @@ struct Scores {
       const int groups = load_queries(row, first, w);
       const float* norm = norms + row * query_rows() + first;
       visit(row, first, groups, from, to, a->exclude, w, [&](const Tile& t, int r, const float* s, float) {
-        float* out = destination(t, b, h0 + (first + r) % a->group);
-        if (!out) return;
-        for (int i = 0; i < t.n; i += kLanes) {
-          vf p = exp2(load(s + i) - all(norm[r]));
-          if (a->power == 2) p = p * p;
-          if (i + kLanes <= t.n) store(out + i, load(out + i) + p);
-          else
-            for (int e = 0; i + e < t.n; ++e) out[i + e] += p[e];
-        }
+        const int h = h0 + (first + r) % a->group;
+        float *sum = destination(1, t, b, h), *square = destination(2, t, b, h);
+        if (sum && square) add<1, 1>(sum, square, s, norm[r], t.n);
+        else if (sum) add<1, 0>(sum, square, s, norm[r], t.n);
+        else if (square) add<0, 1>(sum, square, s, norm[r], t.n);
       });
     }
   }

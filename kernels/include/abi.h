@@ -71,22 +71,26 @@ typedef struct {  // n_q queries over the packed past, the tail, and a dense blo
   int32_t batch, kv_heads, group, n_q, n_k;
 } KvcChunk;
 
-typedef struct {  // sum over the queries of p^power for every key, per query head
+typedef struct {  // one power's sums
+  float* past[KVC_MAX_TIERS];             // [batch, q_heads, past_stride[t]] of packed slots, in slot order
+  float* tail;                            // [batch, q_heads, capacity], or null
+  float* fresh;                           // [batch, q_heads, n_k]
+} KvcSums;
+
+typedef struct {  // sums over the queries of p and of p^2 for every key, per query head
   KvcRows rows;
   KvcTail tail;
   const void *q, *k;                      // q [batch, q_heads, n_q, D]; k [batch, kv_heads, n_k, D]
   int64_t q_b, q_h, q_t, k_b, k_h, k_t;
   const uint8_t* query_valid;             // [batch, n_q] or null
   const uint8_t* key_valid;               // [batch, n_k] or null
-  float* past[KVC_MAX_TIERS];             // [batch, q_heads, past_stride[t]] scores of packed slots, in slot order
+  KvcSums sum, square;                    // where the sums of p and of p^2 go
   int64_t past_stride[KVC_MAX_TIERS];
-  float* tail_out;                        // [batch, q_heads, capacity] or null
-  float* fresh;                           // [batch, q_heads, n_k]
   const float* sinks;
   float scale, softcap;
   int32_t window, position_field, position, key_position;
   int32_t exclude;                        // a query at i scores key j only if i - j >= exclude (0 = all)
-  int32_t power;                          // 1 or 2
+  int32_t powers;                         // 1: sum is wanted, 2: square, 3: both
   int32_t batch, kv_heads, group, n_q, n_k;
 } KvcScores;
 

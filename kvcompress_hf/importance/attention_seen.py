@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kvcompress_hf.importance.base import Chunk
+from kvcompress_hf.kernels.backend import WindowScores
 
 
 @dataclass(frozen=True)
@@ -85,32 +87,65 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
     Returns:
         `AttentionSeen`: The sums and where they belong.
     """
-    keys, store = chunk.keys, chunk.store
-    batch, kv_heads, tokens, _ = keys.shape
-    rows, tail = store.rows(chunk.layer), store.tail(chunk.layer)
-    start = tokens - observing
-    past, tail_scores, fresh = store.backend.window_scores(
-        chunk.query[:, :, start:],
-        keys,
-        rows,
-        tail,
+    store = chunk.store
+    scores = store.backend.window_scores(
+        chunk.query[:, :, -observing:],
+        chunk.keys,
+        store.rows(chunk.layer),
+        store.tail(chunk.layer),
+        power=power,
+        exclude=exclude,
+        **_options(chunk, observing),
+    )
+    return _place(chunk, scores)
+
+
+def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, AttentionSeen]:
+    """The same for probabilities and for their squares, which together cost little more than one.
+
+    Args:
+        chunk (`Chunk`): The new tokens.
+        observing (`int`): Number of queries at the end of the chunk that look.
+
+    Returns:
+        `tuple[AttentionSeen, AttentionSeen]`: Sums of probabilities, and sums of squared ones.
+    """
+    store = chunk.store
+    first, second = store.backend.column_scores(
+        chunk.query[:, :, -observing:],
+        chunk.keys,
+        store.rows(chunk.layer),
+        store.tail(chunk.layer),
+        **_options(chunk, observing),
+    )
+    return _place(chunk, first), _place(chunk, second)
+
+
+def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
+    """What the last queries of a chunk look with."""
+    start = chunk.keys.shape[2] - observing
+    return dict(
         position=chunk.position + start,
         key_position=chunk.position,
         scale=chunk.scale,
-        power=power,
-        exclude=exclude,
         softcap=chunk.softcap,
         window=chunk.window,
         sinks=chunk.sinks,
         query_valid=None if chunk.valid is None else chunk.valid[:, start:].contiguous(),
         key_valid=chunk.valid,
     )
-    if tail_scores is None:
-        tail_scores = fresh[..., :0]
+
+
+def _place(chunk: Chunk, scores: WindowScores) -> AttentionSeen:
+    """Says which slot each score belongs to."""
+    past, tail_scores, fresh = scores
+    keys, store = chunk.keys, chunk.store
+    batch, kv_heads, tokens, _ = keys.shape
+    rows, tail = store.rows(chunk.layer), store.tail(chunk.layer)
     device = keys.device
     positions, filled = [], []
-    for tier, scores in enumerate(past):
-        width = scores.shape[-1]
+    for tier, part in enumerate(past):
+        width = part.shape[-1]
         positions.append(store.backend.read_field(rows, tier, "position", width).view(batch, kv_heads, width))
         filled.append(torch.arange(width, device=device) < rows.lengths[tier].view(batch, kv_heads, 1))
     capacity = tail_scores.shape[-1]

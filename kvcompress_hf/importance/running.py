@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcompress_hf.importance.attention_seen import attention_seen
+from kvcompress_hf.importance.attention_seen import attention_seen, attention_seen_both
 from kvcompress_hf.importance.base import Chunk, Observer, queries_that_saw
 from kvcompress_hf.paging.slots import Slots
 
@@ -61,12 +61,11 @@ class RunningScores(Observer):
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """Adds what the chunk's queries see to every slot; see [`Observer.observe`]."""
         observing = 1 if self.last_only else chunk.keys.shape[2]
+        powers = attention_seen_both(chunk, observing) if self.std else [attention_seen(chunk, observing, power=1)]
         result = {}
-        for name, power in (("sum", 1), ("square", 2)):
-            if name in self.fields:
-                seen = attention_seen(chunk, observing, power)
-                reduced = seen.reduce(lambda scores, order: scores.sum(2))
-                result[name] = seen.write(reduced, name, add=not self.last_only)
+        for name, seen in zip(self.fields, powers, strict=True):
+            reduced = seen.reduce(lambda scores, order: scores.sum(2))
+            result[name] = seen.write(reduced, name, add=not self.last_only)
         return result
 
     def importance(self, slots: Slots) -> torch.Tensor:

@@ -24,6 +24,40 @@ def check(cache, backend, exact, *, n_q: int = 32, n_k: int | None = None, **opt
     return actual
 
 
+def check_both(cache, backend, exact, *, n_q: int = 32, n_k: int | None = None, **options):
+    """column_scores gives the very numbers of window_scores, of both powers; the reference's too."""
+    n_k = n_q if n_k is None else n_k
+    q, k = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_k)
+    options = dict(position=1000, key_position=1000 + n_q - n_k, scale=q.shape[-1] ** -0.5) | options
+    for power, both in enumerate(backend.column_scores(q, k, cache.rows, cache.tail, **options), start=1):
+        one = backend.window_scores(q, k, cache.rows, cache.tail, power=power, **options)
+        expected = exact.column_scores(q, k, cache.expected_rows, cache.expected_tail, **options)[power - 1]
+        for a, o, e in zip([*both.past, both.tail, both.fresh], [*one.past, one.tail, one.fresh],
+                           [*expected.past, expected.tail, expected.fresh], strict=True):
+            assert torch.equal(a, o)
+            torch.testing.assert_close(a, e, rtol=3e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_q, n_k", [(1, 1), (37, 100), (20, 0), (150, 150)])
+@pytest.mark.parametrize("tail_lengths", [None, (5, 33)])
+def test_both_powers(build_cache, backend, exact, n_q, n_k, tail_lengths):
+    cache = build_cache(backend, tiers=[(8, 4), (0, 0)], tail_lengths=tail_lengths)
+    check_both(cache, backend, exact, n_q=n_q, n_k=n_k)
+
+
+def test_both_powers_with_every_option(build_cache, backend, exact):
+    cache = build_cache(backend, most=60, tail_lengths=None, group=3)
+    options = dict(
+        softcap=4.0,
+        sinks=torch.linspace(-3, 3, cache.q_heads),
+        window=70,
+        exclude=2,
+        query_valid=torch.rand(2, 40, generator=cache.generator) < 0.6,
+        key_valid=torch.rand(2, 90, generator=cache.generator) < 0.6,
+    )
+    check_both(cache, backend, exact, n_q=40, n_k=90, **options)
+
+
 @pytest.mark.parametrize("tier, dtype", [((8, 8), BF16), ((4, 4), F32), ((2, 2), F32), ((0, 0), F32), ((0, 0), BF16)])
 def test_every_tier(build_cache, backend, exact, tier, dtype):
     check(build_cache(backend, tiers=[tier], dtype=dtype), backend, exact)
