@@ -25,7 +25,7 @@ def main(name: str = TINY) -> None:
     tokens = inputs["input_ids"].shape[1]
     print("answer:", tokenizer.decode(out.sequences[0, tokens:]))
     print(f"slots kept of {out.past_key_values.get_seq_length()}, one line per layer, one number per KV head:")
-    for layer in out.past_key_values.rows():
+    for layer in out.past_key_values.slots():
         print("  ", *(f"{slots:6d}" for slots in layer[0].tolist()))
     print(out.past_key_values.memory())
 

@@ -75,10 +75,13 @@ class Backend(abc.ABC):
     Attributes:
         name: Short name: `"cpu-avx512vnni"`, `"cpu-avx2"`, `"cpu-scalar"` or `"reference"`.
         reason: Why this backend was picked, in a few words.
+        page_order: Inner order of its pages: `"canonical"`, `"cpu"` (`include/page_layout.h`), or `"private"` for an
+            order that does not go to files.
     """
 
     name: str
     reason: str
+    page_order: str = "private"
 
     @abc.abstractmethod
     def append(self, tail: Tail, k: Tensor, v: Tensor, position: int, valid: Tensor | None = None) -> None:

@@ -78,6 +78,8 @@ class CpuBackend(Backend):
         ImportError: The native library was not built.
     """
 
+    page_order = "cpu"
+
     def __init__(self, isa: str | None = None) -> None:
         library = load_library()
         names = [library.kvc_isa_name(i).decode() for i in range(library.kvc_isa_count())]

@@ -179,6 +179,7 @@ class ReferenceBackend(Backend):
     """
 
     name = "reference"
+    page_order = "canonical"
 
     def __init__(self, compute: torch.dtype = torch.float32, reason: str = "asked for") -> None:
         if compute not in (torch.float32, torch.float64):

@@ -14,7 +14,7 @@ from kvcompress_hf.planning.rate_distortion import RateDistortion
 from kvcompress_hf.planning.thresholds import ThresholdPlan
 from kvcompress_hf.presets import get_preset, presets
 from kvcompress_hf.recipe import Budget, Protect, Recipe, When
-from kvcompress_hf.reports import MemoryReport, RunReport, plot_slots
+from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, plot_slots
 
 __all__ = [
     "Budget",
@@ -31,6 +31,7 @@ __all__ = [
     "RateDistortion",
     "Recency",
     "Recipe",
+    "RowReport",
     "RunReport",
     "RunningScores",
     "ThresholdPlan",

@@ -102,6 +102,35 @@ class _Before:
     stores: dict[Geometry, Snapshot] | None = None
 
 
+@dataclass(frozen=True)
+class AttentionState:
+    """What [`PagedAttention`] knows besides its stores.
+
+    Args:
+        seen (`int`): Logical tokens.
+        batch (`int`): Sequences.
+        prompt (`int`): Tokens of `seen` up to the end of the last chunk.
+        prompt_tokens (`int`, *optional*): Length of the prompt, where it was known beforehand.
+        recording (`bool`): Whether new tokens are held back in the tail.
+        unfinished (`bool`): Whether a plan is still to be made.
+        groups (`list[int]`): Query heads per KV head of each layer.
+        tail_used (`list[int]`): Most slots any sequence has in the tail, per layer.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`.
+        distortion (`torch.Tensor`, *optional*): Measured losses, float32 `[heads, tiers]`.
+    """
+
+    seen: int = 0
+    batch: int = 0
+    prompt: int = 0
+    prompt_tokens: int | None = None
+    recording: bool = False
+    unfinished: bool = False
+    groups: list[int] = field(default_factory=list)
+    tail_used: list[int] = field(default_factory=list)
+    padding: torch.Tensor | None = None
+    distortion: torch.Tensor | None = None
+
+
 class PagedAttention:
     """Everything below the transformers contract of one cache.
 
@@ -621,10 +650,7 @@ class PagedAttention:
         geometry = Geometry(key.device, key.dtype, heads, head_dim, layer.window is not None)
         owned = self._stores.get(geometry)
         if owned is None:
-            observed = () if self._observer is None else self._observer.fields
-            fields = ("position", *observed) if self.recipe.evicts or geometry.windowed else ()
-            tiers = [TIERS[name] for name in self.recipe.tiers]
-            layout = kernels.page_layout(head_dim, key.dtype, tiers, fields, self.recipe.page_bytes)
+            layout = layout_for(self.recipe, geometry)
             place = (key.device, layout.page_bytes)
             if place not in self._arenas:
                 self._arenas[place] = Arena(layout.page_bytes, key.device, self.max_bytes)
@@ -787,12 +813,62 @@ class PagedAttention:
                 theirs.store = other._stores[mine.store.geometry].store
         return other
 
+    def state(self) -> AttentionState:
+        """What a file must hold besides the stores; the inverse of [`PagedAttention.load_state`].
+
+        Returns:
+            `AttentionState`: Numbers and tensors that are not changed in place later.
+
+        Raises:
+            RuntimeError: If a forward pass is under way, or stopped half way.
+        """
+        if any(layer.store is not None and layer.seen != self.seen for layer in self._layers):
+            raise RuntimeError("A forward pass is not through yet; save the cache between two forward passes.")
+        return AttentionState(
+            seen=self.seen,
+            batch=self.batch,
+            prompt=self._prompt,
+            prompt_tokens=self.prompt_tokens,
+            recording=self.recording,
+            unfinished=self._unfinished,
+            groups=[layer.group for layer in self._layers],
+            tail_used=[layer.tail_used for layer in self._layers],
+            padding=self._padding,
+            distortion=torch.cat(self._distortion) if self._distortion else None,
+        )
+
+    def load_state(self, state: AttentionState, stores: Sequence[tuple[PagedStore, Sequence[int]]]) -> None:
+        """Fills an empty cache; nothing is checked here.
+
+        Args:
+            state (`AttentionState`): As from [`PagedAttention.state`].
+            stores (`Sequence[tuple[PagedStore, Sequence[int]]]`): Filled stores, and the layers of the model whose rows
+                each of them holds.
+        """
+        self.seen, self.batch, self._prompt = state.seen, state.batch, state.prompt
+        self.prompt_tokens, self.recording, self._unfinished = state.prompt_tokens, state.recording, state.unfinished
+        self._padding = state.padding
+        self._distortion = [] if state.distortion is None else [state.distortion]
+        for store, layers in stores:
+            self._stores[store.geometry] = _StoreLayers(store, list(layers))
+            self._arenas[store.geometry.device, store.arena.page_bytes] = store.arena
+            for index, layer_idx in enumerate(layers):
+                layer = self._layers[layer_idx]
+                layer.store, layer.index, layer.seen = store, index, state.seen
+                layer.group, layer.tail_used = state.groups[layer_idx], state.tail_used[layer_idx]
+        self._note_peak()
+
     def close(self) -> None:
         """Drops this cache's references to pages that forks may go on using."""
         for owned in self._stores.values():
             owned.store.close()
 
     # -- looking inside --------------------------------------------------------------------------------------------
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """`tuple[Recipe, ...]`: One for all sequences, or one per sequence."""
+        return self._recipes
 
     @property
     def windows(self) -> list[int | None]:
@@ -814,6 +890,11 @@ class PagedAttention:
     def stores(self) -> list[PagedStore]:
         """`list[PagedStore]`: One per shape of layer and device."""
         return [owned.store for owned in self._stores.values()]
+
+    @property
+    def layers_of_stores(self) -> list[list[int]]:
+        """`list[list[int]]`: Layers of the model in each of the stores, in the order of its rows."""
+        return [list(owned.layers) for owned in self._stores.values()]
 
     @property
     def arenas(self) -> list[Arena]:
@@ -853,6 +934,25 @@ class PagedAttention:
                 tokens = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
                 total += 2 * self.batch * geometry.kv_heads * geometry.head_dim * geometry.dtype.itemsize * tokens
         return total
+
+
+def layout_for(recipe: Recipe, geometry: Geometry) -> kernels.PageLayout:
+    """What the pages of a cache look like.
+
+    Args:
+        recipe (`Recipe`): Its recipe: tiers, page size, and whether slots need positions and scores.
+        geometry (`Geometry`): Shape and dtype of the keys.
+
+    Returns:
+        `PageLayout`: The layout.
+
+    Raises:
+        ValueError: If the recipe's `page_bytes` cannot hold a page, or `head_dim` is not supported.
+    """
+    observed = () if recipe.observer is None else recipe.observer.fields
+    fields = ("position", *observed) if recipe.evicts or geometry.windowed else ()
+    tiers = [TIERS[name] for name in recipe.tiers]
+    return kernels.page_layout(geometry.head_dim, geometry.dtype, tiers, fields, recipe.page_bytes)
 
 
 def _real_tokens(mask: torch.Tensor, queries: int, tokens: int, batch: int) -> torch.Tensor:

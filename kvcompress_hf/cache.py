@@ -1,19 +1,22 @@
 """`CompressedPagedCache`: the transformers Cache contract over paged, compressed storage."""
 
+import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.io import UnreadPages, layer_devices, load_cache, model_identity, save_cache
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
-from kvcompress_hf.reports import MemoryReport, RunReport, measure_memory
+from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.units import format_bytes, parse_bytes
 
 __all__ = ["CompressedPagedCache", "KVHandle"]
@@ -123,11 +126,12 @@ class CompressedPagedCache(Cache):
         self.recipe = recipes[0]
         windows = layer_windows(config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
-        self._attention = PagedAttention(recipes, windows, prompt_tokens, limit)
-        self._take_over(self._attention)
+        self._take_over(PagedAttention(recipes, windows, prompt_tokens, limit), config)
 
-    def _take_over(self, attention: PagedAttention) -> None:
-        self._attention = attention
+    def _take_over(self, attention: PagedAttention, config: PreTrainedConfig) -> None:
+        self._attention, self._config = attention, config
+        self._model: weakref.ref[nn.Module] | None = None
+        self._unread: UnreadPages | None = None  # pages of a file that nobody has read yet
         self._pending = [0] * attention.num_layers  # new tokens handed out by update() that attention has not taken
         self.run_report = RunReport(self.recipe, attention)
         layers: list[Any] = [_LayerFace(self, i, window is not None) for i, window in enumerate(attention.windows)]
@@ -198,8 +202,10 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If the mask is not over the new tokens only.
             CacheMemoryError: If the cache would grow beyond its `max_bytes`.
+            CacheFormatError: If the cache comes from a file whose pages are damaged.
         """
         self._pending[layer_idx] = 0
+        self._check_unread()
         return self._attention.attend(
             layer_idx,
             query,
@@ -347,7 +353,8 @@ class CompressedPagedCache(Cache):
         """
         other = CompressedPagedCache.__new__(type(self))
         other.recipe = self.recipe
-        other._take_over(self._attention.fork())
+        other._take_over(self._attention.fork(), self._config)
+        other._model, other._unread = self._model, self._unread
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedPagedCache":
@@ -361,6 +368,92 @@ class CompressedPagedCache(Cache):
         if attention.has_forks:  # they share an arena, so a cache that goes must hand its pages back
             attention.close()
 
+    # -- to a file and back ----------------------------------------------------------------------------------------
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """Notes whose keys and values these are, so that a file of this cache can tell models of one shape apart.
+
+        `generate` and `prefill` call it.
+
+        Args:
+            model (`nn.Module`): The model; held weakly.
+        """
+        self._model = weakref.ref(model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to one safetensors file: packed pages as they are, tail, tables, recipe, model.
+
+        The cache can be used on afterwards. What is not needed to go on (the prompt's tokens) is not written. The file
+        appears under its name when it is whole; until then a file that was there stays.
+
+        Args:
+            path (`str` or `os.PathLike`): Where.
+
+        Raises:
+            OSError: If the file cannot be written; nothing is left behind then.
+            RuntimeError: If called in the middle of a forward pass.
+
+        Example:
+
+        ```python
+        >>> cache = kvc.prefill(model, ids, "k8v4")  # doctest: +SKIP
+        >>> cache.save("document.kvc.safetensors")  # doctest: +SKIP
+        >>> cache = kvc.CompressedPagedCache.load("document.kvc.safetensors", model)  # doctest: +SKIP
+
+        ```
+        """
+        self._check_unread()
+        model = None if self._model is None else self._model()
+        save_cache(self._attention, model_identity(self._config, model), path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: PreTrainedModel,
+        *,
+        max_bytes: int | str | None = None,
+    ) -> "CompressedPagedCache":
+        """Reads a cache from a file of [`CompressedPagedCache.save`]; generation goes on with the very same tokens.
+
+        Header, tables and lengths are read and checked at once. On the CPU the pages stay in the file, mapped into
+        memory: they are read, and their checksum is compared, when attention first needs them. What is written to them
+        later stays in memory. Do not change or shorten the file in place while the cache is in use; to save over it
+        is safe.
+
+        Args:
+            path (`str` or `os.PathLike`): The file. It need not be trusted.
+            model (`PreTrainedModel`): The model that goes on; patched or not yet.
+            max_bytes (`int` or `str`, *optional*): Most bytes of pages per device, such as `"2GiB"`.
+
+        Returns:
+            `CompressedPagedCache`: The cache.
+
+        Raises:
+            CacheFormatError: If the file is damaged, of another format version, or was made with another model; the
+                message says what differs.
+            CacheMemoryError: If it holds more than `max_bytes`.
+            TypeError: If `model` is not a transformers model.
+        """
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"load() takes the model that goes on with the cache, got {type(model).__name__}.")
+        windows = layer_windows(model.config)
+        limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
+        loaded = load_cache(
+            path, model_identity(model.config, model), windows, layer_devices(model, len(windows)), limit
+        )
+        cache = cls.__new__(cls)
+        cache.recipe = loaded.attention.recipe
+        cache._take_over(loaded.attention, model.config)
+        cache._unread = loaded.unread
+        cache.belongs_to(model)
+        return cache
+
+    def _check_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.check()
+            self._unread = None
+
     # -- looking inside --------------------------------------------------------------------------------------------
 
     def memory(self) -> MemoryReport:
@@ -371,17 +464,29 @@ class CompressedPagedCache(Cache):
         """
         return measure_memory(self._attention)
 
-    def rows(self) -> list[torch.Tensor]:
-        """Slots kept by each head, packed or in the tail.
+    def slots(self) -> list[torch.Tensor]:
+        """Slots kept by each head, packed or in the tail; what [`plot_slots`] draws.
 
         Returns:
-            `list[torch.Tensor]`: Per layer `int64` `[batch, kv_heads]`.
+            `list[torch.Tensor]`: Per layer `int64` `[batch, kv_heads]`; no heads for a layer that never ran.
         """
         return self._attention.slots_per_head()
 
+    def rows(self) -> list[RowReport]:
+        """Every row of the cache, one per layer, sequence and KV head, in this order.
+
+        Returns:
+            `list[RowReport]`: Slots per tier, tail, pages, bytes, and where they are stored positions.
+
+        Raises:
+            CacheFormatError: If the cache comes from a file whose pages are damaged.
+        """
+        self._check_unread()
+        return measure_rows(self._attention)
+
     def __repr__(self) -> str:
         memory = self.memory()
-        slots = sum(int(layer.sum()) for layer in self.rows())
+        slots = sum(int(layer.sum()) for layer in self.slots())
         return (
             f"CompressedPagedCache(recipe={self.recipe.name!r}, tokens={self.get_seq_length()}, "
             f"batch={self._attention.batch}, slots={slots}, "

@@ -14,7 +14,7 @@ from kvcompress_hf.units import format_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MemoryReport", "RunReport", "measure_memory", "plot_slots"]
+__all__ = ["MemoryReport", "RowReport", "RunReport", "measure_memory", "measure_rows", "plot_slots"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,82 @@ def measure_memory(attention: PagedAttention) -> MemoryReport:
     return MemoryReport(**kinds, dense=attention.dense_bytes())
 
 
+@dataclass(frozen=True)
+class RowReport:
+    """What one row holds.
+
+    Args:
+        layer (`int`): Layer of the model.
+        sequence (`int`): Sequence of the batch.
+        head (`int`): KV head.
+        slots (`dict[str, int]`): Packed slots by tier.
+        tail (`int`): Slots in the tail.
+        pages (`int`): Pages; one that sequences share is counted in each of them.
+        nbytes (`int`): Bytes of these pages, and of the tail slots in use.
+        positions (`torch.Tensor`, *optional*): `int64` `[slots]`, logical positions of what is kept, ascending (padding
+            counts); `None` where the recipe has no use for them.
+    """
+
+    layer: int
+    sequence: int
+    head: int
+    slots: dict[str, int]
+    tail: int
+    pages: int
+    nbytes: int
+    positions: torch.Tensor | None
+
+    @property
+    def kept(self) -> int:
+        """`int`: Slots in all, packed or in the tail."""
+        return sum(self.slots.values()) + self.tail
+
+    def __str__(self) -> str:
+        tiers = ", ".join(f"{count} in {tier}" for tier, count in self.slots.items())
+        return (
+            f"layer {self.layer}, sequence {self.sequence}, head {self.head}: {tiers}, {self.tail} in the tail; "
+            f"{self.pages} pages, {format_bytes(self.nbytes)}"
+        )
+
+
+def measure_rows(attention: PagedAttention) -> list[RowReport]:
+    """Looks into every row of a cache.
+
+    Args:
+        attention (`PagedAttention`): The inside of a cache.
+
+    Returns:
+        `list[RowReport]`: By layer, sequence and KV head.
+    """
+    reports = []
+    for store, layers in zip(attention.stores, attention.layers_of_stores, strict=True):
+        heads, layout = store.geometry.kv_heads, store.layout
+        lengths = store.lengths.cpu()
+        pages = sum(-(-lengths[tier] // tier_layout.slots) for tier, tier_layout in enumerate(layout.tiers))
+        tail_slot = 2 * layout.head_dim * layout.dtype.itemsize + 4 * len(layout.fields)
+        positions = store.positions()
+        for row in range(len(layers) * store.rows_per_layer):
+            layer, rest = divmod(row, store.rows_per_layer)
+            sequence, head = divmod(rest, heads)
+            tail = int(store.tail_lengths[layer, sequence])
+            count = int(pages[row])
+            reports.append(
+                RowReport(
+                    layer=layers[layer],
+                    sequence=sequence,
+                    head=head,
+                    slots={
+                        name: int(lengths[tier, row]) for tier, name in enumerate(attention.recipe.tiers)
+                    },
+                    tail=tail,
+                    pages=count,
+                    nbytes=count * layout.page_bytes + tail * tail_slot,
+                    positions=None if positions is None else positions[row],
+                )
+            )
+    return sorted(reports, key=lambda report: (report.layer, report.sequence, report.head))
+
+
 class RunReport:
     """What one cache did, for as long as it lives and after; keeps no tensor of the cache alive.
 
@@ -139,7 +215,7 @@ def plot_slots(slots: Sequence[torch.Tensor], sequence: int = 0) -> "Figure":
     """A heatmap of the slots kept per layer and head.
 
     Args:
-        slots (`Sequence[torch.Tensor]`): Per layer `[batch, kv_heads]`, as from `cache.rows()`.
+        slots (`Sequence[torch.Tensor]`): Per layer `[batch, kv_heads]`, as from `cache.slots()`.
         sequence (`int`): Which sequence of the batch.
 
     Returns:

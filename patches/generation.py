@@ -157,6 +157,7 @@ def _prepare_cache(
             raise ValueError(f"kvcompress={option!r} and {wish} ask for different caches; leave one of them out.")
         if isinstance(past, CompressedPagedCache):
             _check_passed_cache(model, generation_config, past)
+            past.belongs_to(model)
             if record is not None:
                 record.last_run = past.run_report
         stock(generation_config, model_kwargs, *args, **kwargs)
@@ -166,6 +167,7 @@ def _prepare_cache(
         list(resolve_rows(option, record.recipe)),
         prompt_tokens=_prompt_tokens(generation_config, model_kwargs),
     )
+    cache.belongs_to(model)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache

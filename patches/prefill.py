@@ -71,6 +71,7 @@ def prefill(
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with patched(model, recipes[0]):
         cache = CompressedPagedCache(model.config, recipes, prompt_tokens=tokens)
+        cache.belongs_to(model)
         # Only the cache is wanted, not the logits of a whole prompt.
         extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         for start in range(0, tokens, step):

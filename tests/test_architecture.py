@@ -15,6 +15,7 @@ LEVEL = {
     "presets": 3,
     "attention": 3,
     "reports": 4,
+    "io": 4,
     "cache": 5,
     "patches": 6,
     "perplexity": 7,
@@ -22,7 +23,7 @@ LEVEL = {
     "__init__": 9,
 }
 ANYONE = {"errors", "units", "recipe"}
-BELOW_CACHE = ["kernels", "paging", "importance", "planning", "attention", "recipe", "presets", "reports"]
+BELOW_CACHE = ["kernels", "paging", "importance", "planning", "attention", "recipe", "presets", "reports", "io"]
 
 
 def sources():

@@ -118,7 +118,7 @@ def test_a_replayed_prompt_is_a_prefill(model, samples, recipe):
     with torch.inference_mode(), kvc.patched(model, "lossless"):
         replayed = suites_run.Prompt(model, sample.context).fill(recipe)
         assert replayed.memory() == prefilled.memory()
-        assert all(torch.equal(a, b) for a, b in zip(replayed.rows(), prefilled.rows(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(replayed.slots(), prefilled.slots(), strict=True))
         outputs = [
             suites_run.answer_on(model, cache, question.ids, question.answer, False).logits
             for cache in (replayed, prefilled)
@@ -145,13 +145,13 @@ def test_questions_leave_the_prompt_s_cache_alone(model, samples):
     sample = samples[1]
     with torch.inference_mode(), kvc.patched(model, "lossless"):
         cache = suites_run.Prompt(model, sample.context).fill(resolve_recipe("snapkv"))
-        before = [layer.clone() for layer in cache.rows()]
+        before = [layer.clone() for layer in cache.slots()]
         first, second, again = (
             suites_run.answer_on(model, cache.fork(), question.ids, question.answer, False).logits
             for question in (*sample.questions, sample.questions[0])
         )
         assert cache.get_seq_length() == len(sample.context)
-        assert all(torch.equal(a, b) for a, b in zip(before, cache.rows(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, cache.slots(), strict=True))
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 

@@ -54,7 +54,7 @@ def test_facts_in_2200_tokens_are_found_and_compression_keeps_them(model, tokeni
     with kvc.patched(model, "kv-compress", budget=1 / 8, tiers="k8v4"):
         right, _, caches = right_answers(model, tokenizer, questions)
         assert right >= stock - 2
-        heads = torch.cat([layer.flatten() for layer in caches[0].rows()])
+        heads = torch.cat([layer.flatten() for layer in caches[0].slots()])
         assert heads.unique().numel() > 1 and heads.max() < 2200
         assert all(cache.memory().ratio < 0.135 for cache in caches)
     with kvc.patched(model, "streaming", budget=1 / 16):

@@ -151,7 +151,7 @@ def run(
         report = cache.memory()
         memory = {part: int(getattr(report, part)) for part in (*PARTS, "total", "dense")}
         peak_cache = cache.run_report.statistics.peak_bytes
-        slots = torch.stack([layer.float().mean(0).cpu() for layer in cache.rows()])
+        slots = torch.stack([layer.float().mean(0).cpu() for layer in cache.slots()])
     return Measured(
         tokens=out.sequences[0, input_ids.shape[1] :].tolist(),
         memory=memory,

@@ -1,7 +1,7 @@
 """The page pool of one device: slabs of equal pages, a reference count per page, and nothing else."""
 
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -121,6 +121,50 @@ class Arena:
             self.references -= dropped
             self.live -= int(((self.references == 0) & (dropped > 0)).sum())
 
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """Copies the bytes of pages.
+
+        Args:
+            ids (`torch.Tensor`): Page ids, `int32` `[n]`.
+
+        Returns:
+            `torch.Tensor`: `uint8` `[n, page_bytes]`.
+        """
+        pages = torch.empty((ids.numel(), self.page_bytes), dtype=torch.uint8, device=self.device)
+        slabs = ids >> self.slab_shift
+        inner = (ids & ((1 << self.slab_shift) - 1)).long()
+        for index in torch.unique(slabs).tolist():
+            chosen = slabs == index
+            pages[chosen] = self.slabs[index][inner[chosen]]
+        return pages
+
+    def adopt(self, slabs: Sequence[torch.Tensor], references: torch.Tensor) -> torch.Tensor:
+        """Takes memory with pages already in it, such as a mapped file, without copying it.
+
+        Args:
+            slabs (`Sequence[torch.Tensor]`): Each `uint8` `[pages, page_bytes]` of at most `2**slab_shift` pages, with
+                a storage of its own, so that it can be given back by itself.
+            references (`torch.Tensor`): `int32` `[n]`, references to each of these pages.
+
+        Returns:
+            `torch.Tensor`: Ids of the pages, `int32` `[n]`.
+
+        Raises:
+            CacheMemoryError: If the arena would grow beyond `max_bytes`; nothing has changed then.
+        """
+        self._check_limit(sum(slab.shape[0] for slab in slabs))
+        ids = []
+        with torch.inference_mode(False):
+            for slab in slabs:
+                index = self._insert(slab)
+                ids.append(self._slab_ids(index))
+            taken = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device=self.device)
+            self.references[taken] = references.to(device=self.device, dtype=torch.int32)
+        self.live += int((references > 0).sum())
+        self.shared = self.shared or bool((references > 1).any())
+        self._slabs_changed()
+        return taken.to(torch.int32)
+
     def trim(self) -> None:
         """Gives memory back: gathers live pages in as few slabs as they need, drops the others, shortens one."""
         sizes = [slab.shape[0] for slab in self.slabs]
@@ -148,7 +192,7 @@ class Arena:
             pages = kept.get(index, 0)
             self.references[self._slab_ids(index)[pages:]] = -1
             with torch.inference_mode(False):
-                shorter = self._new_slab(pages)
+                shorter = self.new_slab(pages)
                 self.slabs[index] = shorter.copy_(self.slabs[index][:pages])
         while self.slabs and not self.slabs[-1].shape[0]:
             self.slabs.pop()
@@ -212,31 +256,45 @@ class Arena:
     def _grow(self, missing: int) -> None:
         # Ahead by a fraction of what lives, so that a long decode does not allocate at every packing.
         pages = max(missing, min(self.live // _GROWTH, 1 << self.slab_shift))
-        size = (self.pages + pages) * self.page_bytes
-        if self.max_bytes is not None and size > self.max_bytes:
+        if self.max_bytes is not None and (self.pages + pages) * self.page_bytes > self.max_bytes:
             pages = missing
-            size = (self.pages + pages) * self.page_bytes
-            if size > self.max_bytes:
-                raise CacheMemoryError(
-                    f"The cache needs {format_bytes(size)} of pages, more than its max_bytes of "
-                    f"{format_bytes(self.max_bytes)}; raise max_bytes, lower the budget, or shorten the input."
-                )
+            self._check_limit(pages)
         with torch.inference_mode(False):
             while pages > 0:
                 count = min(pages, 1 << self.slab_shift)
-                slab = self._new_slab(count)
-                index = next((i for i, old in enumerate(self.slabs) if not old.shape[0]), len(self.slabs))
-                if index == len(self.slabs):
-                    self.slabs.append(slab)
-                    absent = torch.full((1 << self.slab_shift,), -1, dtype=torch.int32, device=self.device)
-                    self.references = torch.cat([self.references, absent])
-                else:
-                    self.slabs[index] = slab
+                index = self._insert(self.new_slab(count))
                 self.references[self._slab_ids(index)] = 0
                 pages -= count
         self._slabs_changed()
 
-    def _new_slab(self, pages: int) -> torch.Tensor:
+    def _check_limit(self, more: int) -> None:
+        size = (self.pages + more) * self.page_bytes
+        if self.max_bytes is not None and size > self.max_bytes:
+            raise CacheMemoryError(
+                f"The cache needs {format_bytes(size)} of pages, more than its max_bytes of "
+                f"{format_bytes(self.max_bytes)}; raise max_bytes, lower the budget, or shorten the input."
+            )
+
+    def _insert(self, slab: torch.Tensor) -> int:
+        """Puts a slab in the first free place; the references of its pages are still to be set."""
+        index = next((i for i, old in enumerate(self.slabs) if not old.shape[0]), len(self.slabs))
+        if index < len(self.slabs):
+            self.slabs[index] = slab
+        else:
+            self.slabs.append(slab)
+            absent = torch.full((1 << self.slab_shift,), -1, dtype=torch.int32, device=self.device)
+            self.references = torch.cat([self.references, absent])
+        return index
+
+    def new_slab(self, pages: int) -> torch.Tensor:
+        """Memory for a slab, not yet part of the arena.
+
+        Args:
+            pages (`int`): Pages it holds, at most `2**slab_shift`.
+
+        Returns:
+            `torch.Tensor`: Zeros, `uint8` `[pages, page_bytes]`.
+        """
         if self.device.type == "cpu" and pages:
             return page_memory(pages, self.page_bytes)
         return torch.zeros((pages, self.page_bytes), dtype=torch.uint8, device=self.device)

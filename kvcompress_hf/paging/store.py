@@ -424,6 +424,27 @@ class PagedStore:
         """
         return self.backend.read_field(self.rows(), tier, field, int(self.lengths[tier].max()))
 
+    def positions(self) -> list[torch.Tensor] | None:
+        """Logical positions of what each row keeps, packed or in the tail.
+
+        Returns:
+            `list[torch.Tensor]` or `None`: Per row `int64` `[slots]`, ascending; `None` without the field `position`.
+        """
+        if "position" not in self.layout.fields:
+            return None
+        packed = [self.read_field(tier, "position").cpu() for tier in range(len(self.layout.tiers))]
+        lengths, tails = self.lengths.cpu(), self.tail_lengths.cpu()
+        newest = None if self.tail_positions is None else self.tail_positions.cpu()
+        result = []
+        for row in range(lengths.shape[1]):
+            parts = [values[row, : int(lengths[tier, row])] for tier, values in enumerate(packed)]
+            if newest is not None:
+                layer, rest = divmod(row, self.rows_per_layer)
+                sequence = rest // self.geometry.kv_heads
+                parts.append(newest[layer, sequence, : int(tails[layer, sequence])])
+            result.append(torch.cat(parts).long().sort().values)
+        return result
+
     def clear_field(self, field: str, layer: int) -> None:
         """Sets a float field of every slot of a layer to zero, in pages and tail.
 
@@ -566,6 +587,53 @@ class PagedStore:
         self.evicted = False
         self._sums = self._summed = None
         self.drop_tail()
+
+    # -- to a file and back ----------------------------------------------------------------------------------------
+
+    def state(self, layers: int) -> dict[str, torch.Tensor]:
+        """Everything the store holds but its pages; the inverse of [`PagedStore.load_state`].
+
+        Args:
+            layers (`int`): How many layers have rows; those that never arrived are left out.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By name: a `table.{tier}` per tier, `int32` `[rows, columns]`, zero where no page
+            is live; `lengths` `int32` `[tiers, rows]`; `tail_lengths` `int32` `[layers, batch]`; where the tail is not
+            empty `tail_keys`, `tail_values`, `tail_positions` and `tail_fields`, cut to what is used; where means are
+            kept `sums` and `summed`. Copies, save for the means and the tail.
+        """
+        rows = layers * self.rows_per_layer
+        state = {"lengths": self.lengths[:, :rows].clone(), "tail_lengths": self.tail_lengths[:layers].clone()}
+        for tier, table in enumerate(self.tables):
+            live = self._live(tier)[:rows]
+            columns = int(live.sum(1).max()) if live.numel() else 0
+            state[f"table.{tier}"] = torch.where(live, table[:rows], 0)[:, :columns]
+        used = int(self.tail_lengths[:layers].max()) if self.tail_lengths[:layers].numel() else 0
+        if used and self.tail_keys is not None and self.tail_values is not None and self.tail_positions is not None:
+            state["tail_keys"] = self.tail_keys[:layers, :, :, :used]
+            state["tail_values"] = self.tail_values[:layers, :, :, :used]
+            state["tail_positions"] = self.tail_positions[:layers, :, :used]
+            if self.tail_fields is not None:
+                state["tail_fields"] = self.tail_fields[:layers, ..., :used]
+        if self._sums is not None and self._summed is not None:
+            state["sums"], state["summed"] = self._sums[:, :layers], self._summed[:layers]
+        return state
+
+    def load_state(self, state: Mapping[str, torch.Tensor], evicted: bool) -> None:
+        """Fills an empty store of as many layers as the state has; nothing is checked here.
+
+        Args:
+            state (`Mapping[str, torch.Tensor]`): As from [`PagedStore.state`], the tables with page ids of this
+                store's arena, which must already count them as referenced. Taken over, not copied.
+            evicted (`bool`): Whether slots have ever been dropped or moved.
+        """
+        self.tables = [state[f"table.{tier}"] for tier in range(len(self.layout.tiers))]
+        self.lengths, self.tail_lengths = state["lengths"], state["tail_lengths"]
+        self.tail_keys, self.tail_values = state.get("tail_keys"), state.get("tail_values")
+        self.tail_positions, self.tail_fields = state.get("tail_positions"), state.get("tail_fields")
+        self._sums, self._summed = state.get("sums"), state.get("summed")
+        self.evicted = evicted
+        self.version += 1
 
     # -- called by the arena ---------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ def test_the_walk_itself_sees_a_dense_cache(model):
 def test_heads_hold_different_numbers_of_slots(model):
     with kvc.patched(model, "kv-compress", budget=1 / 8):
         cache = generate(model, 2048, 2)
-    slots = torch.cat([layer.flatten() for layer in cache.rows()])
+    slots = torch.cat([layer.flatten() for layer in cache.slots()])
     assert slots.unique().numel() > 1
     assert slots.sum() <= 2048 * LAYERS * KV_HEADS / 8
 

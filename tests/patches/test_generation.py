@@ -53,7 +53,7 @@ def test_budget_per_call_is_kept(model, prompt):
 
     def slots(budget, **kwargs):
         cache = _cache(model, prompt, tokens=400, kvcompress={"budget": budget}, **kwargs)
-        return sum(int(layer.sum()) for layer in cache.rows())
+        return sum(int(layer.sum()) for layer in cache.slots())
 
     assert slots(0.9) > slots(0.5) > slots(0.25)
     assert slots(0.25, prefill_chunk_size=64) <= 1.2 * slots(0.25)
@@ -159,10 +159,10 @@ def test_a_passed_cache_that_does_not_fit(model, prompt, build_model, run_genera
     # A batch of another size: the cache stays what it was, and so does everything else.
     torch.manual_seed(0)
     first = model.generate(prompt(), max_new_tokens=4, do_sample=False, past_key_values=mine)
-    slots = [layer.tolist() for layer in mine.rows()]
+    slots = [layer.tolist() for layer in mine.slots()]
     with pytest.raises(ValueError, match="sequences"):
         model.generate(prompt(2, 60), max_new_tokens=2, past_key_values=mine)
-    assert [layer.tolist() for layer in mine.rows()] == slots
+    assert [layer.tolist() for layer in mine.slots()] == slots
     more = model.generate(first, max_new_tokens=4, do_sample=False, past_key_values=mine)
     assert torch.equal(more, model.generate(first, max_new_tokens=4, do_sample=False))
     assert torch.equal(run_generate(model, "greedy", 8), expected)

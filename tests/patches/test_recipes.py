@@ -34,7 +34,7 @@ def test_every_way_of_generating(preset, mode, model, run_generate):
     cache = first.past_key_values
     # Speculation may stop with the last token verified already.
     assert cache.get_seq_length() in (first.sequences.shape[1] - 1, first.sequences.shape[1])
-    assert all(int(layer.max()) <= cache.get_seq_length() for layer in cache.rows())
+    assert all(int(layer.max()) <= cache.get_seq_length() for layer in cache.slots())
 
 
 @pytest.mark.parametrize("family", ("mistral", "gemma2", "gpt-oss", "phi3-longrope"))
