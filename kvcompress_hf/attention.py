@@ -103,6 +103,8 @@ class PagedAttention:
         self._planner: Plan | None = recipe.plan
         self._distortion: list[torch.Tensor] = []  # per measured layer, float32 [kv_heads, tiers]
         self._prompt = 0  # tokens that came in chunks; what follows was decoded one by one
+        self._planned = 0  # tokens seen at the last plan
+        self._faded = 0  # tokens seen when statistics last faded
         self.prompt_tokens = prompt_tokens
         self.max_bytes = max_bytes
         self.recording = False
@@ -455,12 +457,28 @@ class PagedAttention:
         packed = time.perf_counter()
         self.statistics.seconds_packing += packed - started
         self._drop_outside_windows()
-        if self.recipe.evicts and (when.prefill if self._unfinished else when.decode):
+        if self.recipe.evicts and (when.prefill if self._unfinished else self._due()):
             self._plan()
+        self._fade()
         self._unfinished = False
         self._give_back()
         self.statistics.seconds_planning += time.perf_counter() - packed
         self._note_peak()
+
+    def _due(self) -> bool:
+        """Whether a packing during decoding also plans."""
+        when = self.recipe.when
+        return when.decode and self.seen - self._planned >= (when.interval or 0)
+
+    def _fade(self) -> None:
+        """Lets what was observed count less by the steps decoded since this was last done."""
+        steps = self.seen - max(self._faded, self._prompt)
+        self._faded = self.seen
+        fields, factor = ((), 1.0) if self._observer is None else self._observer.fading
+        if steps > 0:
+            for name in fields:
+                for owned in self._stores.values():
+                    owned.store.scale_field(name, factor**steps)
 
     def _give_back(self) -> None:
         for layer in self._layers:
@@ -505,6 +523,7 @@ class PagedAttention:
             padding=padding,
             distortion=self._distortion,
         )
+        self._planned = self.seen
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, planner.targets(view))
 
@@ -617,7 +636,7 @@ class PagedAttention:
         self._stores.clear()
         self._arenas.clear()
         self._layers = [_Layer(layer.window) for layer in self._layers]
-        self.seen = self.batch = self._prompt = 0
+        self.seen = self.batch = self._prompt = self._planned = self._faded = 0
         self._padding = None
         self._distortion = []
         self._unfinished = False
@@ -631,6 +650,7 @@ class PagedAttention:
         other = PagedAttention(self.recipe, self.windows, self.prompt_tokens, self.max_bytes)
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
+        other._planned, other._faded = self._planned, self._faded
         other._distortion = list(self._distortion)
         other._padding = None if self._padding is None else self._padding.clone()
         other._arenas = dict(self._arenas)
