@@ -49,10 +49,10 @@ class RunStatistics:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A recorded token whose queries have not been counted yet: it may still be taken back."""
+class _New:
+    """New tokens; of one recorded token, what is needed to count its queries once it cannot be taken back any more."""
 
-    query: torch.Tensor  # [batch, q_heads, 1, head_dim]
+    query: torch.Tensor  # [batch, q_heads, tokens, head_dim]
     key: torch.Tensor
     value: torch.Tensor
     valid: torch.Tensor | None
@@ -61,7 +61,7 @@ class _Held:
     window: int | None
     sinks: torch.Tensor | None
 
-    def select(self, index: torch.Tensor) -> "_Held":
+    def select(self, index: torch.Tensor) -> "_New":
         """The same token of other sequences."""
         at = index.to(self.key.device)
         valid = None if self.valid is None else self.valid[at]
@@ -80,7 +80,7 @@ class _Layer:
     tail_used: int = 0  # most slots any sequence has in the tail
     plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = ()
-    held: list[_Held] = field(default_factory=list)  # the newest tokens, oldest first
+    held: list[_New] = field(default_factory=list)  # the newest tokens, oldest first
 
 
 @dataclass
@@ -111,6 +111,8 @@ class AttentionState:
         batch (`int`): Sequences.
         prompt (`int`): Tokens of `seen` up to the end of the last chunk.
         prompt_tokens (`int`, *optional*): Length of the prompt, where it was known beforehand.
+        planned (`int`): Tokens seen at the last plan.
+        faded (`int`): Tokens seen when statistics last faded.
         recording (`bool`): Whether new tokens are held back in the tail.
         unfinished (`bool`): Whether a plan is still to be made.
         groups (`list[int]`): Query heads per KV head of each layer.
@@ -123,6 +125,8 @@ class AttentionState:
     batch: int = 0
     prompt: int = 0
     prompt_tokens: int | None = None
+    planned: int = 0
+    faded: int = 0
     recording: bool = False
     unfinished: bool = False
     groups: list[int] = field(default_factory=list)
@@ -157,6 +161,8 @@ class PagedAttention:
         self._needs_distortion = any(plan is not None and plan.needs_distortion for plan in plans)
         self._distortion: list[torch.Tensor] = []  # per measured layer, float32 [kv_heads, tiers]
         self._prompt = 0  # tokens that came in chunks; what follows was decoded one by one
+        self._planned = 0  # tokens seen at the last plan
+        self._faded = 0  # tokens seen when statistics last faded
         self.prompt_tokens = prompt_tokens
         self.max_bytes = max_bytes
         self.recording = False
@@ -230,7 +236,7 @@ class PagedAttention:
             )
         valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
-        if tokens == 1 and position:
+        if tokens == 1 and position and not (self._observer is not None and self._observer.observes_steps):
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         else:
             try:
@@ -277,7 +283,7 @@ class PagedAttention:
         sum_field = None if observer is None else observer.sum_field
         square_field = None if observer is None else observer.square_field
         if self._holds:
-            layer.held.append(_Held(query, key, value, valid, scaling, softcap, window, sinks))
+            layer.held.append(_New(query, key, value, valid, scaling, softcap, window, sinks))
             sum_field = square_field = None
         if sum_field or square_field:
             if store.arena.shared:
@@ -353,26 +359,11 @@ class PagedAttention:
                 self._hold(layer, query.detach(), key, value, valid, scaling, softcap, window, sinks)
         elif self._observer is not None:
             started = time.perf_counter()
-            store.reserve_tail(layer.tail_used)
-            if store.arena.shared:
-                store.own_all()  # observers write into the fields of what is stored
-            chunk = Chunk(
-                store=store,
-                layer=layer.index,
-                query=query.detach(),
-                keys=key,
-                values=value,
-                position=position,
-                scale=scaling,
-                softcap=softcap,
-                window=window,
-                sinks=None if sinks is None else sinks.detach().float().contiguous(),
-                valid=valid,
-            )
-            fields = self._observer.observe(chunk)
+            seen = _New(query.detach(), key, value, valid, scaling, softcap, window, sinks)
+            fields = self._observe(self._observer, layer, store, seen)
             if self._needs_distortion and position == 0:
                 tiers = [TIERS[name] for name in self.recipe.tiers]
-                self._distortion.append(measure_distortion(chunk.query, key, value, scaling, tiers))
+                self._distortion.append(measure_distortion(seen.query, key, value, scaling, tiers))
             self.statistics.seconds_planning += time.perf_counter() - started
         started = time.perf_counter()
         if self.recording or tokens == 1:
@@ -383,11 +374,33 @@ class PagedAttention:
         self.statistics.seconds_packing += time.perf_counter() - started
         return output
 
+    def _observe(self, observer: Observer, layer: _Layer, store: PagedStore, new: _New) -> dict[str, torch.Tensor]:
+        """Lets the observer see new tokens that are not stored yet; the fields they come with."""
+        store.reserve_tail(layer.tail_used)
+        if store.arena.shared:
+            store.own_all()  # observers write into the fields of what is stored
+        chunk = Chunk(
+            store=store,
+            layer=layer.index,
+            query=new.query,
+            keys=new.key,
+            values=new.value,
+            position=layer.seen,
+            scale=new.scaling,
+            softcap=new.softcap,
+            window=new.window,
+            sinks=None if new.sinks is None else new.sinks.detach().float().contiguous(),
+            valid=new.valid,
+        )
+        return observer.observe(chunk)
+
     @property
     def _holds(self) -> bool:
         """Whether recorded tokens keep their queries until it is known which tokens stay."""
         observer = self._observer
-        return self.recording and observer is not None and bool(observer.sum_field or observer.square_field)
+        if not self.recording or observer is None:
+            return False
+        return observer.observes_steps or bool(observer.sum_field or observer.square_field)
 
     def _hold(
         self,
@@ -405,7 +418,7 @@ class PagedAttention:
             one = slice(token, token + 1)
             real = None if valid is None else valid[:, one]
             layer.held.append(
-                _Held(query[:, :, one], key[:, :, one], value[:, :, one], real, scaling, softcap, window, sinks)
+                _New(query[:, :, one], key[:, :, one], value[:, :, one], real, scaling, softcap, window, sinks)
             )
 
     def _append(
@@ -556,12 +569,28 @@ class PagedAttention:
         packed = time.perf_counter()
         self.statistics.seconds_packing += packed - started
         self._drop_outside_windows()
-        if self.recipe.evicts and (when.prefill if self._unfinished else when.decode):
+        if self.recipe.evicts and (when.prefill if self._unfinished else self._due()):
             self._plan()
+        self._fade()
         self._unfinished = False
         self._give_back()
         self.statistics.seconds_planning += time.perf_counter() - packed
         self._note_peak()
+
+    def _due(self) -> bool:
+        """Whether a packing during decoding also plans."""
+        when = self.recipe.when
+        return when.decode and self.seen - self._planned >= (when.interval or 0)
+
+    def _fade(self) -> None:
+        """Lets what was observed count less by the steps decoded since this was last done."""
+        steps = self.seen - max(self._faded, self._prompt)
+        self._faded = self.seen
+        fields, factor = ((), 1.0) if self._observer is None else self._observer.fading
+        if steps > 0:
+            for name in fields:
+                for owned in self._stores.values():
+                    owned.store.scale_field(name, factor**steps)
 
     def _give_back(self) -> None:
         for layer in self._layers:
@@ -615,6 +644,7 @@ class PagedAttention:
                 distortion=self._distortion,
             )
             targets[rows] = plan.targets(view)
+        self._planned = self.seen
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, targets)
 
@@ -715,25 +745,33 @@ class PagedAttention:
         for token in range(count):
             for layer, tokens in zip(self._layers, held, strict=True):
                 if layer.store is not None and tokens:
-                    one = tokens[token]
-                    self._decode(
-                        layer,
-                        layer.store,
-                        one.query,
-                        one.key,
-                        one.value,
-                        one.valid,
-                        one.scaling,
-                        one.softcap,
-                        one.window,
-                        one.sinks,
-                    )
+                    self._count(layer, layer.store, tokens[token])
                     layer.seen += 1
             self.seen += 1
             self._end_forward()
         if not count:
             self._end_forward()
         self.recording = True
+
+    def _count(self, layer: _Layer, store: PagedStore, token: _New) -> None:
+        """Lets a token look once more, as a decoded one; its output is known already."""
+        observer = self._observer
+        if observer is not None and observer.observes_steps:
+            fields = self._observe(observer, layer, store, token)
+            self._append(layer, store, token.key, token.value, token.valid, fields)
+            return
+        self._decode(
+            layer,
+            store,
+            token.query,
+            token.key,
+            token.value,
+            token.valid,
+            token.scaling,
+            token.softcap,
+            token.window,
+            token.sinks,
+        )
 
     def _rewind(self, target: int) -> None:
         """Takes recorded tokens out of the tail, which holds all of them."""
@@ -786,7 +824,7 @@ class PagedAttention:
         self._stores.clear()
         self._arenas.clear()
         self._layers = [_Layer(layer.window) for layer in self._layers]
-        self.seen = self.batch = self._prompt = 0
+        self.seen = self.batch = self._prompt = self._planned = self._faded = 0
         self._padding = None
         self._distortion = []
         self._unfinished = False
@@ -800,6 +838,7 @@ class PagedAttention:
         other = PagedAttention(self._recipes, self.windows, self.prompt_tokens, self.max_bytes)
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
+        other._planned, other._faded = self._planned, self._faded
         other._distortion = list(self._distortion)
         other._padding = None if self._padding is None else self._padding.clone()
         other._arenas = dict(self._arenas)
@@ -829,6 +868,8 @@ class PagedAttention:
             batch=self.batch,
             prompt=self._prompt,
             prompt_tokens=self.prompt_tokens,
+            planned=self._planned,
+            faded=self._faded,
             recording=self.recording,
             unfinished=self._unfinished,
             groups=[layer.group for layer in self._layers],
@@ -847,6 +888,7 @@ class PagedAttention:
         """
         self.seen, self.batch, self._prompt = state.seen, state.batch, state.prompt
         self.prompt_tokens, self.recording, self._unfinished = state.prompt_tokens, state.recording, state.unfinished
+        self._planned, self._faded = state.planned, state.faded
         self._padding = state.padding
         self._distortion = [] if state.distortion is None else [state.distortion]
         for store, layers in stores:

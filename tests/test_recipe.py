@@ -5,9 +5,11 @@ import pytest
 import kvcompress_hf as kvc
 from kvcompress_hf import (  # noqa: F401 - repr(recipe) is evaluated
     Chance,
+    ExpectedAttention,
     KeyDiff,
     LowestPlan,
     PagePlan,
+    PersistenceScores,
     RateDistortion,
     Recency,
     RunningScores,
@@ -47,7 +49,7 @@ def test_parsing_a_full_dict_restores_every_part():
         Budget("3MiB"),
         RateDistortion(kappa=0.5),
         ("k8v4", "k4v2"),
-        When(False, 7),
+        When(False, 7, False),
         4096,
     )
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -66,7 +68,15 @@ def test_parsing_a_full_dict_restores_every_part():
         ("kv-compress", {"observer": {"pool": 4}}, ValueError, "odd"),
         ("kv-compress", {"observer": {"wind": 4}}, ValueError, "Unknown argument 'wind'"),
         ("kv-compress", {"observer": {"kind": "gaze"}}, ValueError, "Unknown kind 'gaze' of observer.*window"),
-        ("kv-compress", {"observer": {"group": "max"}}, ValueError, "mix maxima"),
+        ("kv-compress", {"observer": {"half_life": 0}}, ValueError, "half_life"),
+        ("snapkv", {"observer": {"half_life": 9}}, ValueError, "nothing fades"),
+        ("snapkv", {"when": {"decode": True}}, ValueError, "gives them no score"),
+        ("snapkv", {"when": {"interval": 64}}, ValueError, "nothing is planned while decoding"),
+        ("kv-compress", {"plan": {"floor": 1}}, ValueError, "floor"),
+        ("kv-compress", {"plan": {"bias": [1.0]}}, ValueError, "nested"),
+        ("kv-compress", {"plan": {"normalise": 1}}, ValueError, "normalise"),
+        ("scissorhands", {"observer": {"count": "both"}}, ValueError, "'below' or 'above'"),
+        ("expected-attention", {"observer": {"queries": 0}}, ValueError, "queries"),
         ("kv-compress", {"plan": None}, ValueError, "no plan"),
         ("kv-compress", {"plan": WindowScores()}, TypeError, "plan classes"),
         ("kv-compress", {"tiers": ("k8v4", "k4v2")}, ValueError, "PagePlan only keeps or evicts"),

@@ -2,12 +2,16 @@
 
 import abc
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import Part
+
+if TYPE_CHECKING:
+    from kvcompress_hf.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,37 @@ class Observer(Part, abc.ABC):
         """`bool`: Whether only the last step before a plan counts."""
         return False
 
+    @property
+    def fading(self) -> tuple[tuple[str, ...], float]:
+        """`tuple[tuple[str, ...], float]`: Fields that fade while decoding, and the factor per step."""
+        return (), 1.0
+
+    @property
+    def observes_steps(self) -> bool:
+        """`bool`: Whether each decode step is a chunk of one token for [`Observer.observe`], because the decode kernel
+        cannot add up what is needed. Costs a second pass over the keys per step."""
+        return False
+
+    @property
+    def scores_decoded(self) -> bool:
+        """`bool`: Whether decoded tokens get a score, so that plans during decoding can judge them."""
+        return True
+
+    def check(self, recipe: "Recipe") -> None:
+        """Refuses recipes that this observer cannot serve; called when the recipe is made.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Raises:
+            ValueError: If the recipe plans during decoding and decoded tokens get no score.
+        """
+        if recipe.when.decode and not self.scores_decoded:
+            raise ValueError(
+                f"When(decode=True) plans over decoded tokens, but this {type(self).__name__} gives them no score, so "
+                "they would always go first; use when={'decode': False}, or an observer that scores decode steps."
+            )
+
     def spread(self, slots: Slots) -> torch.Tensor | None:
         """How unsettled the importance of each slot is, for plans that protect such slots.
 
@@ -124,12 +159,13 @@ class Observer(Part, abc.ABC):
         """
 
 
-def queries_that_saw(slots: Slots, observing: int) -> torch.Tensor:
+def queries_that_saw(slots: Slots, observing: int, fading: float = 1.0) -> torch.Tensor:
     """How many queries contributed to a slot's running statistics.
 
     Args:
         slots (`Slots`): Every stored slot.
         observing (`int`): Queries of the prompt that were observed at most.
+        fading (`float`): Factor per decode step by which what was seen counts less.
 
     Returns:
         `torch.Tensor`: float32 `[batch, rows, slots]`, at least 1: for a slot of the prompt the observing queries
@@ -137,4 +173,7 @@ def queries_that_saw(slots: Slots, observing: int) -> torch.Tensor:
     """
     in_prompt = (slots.prompt - slots.positions).clamp(min=0, max=observing)
     decoded = slots.seen - slots.positions.clamp(min=slots.prompt)
-    return (in_prompt + decoded).clamp(min=1).float()
+    if fading == 1:
+        return (in_prompt + decoded).clamp(min=1).float()
+    steps = max(slots.seen - slots.prompt, 0)
+    return (in_prompt * fading**steps + (1 - fading ** decoded.float()) / (1 - fading)).clamp(min=1)

@@ -365,6 +365,8 @@ class _Header:
             batch=batch,
             prompt=self._int(values, "prompt", 0, seen),
             prompt_tokens=prompt_tokens,
+            planned=self._int(values, "planned", 0, seen),
+            faded=self._int(values, "faded", 0, seen),
             recording=self._bool(values, "recording"),
             unfinished=self._bool(values, "unfinished"),
             groups=groups,
@@ -431,9 +433,7 @@ class _StorePart:
         except ValueError as error:
             raise file.error(f"there are no such pages ({error})") from error
         tiers = self.layout.tiers
-        self.layers, counts, self._evicted, page_bytes, self.order = header.store(
-            index, len(tiers), len(state.groups)
-        )
+        self.layers, counts, self._evicted, page_bytes, self.order = header.store(index, len(tiers), len(state.groups))
         if page_bytes != self.layout.page_bytes:
             raise file.error(f"pages of {page_bytes} bytes, where the recipe makes them {self.layout.page_bytes}")
         self.pages = file.expect(f"{self._name}.pages", torch.uint8, (sum(counts), page_bytes))

@@ -85,9 +85,7 @@ class ModelIdentity:
             return None
         if self.parameters != other.parameters or len(self.weights) != len(other.weights):
             return "its parameters have other names or shapes (an adapter added or merged, another quantisation?)"
-        differing = sum(
-            a != b and _UNKNOWN not in (a, b) for a, b in zip(self.weights, other.weights, strict=True)
-        )
+        differing = sum(a != b and _UNKNOWN not in (a, b) for a, b in zip(self.weights, other.weights, strict=True))
         return f"{differing} of its {len(self.weights)} parameters have other values" if differing else None
 
 

@@ -122,11 +122,11 @@ def test_settings_per_row(model, arguments, prompt):
     kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, **arguments}
     together = model.generate(ids, kvcompress=settings, **kwargs)
     answers = together.sequences.view(3, -1, together.sequences.shape[1])
-    kept = [layer.view(3, -1, layer.shape[1]) for layer in together.past_key_values.rows()]
+    kept = [layer.view(3, -1, layer.shape[1]) for layer in together.past_key_values.slots()]
     for row, setting in enumerate(settings):
         alone = model.generate(ids[row : row + 1], kvcompress=setting, **kwargs)
         assert torch.equal(alone.sequences, answers[row])
-        for mine, theirs in zip(alone.past_key_values.rows(), kept, strict=True):
+        for mine, theirs in zip(alone.past_key_values.slots(), kept, strict=True):
             assert torch.equal(mine.sum(1), theirs[row].sum(1))
     sizes = [sum(int(layer[row].sum()) for layer in kept) for row in range(3)]
     assert sizes[0] > 1.3 * sizes[2] and sizes[2] > 1.2 * sizes[1]
