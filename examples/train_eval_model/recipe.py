@@ -1,0 +1,68 @@
+"""What is trained and how: the sizes of the model, the mixture, the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and its training. Lengths and sizes are in tokens unless said otherwise.
+
+    Args:
+        layers, hidden, mlp, heads, kv_heads, head_dim: of the Llama.
+        context: longest sequence, and `max_position_embeddings`.
+        rope_theta: base of the rotary embedding.
+        tokens_per_step: of one optimiser step; every length of `phases` divides it.
+        phases: (length, tokens seen so far up to which sequences have that length), short ones first.
+        task_share: share of tokens that are generated tasks, the text between their facts included.
+        prose_share: share of tokens that are novels; the rest is code with its documentation.
+        lr: AdamW's, on the plateau.
+        weight_decay: of the matrices; embeddings and norms have none.
+        warmup_steps: linear, at the beginning and after moments were lost.
+        log_every, measure_every: steps between lines of the log, and between measurements on held-out data.
+    """
+
+    layers: int = 12
+    hidden: int = 512
+    mlp: int = 1408
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    context: int = 4096
+    rope_theta: float = 50_000.0
+    tokens_per_step: int = 65_536
+    phases: tuple[tuple[int, float], ...] = ((512, 60e6), (1024, 140e6), (2048, 260e6), (4096, float("inf")))
+    task_share: float = 0.25
+    prose_share: float = 0.12
+    lr: float = 1.2e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 300
+    log_every: int = 50
+    measure_every: int = 500
+
+    def length(self, step: int) -> int:
+        """Length of the sequences of a step, counted from 0."""
+        seen = step * self.tokens_per_step
+        return next(length for length, until in self.phases if seen < until)
+
+
+RECIPES = {
+    "eval": Recipe(),
+    # For tests and for trying things out: seconds on one CPU core.
+    "toy": Recipe(
+        layers=2,
+        hidden=64,
+        mlp=128,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        context=512,
+        rope_theta=10_000.0,
+        tokens_per_step=1024,
+        phases=((256, 3 * 1024), (512, float("inf"))),
+        warmup_steps=2,
+        log_every=1,
+        measure_every=4,
+    ),
+}
