@@ -61,7 +61,7 @@ RECIPES = {
         rope_theta=10_000.0,
         tokens_per_step=1024,
         phases=((256, 3 * 1024), (512, float("inf"))),
-        warmup_steps=2,
+        warmup_steps=3,
         log_every=1,
         measure_every=4,
     ),

@@ -333,7 +333,8 @@ def main(argv: list[str] | None = None) -> None:
         ids, weights, kinds = (part.to(device, non_blocking=True) for part in batch)
         per_token, weights = losses(ids.long()), weights[:, 1:]
         (per_token * weights).sum().div(weights.sum()).backward()
-        trainer.step(progress.lr(recipe))
+        lr = progress.lr(recipe)
+        trainer.step(lr)
         averages.add(per_token.detach(), weights, kinds)
         progress.step += 1
 
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
             progress.decay = (progress.step, max(1, int(0.97 * left / seconds)))
         if progress.step % recipe.log_every == 0:
             line = {"step": progress.step, "tokens": progress.step * recipe.tokens_per_step}
-            line |= {"length": recipe.length(progress.step - 1), "lr": progress.lr(recipe), **averages.take()}
+            line |= {"length": recipe.length(progress.step - 1), "lr": round(lr, 8), **averages.take()}
             now = time.monotonic()
             line["tokens/s"] = round((progress.step - marked_step) * recipe.tokens_per_step / (now - mark))
             if not math.isfinite(line["loss"]):
