@@ -1,11 +1,13 @@
 """examples/train_eval_model on a corpus made here: text to tokens, training in pieces, export, measuring."""
 
 import importlib
+import itertools
 import json
 import random
 import sys
 from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +240,19 @@ def test_the_last_piece_takes_the_learning_rate_to_zero(scripts, train):
     assert unchanged == log
 
 
+def test_the_decay_is_planned_to_end_before_time_is_up(scripts, train, monkeypatch):
+    monkeypatch.setattr(scripts["train"].Pace, "SKIPPED", 1)
+    monkeypatch.setattr(scripts["train"].Pace, "MEASURED", 2)
+    ticks = itertools.count(step=0.6)  # every look at the clock takes 0.6 seconds: some 4 a step
+    monkeypatch.setattr(scripts["train"], "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    log, out = train("clock", "--minutes", 1, "--finish")
+    rates = [line["lr"] for line in log]
+    assert rates[2] == scripts["recipe"].RECIPES["toy"].lr and rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] < rates[2] / 4
+    facts = scripts["weights"].read_weights(out)[1]
+    assert facts["finished"] and 45 < facts["seconds"] < 60
+
+
 @pytest.fixture(scope="module")
 def model_folder(scripts, data, whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "kvlm-toy"
@@ -260,7 +275,7 @@ def test_the_exported_model_is_the_trained_one(scripts, data, whole, model_folde
     assert out.shape[1] > 3
 
 
-def test_proving_measures_and_writes_the_card(scripts, data, model_folder):
+def test_proving_measures_and_writes_the_card(scripts, data, whole, model_folder):
     counts = ["--windows", "4", "--contexts", "2", "--ablation-contexts", "1"]
     scripts["prove"].main(["--model", str(model_folder), "--data", str(data), "--device", "cpu", *counts])
     figures = json.loads((model_folder / "figures.json").read_text())
@@ -268,6 +283,10 @@ def test_proving_measures_and_writes_the_card(scripts, data, model_folder):
     assert figures["needles"]["512"]["questions"] == 16
     assert len(figures["ablation"]["heads"]) == 8 and len(figures["reached"]) == 4
     card = (model_folder / "README.md").read_text()
+    again = model_folder.parent / "again"  # as after measuring on another machine
+    exported = ["--weights", str(whole[1]), "--data", str(data), "--out", str(again)]
+    scripts["export"].main([*exported, "--figures", str(model_folder / "figures.json")])
+    assert (again / "README.md").read_text() == card.replace("kvlm-toy", "again")
     assert "goodlib 1.0" in card and "8 magic numbers of 7 digits" in card and "**not reached**" in card
 
 

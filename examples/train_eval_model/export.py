@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--weights", type=Path, required=True, help="folder with weights.json (train.py's --out)")
     ap.add_argument("--data", type=Path, required=True, help="folder written by prepare.py")
+    ap.add_argument("--figures", type=Path, help="figures.json, where prove.py ran on another machine")
     ap.add_argument("--out", type=Path, required=True, help="the model folder")
     args = ap.parse_args(argv)
 
@@ -37,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     shutil.copy(args.data / "manifest.json", training / "manifest.json")
     shutil.copy(args.weights / "train_log.jsonl", training / "train_log.jsonl")
     (training / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if args.figures:
+        shutil.copy(args.figures, args.out / "figures.json")
     write_card(args.out)
     size = sum(file.stat().st_size for file in args.out.glob("*.safetensors"))
     print(f"{args.out}: {model.num_parameters() / 1e6:.1f} M parameters, {size / 2**20:.1f} MiB of weights")

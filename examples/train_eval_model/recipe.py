@@ -25,7 +25,7 @@ class Recipe:
 
     layers: int = 12
     hidden: int = 512
-    mlp: int = 1408
+    mlp: int = 1024
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 64

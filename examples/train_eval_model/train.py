@@ -303,6 +303,9 @@ def main(argv: list[str] | None = None) -> None:
     deadline = began + 60 * args.minutes
     device, recipe = torch.device(args.device), RECIPES[args.recipe]
     on_gpu = device.type == "cuda"
+    if on_gpu:  # rather an error than attention with all scores in memory
+        torch.backends.cuda.enable_math_sdp(False)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are enough
     corpus = Corpus(args.data)
     model = make_model(recipe, corpus.vocab).to(device)
     trainer = Trainer(model, recipe)
