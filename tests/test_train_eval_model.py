@@ -131,6 +131,7 @@ def test_batches_depend_on_the_step_alone(scripts, maker):
     assert kinds.min() > 0
     eval_recipe = scripts["recipe"].RECIPES["eval"]
     assert [eval_recipe.length(step) for step in (0, 2000, 3000, 10**6)] == [512, 1024, 2048, 4096]
+    assert [eval_recipe.length(eval_recipe.first_step(n) - 1) for n in (1024, 2048, 4096)] == [512, 1024, 2048]
     assert eval_recipe.task_share <= 0.25
 
 
@@ -212,9 +213,10 @@ def test_training_in_pieces_gives_the_curve_of_one_run(scripts, train, whole):
     log, weights = whole
     assert [line["step"] for line in log] == list(range(1, 9)) and log[-1]["loss"] < log[0]["loss"]
     assert {line["length"] for line in log} == {256, 512} and "held out" in log[3]
-    train("pieces", "--steps", 3)
+    train("pieces", "--steps", 2)
     stopped, _ = train("pieces", "--minutes", 0)  # no time for a step
-    assert len(stopped) == 3
+    assert len(stopped) == 2
+    train("pieces", "--steps", 6)
     again, pieces = train("pieces", "--steps", 8)
     assert again == log
     read = scripts["weights"].read_weights

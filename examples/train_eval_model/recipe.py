@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -45,6 +46,11 @@ class Recipe:
         """Length of the sequences of a step, counted from 0."""
         seen = step * self.tokens_per_step
         return next(length for length, until in self.phases if seen < until)
+
+    def first_step(self, length: int) -> int:
+        """The first step whose sequences have that length."""
+        before = [0.0, *(until for _, until in self.phases)]
+        return math.ceil(before[[length for length, _ in self.phases].index(length)] / self.tokens_per_step)
 
 
 RECIPES = {

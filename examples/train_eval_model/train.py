@@ -234,7 +234,8 @@ class HeldOut:
         """By kind, at the length of a step. Gradients stay on: without them every layer would compile anew."""
         length = self.maker.recipe.length(step)
         if length not in self.batches:
-            made = [self.maker.batch(step, kind) for kind in KINDS]
+            first = self.maker.recipe.first_step(length)
+            made = [self.maker.batch(first, kind) for kind in KINDS]
             self.batches[length] = [tuple(torch.from_numpy(part).to(self.device) for part in batch) for batch in made]
         result = {}
         for kind, (ids, weights, kinds) in zip(KINDS, self.batches[length], strict=True):
@@ -343,7 +344,8 @@ def main(argv: list[str] | None = None) -> None:
 
         if args.finish and progress.decay is None and (seconds := pace.seconds(progress.step)):
             left = deadline - reserve - time.monotonic()
-            progress.decay = (progress.step, max(1, int(0.97 * left / seconds)))
+            # Of what is left a twentieth goes into checkpoints and measurements.
+            progress.decay = (progress.step, max(1, int(0.95 * left / seconds)))
         if progress.step % recipe.log_every == 0:
             line = {"step": progress.step, "tokens": progress.step * recipe.tokens_per_step}
             line |= {"length": recipe.length(progress.step - 1), "lr": round(lr, 8), **averages.take()}
