@@ -2,6 +2,8 @@
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.importance.expected import ExpectedAttention
+from kvcompress_hf.importance.per_query import GroupMeanScores, PersistenceScores
 from kvcompress_hf.importance.running import RunningScores
 from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.importance.window import WindowScores
@@ -22,11 +24,14 @@ __all__ = [
     "CacheMemoryError",
     "Chance",
     "CompressedPagedCache",
+    "ExpectedAttention",
+    "GroupMeanScores",
     "KeyDiff",
     "LowestPlan",
     "MemoryReport",
     "PagePlan",
     "PerplexityReport",
+    "PersistenceScores",
     "Protect",
     "RateDistortion",
     "Recency",

@@ -230,7 +230,7 @@ class PagedAttention:
             )
         valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
-        if tokens == 1 and position:
+        if tokens == 1 and position and not (self._observer is not None and self._observer.observes_steps):
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         else:
             try:

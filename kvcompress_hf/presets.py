@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvcompress_hf.importance.expected import ExpectedAttention
+from kvcompress_hf.importance.per_query import PersistenceScores
 from kvcompress_hf.importance.running import RunningScores
 from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.importance.window import WindowScores
@@ -96,6 +98,17 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
         ),
         "TOVA (arXiv 2401.06104): what the last query attends to least goes",
     ),
+    "scissorhands": (
+        Recipe(
+            name="scissorhands",
+            observer=PersistenceScores(window=400),
+            protect=Protect(recent=10),
+            budget=Budget(0.5),
+            plan=LowestPlan(),
+            when=When(every=16),
+        ),
+        "Scissorhands (arXiv 2305.17118): what most queries gave less than 1/n of their attention goes",
+    ),
     "streaming": (
         Recipe(
             name="streaming",
@@ -154,6 +167,17 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             when=When(decode=False),
         ),
         "Ada-KV (arXiv 2407.11550) on SnapKV: the heads of a layer share its budget, each with a floor",
+    ),
+    "expected-attention": (
+        Recipe(
+            name="expected-attention",
+            observer=ExpectedAttention(),
+            protect=Protect(sinks=4, recent=32),
+            budget=Budget(0.5),
+            plan=LowestPlan(scope="layer", floor=0.2),
+            when=When(decode=False),
+        ),
+        "Expected attention (arXiv 2510.00636): what normally distributed future queries expect to attend to",
     ),
     "keydiff": (
         Recipe(

@@ -54,6 +54,16 @@ class Part:
     family: ClassVar[str] = ""
     _known: ClassVar[dict[tuple[str, str], type["Part"]]] = {}
 
+    def check(self, recipe: "Recipe") -> None:
+        """Refuses recipes that this part makes no sense in; called when the recipe is made.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Raises:
+            ValueError: If other parts of the recipe do not fit this one.
+        """
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("kind"):
@@ -212,8 +222,9 @@ class Recipe:
             )
         if self.observer is not None and self.plan is None:
             raise ValueError(f"Recipe {self.name!r} observes attention but has no plan to use it for; add one.")
-        if self.plan is not None:
-            self.plan.check(self)
+        for part in (self.observer, self.plan):
+            if part is not None:
+                part.check(self)
         if self.budget is not None and isinstance(self.budget.amount, int):
             least = self.protect.sinks + self.protect.recent
             if self.budget.amount < least:

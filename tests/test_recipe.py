@@ -5,9 +5,11 @@ import pytest
 import kvcompress_hf as kvc
 from kvcompress_hf import (  # noqa: F401 - repr(recipe) is evaluated
     Chance,
+    ExpectedAttention,
     KeyDiff,
     LowestPlan,
     PagePlan,
+    PersistenceScores,
     RateDistortion,
     Recency,
     RunningScores,

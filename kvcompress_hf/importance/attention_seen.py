@@ -1,6 +1,6 @@
 """What a chunk's queries see of stored and new keys, and writing it back to the slots' fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,19 +60,38 @@ class AttentionSeen:
         Returns:
             `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the scores of the new tokens.
         """
-        store, layer = self.chunk.store, self.chunk.layer
-        rows, tail = store.rows(layer), store.tail(layer)
-        *past, in_tail, fresh = reduced.split(self.widths, dim=-1)
-        for tier, part in enumerate(past):
-            if part.shape[-1]:
-                values = part.flatten(0, 1)
-                if add:
-                    values = values + store.backend.read_field(rows, tier, field, part.shape[-1])
-                store.backend.write_field(rows, tier, field, values.contiguous())
-        if tail.fields is not None and in_tail.shape[-1]:
-            target = tail.fields[store.layout.fields.index(field)].view(torch.float32)
-            target.copy_(target + in_tail if add else in_tail)
-        return fresh.contiguous()
+        return write_field_of_all(self.chunk, reduced, self.widths, field, add)
+
+
+def write_field_of_all(
+    chunk: Chunk, values: torch.Tensor, widths: Sequence[int], field: str, add: bool = False
+) -> torch.Tensor:
+    """Puts values for everything stored of a chunk's layer into a field.
+
+    Args:
+        chunk (`Chunk`): The chunk; its new tokens are not stored yet.
+        values (`torch.Tensor`): float32 `[batch, kv_heads, slots]`: packed slots of every tier, then the tail, then the
+            new tokens.
+        widths (`Sequence[int]`): How many of each.
+        field (`str`): Name of the field.
+        add (`bool`): Add to what the field holds instead of replacing it.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the values of the new tokens.
+    """
+    store, layer = chunk.store, chunk.layer
+    rows, tail = store.rows(layer), store.tail(layer)
+    *past, in_tail, fresh = values.split(list(widths), dim=-1)
+    for tier, part in enumerate(past):
+        if part.shape[-1]:
+            stored = part.flatten(0, 1)
+            if add:
+                stored = stored + store.backend.read_field(rows, tier, field, part.shape[-1])
+            store.backend.write_field(rows, tier, field, stored.contiguous())
+    if tail.fields is not None and in_tail.shape[-1]:
+        target = tail.fields[store.layout.fields.index(field)].view(torch.float32)
+        target.copy_(target + in_tail if add else in_tail)
+    return fresh.contiguous()
 
 
 def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -> AttentionSeen:

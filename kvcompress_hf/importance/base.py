@@ -2,12 +2,16 @@
 
 import abc
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import Part
+
+if TYPE_CHECKING:
+    from kvcompress_hf.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,32 @@ class Observer(Part, abc.ABC):
     def last_only(self) -> bool:
         """`bool`: Whether only the last step before a plan counts."""
         return False
+
+    @property
+    def observes_steps(self) -> bool:
+        """`bool`: Whether each decode step is a chunk of one token for [`Observer.observe`], because the decode kernel
+        cannot add up what is needed. Costs a second pass over the keys per step."""
+        return False
+
+    @property
+    def scores_decoded(self) -> bool:
+        """`bool`: Whether decoded tokens get a score, so that plans during decoding can judge them."""
+        return True
+
+    def check(self, recipe: "Recipe") -> None:
+        """Refuses recipes that this observer cannot serve; called when the recipe is made.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Raises:
+            ValueError: If the recipe plans during decoding and decoded tokens get no score.
+        """
+        if recipe.when.decode and not self.scores_decoded:
+            raise ValueError(
+                f"When(decode=True) plans over decoded tokens, but this {type(self).__name__} gives them no score, so "
+                "they would always go first; use when={'decode': False}, or an observer that scores decode steps."
+            )
 
     def spread(self, slots: Slots) -> torch.Tensor | None:
         """How unsettled the importance of each slot is, for plans that protect such slots.

@@ -1,5 +1,8 @@
 """Observers against attention computed densely in plain torch."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,12 +41,11 @@ def stored(cache, field):
     return values.gather(-1, positions.long().argsort(dim=-1))
 
 
-def cache_with(observer, **parts):
-    shape = dict(hidden_size=96, num_attention_heads=KV_HEADS * GROUP, num_key_value_heads=KV_HEADS, head_dim=DIM)
+def cache_with(observer, heads=KV_HEADS, group=GROUP, **parts):
+    shape = dict(hidden_size=96, num_attention_heads=heads * group, num_key_value_heads=heads, head_dim=DIM)
     config = LlamaConfig(num_hidden_layers=2, **shape)
-    recipe = kvc.Recipe(
-        observer=observer, budget=kvc.Budget(10**6), plan=kvc.LowestPlan(), when=kvc.When(every=8), **parts
-    )
+    when = kvc.When(every=8, decode=observer.scores_decoded)
+    recipe = kvc.Recipe(observer=observer, budget=kvc.Budget(10**6), plan=kvc.LowestPlan(), when=when, **parts)
     return kvc.CompressedPagedCache(config, recipe)
 
 
@@ -102,3 +104,88 @@ def test_the_last_query_alone_counts_for_tova():
         attend(cache, query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1])
     last = probabilities(query[:, :, 47:], key, 47).sum((2, 3))
     torch.testing.assert_close(stored(cache, "sum"), last, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [(40,), (25, 15)])
+@pytest.mark.parametrize("count", ["below", "above"])
+def test_persistence_counts_queries_against_the_uniform_attention(chunks, count):
+    window, steps = 10, 8
+    query, key, value = states(sum(chunks) + steps, 4)
+    cache = cache_with(kvc.PersistenceScores(window, count))
+    expected = torch.zeros(BATCH, KV_HEADS, sum(chunks) + steps)
+    start = 0
+    for tokens in (*chunks, *[1] * steps):
+        part = slice(start, start + tokens)
+        attend(cache, query[:, :, part], key[:, :, part], value[:, :, part])
+        for i in range(start + max(0, tokens - window), start + tokens):
+            p = probabilities(query[:, :, i : i + 1], key[:, :, : i + 1], i)[:, :, :, 0]
+            votes = (p > 1 / (i + 1)).float() if count == "above" else -(p < 1 / (i + 1)).float()
+            expected[..., : i + 1] += votes.sum(2) if i else 0  # the first query gives all to itself, just 1/n
+        start += tokens
+    assert torch.equal(stored(cache, "count"), expected)
+
+
+def test_persistence_of_the_published_matrix():
+    """`count_above_uniform` of the RoCo vectors, part A: attention prescribed through one-hot queries."""
+    vectors = json.loads((Path(__file__).parents[1] / "planning" / "data" / "roco_easykv_vectors.json").read_text())["A"]
+    attention = torch.tensor(vectors["A_percent"]) / 100
+    # Query i picks coordinate i of every key; key j carries the logit of row i there.
+    key = torch.zeros(1, 1, 10, 16)
+    key[0, 0, :, :10] = attention.clamp(min=1e-12).log().T
+    query = torch.eye(10, 16)[None, None]
+    cache = cache_with(kvc.PersistenceScores(count="above"), heads=1, group=1)
+    for layer in range(2):
+        cache.attend(layer, query, key, key, None, scaling=1.0, dense=lambda: torch.zeros(1))
+    store = cache._attention.stores[0]
+    assert store.read_field(0, "count")[0].tolist() == vectors["count_above_uniform"]
+
+
+def test_group_means_are_taken_before_squaring():
+    query, key, value = states(30, 5)
+    cache = cache_with(kvc.GroupMeanScores("mean", std=True))
+    start = 0
+    for tokens in (12, 10, *[1] * 8):
+        part = slice(start, start + tokens)
+        attend(cache, query[:, :, part], key[:, :, part], value[:, :, part])
+        start += tokens
+    p = probabilities(query, key, 0).mean(2)
+    torch.testing.assert_close(stored(cache, "sum"), p.sum(2), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(stored(cache, "square"), p.square().sum(2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunks", [(50,), (30, 20)])
+@pytest.mark.parametrize(("covariance", "value_norm"), [(True, True), (False, False)])
+def test_expected_attention_is_the_mean_over_normal_queries(chunks, covariance, value_norm):
+    query, key, value = states(50, 6)
+    cache = cache_with(kvc.ExpectedAttention(queries=16, covariance=covariance, value=value_norm))
+    start = 0
+    for tokens in chunks:
+        part = slice(start, start + tokens)
+        attend(cache, query[:, :, part], key[:, :, part], value[:, :, part])
+        start += tokens
+    last = query[:, :, -16:].unflatten(1, (KV_HEADS, GROUP)).double()
+    logits = torch.zeros(BATCH, KV_HEADS, GROUP, 50, dtype=torch.float64)
+    for b in range(BATCH):
+        for h in range(KV_HEADS):
+            for g in range(GROUP):
+                mean, spread = last[b, h, g].mean(0), torch.cov(last[b, h, g].T, correction=0)
+                for j in range(50):
+                    k = key[b, h, j].double()
+                    logits[b, h, g, j] = SCALE * k @ mean + (SCALE**2 / 2 * k @ spread @ k if covariance else 0)
+    expected = logits.softmax(-1).mean(2)
+    if value_norm:
+        expected = expected * value.double().norm(dim=-1)
+    torch.testing.assert_close(stored(cache, "score"), expected.float(), atol=1e-6, rtol=1e-4)
+
+
+def test_expected_attention_agrees_with_drawn_queries():
+    """The formula against the mean attention of many queries really drawn: right up to the variance of its denominator."""
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(DIM, generator=g)
+    query = (mean + torch.randn(1, 1, 20_000, DIM, generator=g)).expand(BATCH, KV_HEADS * GROUP, -1, -1)
+    key = torch.randn(1, 1, 40, DIM, generator=g).expand(BATCH, KV_HEADS, -1, -1) * 0.5
+    drawn = (query[0, 0] @ key[0, 0].T * SCALE).softmax(-1).mean(0)
+    cache = cache_with(kvc.ExpectedAttention(queries=40, value=False))
+    attend(cache, query[:, :, :40], key, key)
+    got = stored(cache, "score")[0, 0]
+    assert torch.corrcoef(torch.stack([got, drawn]))[0, 1] > 0.95
