@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 import kvcompress_hf as kvc
+from kvcompress_hf.paging.slots import Slots
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 2, 3, 16
 SCALE = DIM**-0.5
@@ -47,6 +48,25 @@ def cache_with(observer, heads=KV_HEADS, group=GROUP, **parts):
     when = kvc.When(every=8, decode=observer.scores_decoded)
     recipe = kvc.Recipe(observer=observer, budget=kvc.Budget(10**6), plan=kvc.LowestPlan(), when=when, **parts)
     return kvc.CompressedPagedCache(config, recipe)
+
+
+@pytest.fixture
+def make_slots_of():
+    def make(group, **fields):
+        """One slot that three queries of a prompt have seen."""
+        shape = (1, 1, 1)
+        return Slots(
+            fields={name: value.view(shape) for name, value in fields.items()},
+            positions=torch.zeros(shape, dtype=torch.int32),
+            filled=torch.ones(shape, dtype=torch.bool),
+            tier=torch.zeros(1, dtype=torch.int64),
+            layer_of_row=torch.zeros(1, dtype=torch.int64),
+            group=torch.tensor([group]),
+            seen=3,
+            prompt=3,
+        )
+
+    return make
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -151,6 +171,16 @@ def test_group_means_are_taken_before_squaring():
     p = probabilities(query, key, 0).mean(2)
     torch.testing.assert_close(stored(cache, "sum"), p.sum(2), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(stored(cache, "square"), p.square().sum(2), atol=1e-5, rtol=1e-4)
+
+
+def test_heads_that_disagree_look_settled_to_a_group_mean(make_slots_of):
+    """Two heads with 0.8, 0, 0.4 and 0, 0.8, 0.4: no deviation of the mean, 0.327 per head."""
+    heads = torch.tensor([[0.8, 0.0, 0.4], [0.0, 0.8, 0.4]])
+    mean = heads.mean(0)
+    slots = make_slots_of(sum=heads.sum(), square=heads.square().sum(), group=2)
+    assert float(kvc.RunningScores("mean", std=True).spread(slots)) == pytest.approx(0.327, abs=1e-3)
+    slots = make_slots_of(sum=mean.sum(), square=mean.square().sum(), group=2)
+    assert float(kvc.GroupMeanScores("mean", std=True).spread(slots)) == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize("chunks", [(50,), (30, 20)])
