@@ -157,6 +157,8 @@ class PagedAttention:
         self._needs_distortion = any(plan is not None and plan.needs_distortion for plan in plans)
         self._distortion: list[torch.Tensor] = []  # per measured layer, float32 [kv_heads, tiers]
         self._prompt = 0  # tokens that came in chunks; what follows was decoded one by one
+        self._planned = 0  # tokens seen at the last plan
+        self._faded = 0  # tokens seen when statistics last faded
         self.prompt_tokens = prompt_tokens
         self.max_bytes = max_bytes
         self.recording = False
@@ -556,12 +558,28 @@ class PagedAttention:
         packed = time.perf_counter()
         self.statistics.seconds_packing += packed - started
         self._drop_outside_windows()
-        if self.recipe.evicts and (when.prefill if self._unfinished else when.decode):
+        if self.recipe.evicts and (when.prefill if self._unfinished else self._due()):
             self._plan()
+        self._fade()
         self._unfinished = False
         self._give_back()
         self.statistics.seconds_planning += time.perf_counter() - packed
         self._note_peak()
+
+    def _due(self) -> bool:
+        """Whether a packing during decoding also plans."""
+        when = self.recipe.when
+        return when.decode and self.seen - self._planned >= (when.interval or 0)
+
+    def _fade(self) -> None:
+        """Lets what was observed count less by the steps decoded since this was last done."""
+        steps = self.seen - max(self._faded, self._prompt)
+        self._faded = self.seen
+        fields, factor = ((), 1.0) if self._observer is None else self._observer.fading
+        if steps > 0:
+            for name in fields:
+                for owned in self._stores.values():
+                    owned.store.scale_field(name, factor**steps)
 
     def _give_back(self) -> None:
         for layer in self._layers:
@@ -615,6 +633,7 @@ class PagedAttention:
                 distortion=self._distortion,
             )
             targets[rows] = plan.targets(view)
+        self._planned = self.seen
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, targets)
 
@@ -786,7 +805,7 @@ class PagedAttention:
         self._stores.clear()
         self._arenas.clear()
         self._layers = [_Layer(layer.window) for layer in self._layers]
-        self.seen = self.batch = self._prompt = 0
+        self.seen = self.batch = self._prompt = self._planned = self._faded = 0
         self._padding = None
         self._distortion = []
         self._unfinished = False
@@ -800,6 +819,7 @@ class PagedAttention:
         other = PagedAttention(self._recipes, self.windows, self.prompt_tokens, self.max_bytes)
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
+        other._planned, other._faded = self._planned, self._faded
         other._distortion = list(self._distortion)
         other._padding = None if self._padding is None else self._padding.clone()
         other._arenas = dict(self._arenas)

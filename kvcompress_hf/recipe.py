@@ -147,14 +147,22 @@ class When:
         every (`int`): Tokens that gather in the tail before it is packed during decoding, and planned if
             `decode` says so.
         decode (`bool`): Also plan at each packing during decoding (continual), not only after the prompt (once).
+        interval (`int`, *optional*): Tokens to be decoded since the last plan before the next packing plans again, so
+            the budget may be exceeded by this many in between; `None` plans at each packing. Every decode step adds one
+            token to each sequence, so this is also the number of steps.
     """
 
     prefill: bool = True
     every: int = 32
     decode: bool = True
+    interval: int | None = None
 
     def __post_init__(self) -> None:
         require_int("When", "every", self.every, 1, 4096)
+        if self.interval is not None:
+            require_int("When", "interval", self.interval, 1)
+            if not self.decode:
+                raise ValueError(f"When(interval={self.interval}, decode=False): nothing is planned while decoding.")
         for name in ("prefill", "decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"When.{name} is {getattr(self, name)!r}; it must be True or False.")

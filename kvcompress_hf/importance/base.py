@@ -95,6 +95,11 @@ class Observer(Part, abc.ABC):
         return False
 
     @property
+    def fading(self) -> tuple[tuple[str, ...], float]:
+        """`tuple[tuple[str, ...], float]`: Fields that fade while decoding, and the factor per step."""
+        return (), 1.0
+
+    @property
     def observes_steps(self) -> bool:
         """`bool`: Whether each decode step is a chunk of one token for [`Observer.observe`], because the decode kernel
         cannot add up what is needed. Costs a second pass over the keys per step."""
@@ -154,12 +159,13 @@ class Observer(Part, abc.ABC):
         """
 
 
-def queries_that_saw(slots: Slots, observing: int) -> torch.Tensor:
+def queries_that_saw(slots: Slots, observing: int, fading: float = 1.0) -> torch.Tensor:
     """How many queries contributed to a slot's running statistics.
 
     Args:
         slots (`Slots`): Every stored slot.
         observing (`int`): Queries of the prompt that were observed at most.
+        fading (`float`): Factor per decode step by which what was seen counts less.
 
     Returns:
         `torch.Tensor`: float32 `[batch, rows, slots]`, at least 1: for a slot of the prompt the observing queries
@@ -167,4 +173,7 @@ def queries_that_saw(slots: Slots, observing: int) -> torch.Tensor:
     """
     in_prompt = (slots.prompt - slots.positions).clamp(min=0, max=observing)
     decoded = slots.seen - slots.positions.clamp(min=slots.prompt)
-    return (in_prompt + decoded).clamp(min=1).float()
+    if fading == 1:
+        return (in_prompt + decoded).clamp(min=1).float()
+    steps = max(slots.seen - slots.prompt, 0)
+    return (in_prompt * fading**steps + (1 - fading ** decoded.float()) / (1 - fading)).clamp(min=1)

@@ -28,7 +28,10 @@ class WindowScores(Observer):
         mean (`bool`): Divide by the number of query heads and queries that saw the slot (LeanKV's mean attention).
         value (`bool`): Multiply by the squared distance of the slot's value from the mean value of its head.
         equalise (`bool`): Make the importances of each layer sum to one.
-        decode (`bool`): Go on adding each decode step's probabilities to the `power`.
+        decode (`bool`): Go on adding each decode step's probabilities to the `power`; with `group="max"` the largest
+            over the query heads of that step (as LeanKV's code), which takes a pass of its own per step.
+        half_life (`int`, *optional*): Decode steps after which what was seen counts half, so that slots are forgotten
+            that once mattered; `None` remembers for ever, as the papers do. Scores fade once per packing.
     """
 
     kind = "window"
@@ -42,6 +45,7 @@ class WindowScores(Observer):
     value: bool = False
     equalise: bool = False
     decode: bool = True
+    half_life: int | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -56,11 +60,10 @@ class WindowScores(Observer):
         for name in ("mean", "value", "equalise", "decode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"WindowScores.{name} is {getattr(self, name)!r}; it must be True or False.")
-        if self.group == "max" and self.decode:
-            raise ValueError(
-                "WindowScores(group='max', decode=True) would mix maxima over query heads with sums: decode steps add "
-                "sums. Use group='sum', or decode=False."
-            )
+        if self.half_life is not None:
+            require_int("WindowScores", "half_life", self.half_life, 1)
+            if not self.decode:
+                raise ValueError("WindowScores(half_life=..., decode=False): nothing fades where nothing is added.")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -75,12 +78,27 @@ class WindowScores(Observer):
     @property
     def sum_field(self) -> str | None:
         """`str` or `None`: The score, with L1."""
-        return "score" if self.decode and self.power == 1 else None
+        return "score" if self.decode and self.power == 1 and not self.observes_steps else None
 
     @property
     def square_field(self) -> str | None:
         """`str` or `None`: The score, with L2."""
-        return "score" if self.decode and self.power == 2 else None
+        return "score" if self.decode and self.power == 2 and not self.observes_steps else None
+
+    @property
+    def observes_steps(self) -> bool:
+        """`bool`: True for maxima over query heads: the decode kernel adds up sums."""
+        return self.decode and self.group == "max"
+
+    @property
+    def scores_decoded(self) -> bool:
+        """`bool`: Whether decode steps are scored."""
+        return self.decode
+
+    @property
+    def fading(self) -> tuple[tuple[str, ...], float]:
+        """`tuple[tuple[str, ...], float]`: The score, with a half-life."""
+        return (("score",), 0.5 ** (1 / self.half_life)) if self.half_life else ((), 1.0)
 
     def describe(
         self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor, value_mean: torch.Tensor
@@ -93,18 +111,20 @@ class WindowScores(Observer):
         tokens = chunk.keys.shape[2]
         observing = tokens if self.window is None else min(self.window, tokens)
         seen = attention_seen(chunk, observing, self.power, self.exclude)
+        decoding = self.observes_steps and tokens == 1 and chunk.position > 0
 
         def pooled(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-            scores = pool_in_order(scores, order, self.pool)
+            scores = pool_in_order(scores, order, 1 if decoding else self.pool)
             return scores.sum(2) if self.group == "sum" else scores.amax(2)
 
-        return {"score": seen.write(seen.reduce(pooled), "score", add=False)}
+        return {"score": seen.write(seen.reduce(pooled), "score", add=decoding)}
 
     def importance(self, slots: Slots) -> torch.Tensor:
         """The score, with the factors asked for; see [`Observer.importance`]."""
         result = slots.fields["score"]
         if self.mean:
-            result = result / queries_that_saw(slots, slots.seen if self.window is None else self.window)
+            observing = slots.seen if self.window is None else self.window
+            result = result / queries_that_saw(slots, observing, self.fading[1])
             if self.group == "sum":
                 result = result / slots.group[:, None]
         if self.value:

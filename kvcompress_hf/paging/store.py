@@ -461,6 +461,19 @@ class PagedStore:
         if self.tail_fields is not None:
             self.tail_fields[layer, self.layout.fields.index(field)] = 0
 
+    def scale_field(self, field: str, factor: float) -> None:
+        """Multiplies a float field of every packed slot of all layers.
+
+        Args:
+            field (`str`): Name of the field.
+            factor (`float`): The factor.
+        """
+        self.own_all()
+        for tier, lengths in enumerate(self.lengths):
+            width = int(lengths.max())
+            if width:
+                self.backend.write_field(self.rows(), tier, field, self.read_field(tier, field) * factor)
+
     def evict(self, tier: int, keep: torch.Tensor) -> None:
         """Drops slots: the last survivors fill the holes, and pages that come free go back to the arena.
 

@@ -1,6 +1,7 @@
 """Observers against attention computed densely in plain torch."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,9 @@ def test_persistence_counts_queries_against_the_uniform_attention(chunks, count)
 
 def test_persistence_of_the_published_matrix():
     """`count_above_uniform` of the RoCo vectors, part A: attention prescribed through one-hot queries."""
-    vectors = json.loads((Path(__file__).parents[1] / "planning" / "data" / "roco_easykv_vectors.json").read_text())["A"]
+    vectors = json.loads((Path(__file__).parents[1] / "planning" / "data" / "roco_easykv_vectors.json").read_text())[
+        "A"
+    ]
     attention = torch.tensor(vectors["A_percent"]) / 100
     # Query i picks coordinate i of every key; key j carries the logit of row i there.
     key = torch.zeros(1, 1, 10, 16)
@@ -209,7 +212,7 @@ def test_expected_attention_is_the_mean_over_normal_queries(chunks, covariance, 
 
 
 def test_expected_attention_agrees_with_drawn_queries():
-    """The formula against the mean attention of many queries really drawn: right up to the variance of its denominator."""
+    """The formula against the mean attention of many queries really drawn; it neglects how the denominator varies."""
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(DIM, generator=g)
     query = (mean + torch.randn(1, 1, 20_000, DIM, generator=g)).expand(BATCH, KV_HEADS * GROUP, -1, -1)
@@ -219,3 +222,41 @@ def test_expected_attention_agrees_with_drawn_queries():
     attend(cache, query[:, :, :40], key, key)
     got = stored(cache, "score")[0, 0]
     assert torch.corrcoef(torch.stack([got, drawn]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("exclude", [1, 10])
+def test_the_full_range_leaves_out_the_nearest_queries(exclude):
+    """KV-Compress' full variant: every query counts for keys that are `exclude` or more positions back."""
+    query, key, value = states(60, 7)
+    cache = cache_with(kvc.WindowScores(window=None, power=2, pool=1, exclude=exclude))
+    attend(cache, query, key, value)
+    distance = torch.arange(60)[:, None] - torch.arange(60)
+    p = torch.where(distance >= exclude, probabilities(query, key, 0), 0.0)
+    torch.testing.assert_close(stored(cache, "score"), p.square().sum((2, 3)), atol=1e-5, rtol=1e-4)
+
+
+def test_maxima_over_the_group_go_on_in_decode():
+    query, key, value = states(48, 8)
+    cache = cache_with(kvc.WindowScores(window=12, power=1, pool=1, group="max"))
+    attend(cache, query[:, :, :40], key[:, :, :40], value[:, :, :40])
+    for i in range(40, 48):
+        attend(cache, query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1])
+    p = probabilities(query, key, 0)
+    expected = p[:, :, :, 28:40].sum(3).amax(2) + p[:, :, :, 40:].amax(2).sum(2)  # as LeanKV's code in both phases
+    torch.testing.assert_close(stored(cache, "score"), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_fade_by_half_lives_and_so_do_their_counts(make_slots_of):
+    query, key, value = states(64, 9)
+    cache = cache_with(kvc.WindowScores(window=8, power=1, pool=1, mean=True, half_life=4))
+    attend(cache, query[:, :, :40], key[:, :, :40], value[:, :, :40])
+    for i in range(40, 64):
+        attend(cache, query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1])
+    p = probabilities(query, key, 0).sum(2)
+    # Packed every 8 steps, so each block of steps has faded by a quarter for every packing since, its own included.
+    expected = p[:, :, 32:40].sum(2) / 64 + sum(p[:, :, 40 + 8 * b : 48 + 8 * b].sum(2) / 4 ** (3 - b) for b in range(3))
+    torch.testing.assert_close(stored(cache, "score"), expected, atol=1e-5, rtol=1e-4)
+    slots = make_slots_of(score=torch.tensor(1.0), group=1)
+    slots = replace(slots, seen=19, prompt=3)  # three queries of the prompt, then 16 steps
+    mean = kvc.WindowScores(window=8, power=1, mean=True, half_life=4).importance(slots)
+    assert float(mean) == pytest.approx(1 / (3 / 16 + sum(0.5 ** (age / 4) for age in range(16))))

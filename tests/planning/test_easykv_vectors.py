@@ -175,7 +175,7 @@ def test_tova_by_head_differs_from_easykvs_average_over_heads():
 
 
 def simulate(policy, layer, head, chunks, capacity, start, prefill, decode):
-    """EasyKV's loop in plain Python for one head; `prefill` and `decode` are (sinks, recent, unsettled) of each phase."""
+    """EasyKV's loop in plain Python for one head; `prefill` and `decode` are (sinks, recent, unsettled) of a phase."""
     z = logits(layer, head, sum(chunks))
     cached, total, squares, count, seen = [], {}, {}, {}, 0
     for length in chunks:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress_hf.planning.kv_compress import plan_pages
+from kvcompress_hf import Recipe, get_preset
+from kvcompress_hf.planning.kv_compress import PagePlan, plan_pages
 
 INF = float("inf")
 BLOCK = 4
@@ -143,3 +144,43 @@ def test_not_a_number_of_slots_is_too_small():
     filled = torch.zeros(2, 3, 0, dtype=torch.bool)
     ones = torch.ones(3, dtype=torch.int64)
     assert plan_pages(empty, empty.int(), filled, filled, ones * 4, ones, torch.tensor([5, 5])).shape == (2, 3, 0)
+
+
+def flat_and_sharp(make_view, **changes):
+    """Two heads of 160 slots: one spreads its attention, the other gives ten times as much to everything."""
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(1, 2, 160, generator=g) * torch.tensor([1.0, 10.0])[:, None]
+    share = torch.full((1, 2), 80)
+    return make_view(scores, allowed_bytes=torch.tensor([10_000]), allowed_slots=share, **changes)
+
+
+def kept_per_head(plan, view):
+    targets = plan.targets(view)
+    assert (view.bytes_of(torch.where(view.filled, targets, -1)) <= view.allowed_bytes).all()
+    return (targets >= 0).sum(-1)[0].tolist()
+
+
+def test_a_floor_leaves_every_head_its_share(make_view):
+    view = flat_and_sharp(make_view)
+    stripped, rich = kept_per_head(PagePlan(), view)
+    assert stripped <= 16 and stripped + rich == 160
+    assert kept_per_head(PagePlan(floor=0.6), view) == [48, 112]
+    newest = torch.arange(160).expand(1, 2, 160) >= 120  # what is protected counts towards the floor
+    assert kept_per_head(PagePlan(floor=0.6), flat_and_sharp(make_view, protected=newest)) == [48, 112]
+
+
+def test_normalised_heads_compete_by_shape_and_not_by_mass(make_view):
+    flat, sharp = kept_per_head(PagePlan(normalise=True), flat_and_sharp(make_view))
+    assert abs(flat - sharp) <= 32
+
+
+def test_a_bias_moves_the_balance_between_heads(make_view):
+    view = flat_and_sharp(make_view)
+    assert kept_per_head(PagePlan(bias=((20.0, 0.0),)), view) == [160, 0]
+    with pytest.raises(ValueError, match=r"bias has 3 numbers.*2 KV heads"):
+        PagePlan(bias=((0.0,), (1.0, 2.0))).targets(view)
+
+
+def test_a_bias_survives_json():
+    recipe = get_preset("kv-compress").with_overrides(plan={"bias": [[0.5, 1.0], [0.0, 2.0]]})
+    assert Recipe.from_json(recipe.to_json()) == recipe and hash(recipe) == hash(recipe)
