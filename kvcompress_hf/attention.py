@@ -21,6 +21,7 @@ from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
 from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
 from kvcompress_hf.planning.base import Plan
 from kvcompress_hf.planning.distortion import measure_distortion
+from kvcompress_hf.planning.pressure import under_pressure
 from kvcompress_hf.planning.run import make_view
 from kvcompress_hf.recipe import TIERS, Recipe
 
@@ -256,6 +257,9 @@ class PagedAttention:
         layer.seen = position + tokens
         self.seen = max(self.seen, layer.seen)
         if layer_idx == len(self._layers) - 1:
+            if not self._make_room():
+                self._undo_forward()
+                raise self._no_room()
             self._end_forward()
         return output
 
@@ -497,6 +501,8 @@ class PagedAttention:
             self._end_forward()
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
         padding = None if mask is None else (~_real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
+        if tokens > 1 and not self.recording:
+            self._make_room(tokens)
         if not self.batch:
             self._recipes = self._spread_recipes(key.shape[0])
             self.batch = key.shape[0]
@@ -566,6 +572,48 @@ class PagedAttention:
         self.statistics.seconds_planning += time.perf_counter() - packed
         self._note_peak()
 
+    def _make_room(self, tokens: int = 0) -> bool:
+        """Where the next packing would take an arena beyond its limit, plans for less before anything is stored.
+
+        Args:
+            tokens (`int`): New tokens to be packed besides the tails.
+
+        Returns:
+            `bool`: Whether it fits now.
+        """
+        if self.max_bytes is None or self.recording:
+            return True
+        while (short := self._shortage(tokens)) > 0:
+            live = sum(arena.live for arena in self._arenas.values())
+            self._plan(freeing=short)
+            self._give_back()
+            # Rows that now end elsewhere in a page may take more pages for the new tokens, so look again.
+            if sum(arena.live for arena in self._arenas.values()) >= live:
+                return False
+        return True
+
+    def _shortage(self, tokens: int) -> int:
+        """Bytes of pages that are missing for packing the tails and some more tokens; not positive if none are."""
+        missing = 0
+        for arena in self._arenas.values():
+            needed = 0
+            for owned in self._stores.values():
+                if owned.store.arena is arena:
+                    window = self._layers[owned.layers[0]].window
+                    kept = tokens if window is None else min(tokens, window - 1)
+                    needed += owned.store.pages_to_pack(_BEST, kept, len(owned.layers))
+            over = (arena.live + needed) * arena.page_bytes - self.max_bytes if needed and self.max_bytes else 0
+            missing = max(missing, over)
+        # A plan spans all devices, so it must free as much on each as the one that lacks the most.
+        return missing * len(self._arenas)
+
+    def _no_room(self) -> CacheMemoryError:
+        return CacheMemoryError(
+            f"Packing the newest tokens takes more than max_bytes={self.max_bytes}, and compressing harder was not "
+            f"enough: what is protected stays. The last forward pass was taken back, so the cache holds {self.seen} "
+            "tokens and can be used. Raise max_bytes, protect fewer slots, or shorten the input."
+        )
+
     def _due(self) -> bool:
         """Whether a packing during decoding also plans."""
         when = self.recipe.when
@@ -599,8 +647,12 @@ class PagedAttention:
             for tier in range(len(self.recipe.tiers)):
                 owned.store.evict(tier, owned.store.read_field(tier, "position") > self.seen - window)
 
-    def _plan(self) -> None:
-        """Brings every sequence within the budget, over all its layers and heads together."""
+    def _plan(self, freeing: int = 0) -> None:
+        """Brings every sequence within the budget, over all its layers and heads together.
+
+        Args:
+            freeing (`int`): Bytes of pages that must come free, whatever the budget.
+        """
         observer = self._observer
         if observer is None:
             return
@@ -614,12 +666,9 @@ class PagedAttention:
         importance, spread = observer.importance(slots), observer.spread(slots)
         tail_bytes = [self._tail_bytes(part.store) // self.batch for part in parts]
         tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
-        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
-        for recipe, rows in self._sequences_by_recipe():
-            plan: Plan | None = recipe.plan
-            if plan is None:
-                return
-            view = make_view(
+        groups = self._sequences_by_recipe()
+        views = [
+            make_view(
                 recipe,
                 parts,
                 slots.of(rows),
@@ -632,6 +681,15 @@ class PagedAttention:
                 padding=padding[rows],
                 distortion=self._distortion,
             )
+            for recipe, rows in groups
+        ]
+        if freeing:
+            views = under_pressure(views, freeing)
+        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+        for (recipe, rows), view in zip(groups, views, strict=True):
+            plan: Plan | None = recipe.plan
+            if plan is None:
+                return
             targets[rows] = plan.targets(view)
         self._planned = self.seen
         self.statistics.plans += 1
@@ -729,30 +787,37 @@ class PagedAttention:
         self.recording = False
         held = [list(layer.held) for layer in self._layers]
         count = max((len(tokens) for tokens in held), default=0)
-        if count:
-            self._rewind(self.seen - count)
-        for token in range(count):
-            for layer, tokens in zip(self._layers, held, strict=True):
-                if layer.store is not None and tokens:
-                    one = tokens[token]
-                    self._decode(
-                        layer,
-                        layer.store,
-                        one.query,
-                        one.key,
-                        one.value,
-                        one.valid,
-                        one.scaling,
-                        one.softcap,
-                        one.window,
-                        one.sinks,
-                    )
-                    layer.seen += 1
-            self.seen += 1
-            self._end_forward()
-        if not count:
-            self._end_forward()
-        self.recording = True
+        try:
+            if count:
+                self._rewind(self.seen - count)
+            for token in range(count):
+                for layer, tokens in zip(self._layers, held, strict=True):
+                    if layer.store is not None and tokens:
+                        one = tokens[token]
+                        self._decode(
+                            layer,
+                            layer.store,
+                            one.query,
+                            one.key,
+                            one.value,
+                            one.valid,
+                            one.scaling,
+                            one.softcap,
+                            one.window,
+                            one.sinks,
+                        )
+                        layer.seen += 1
+                self.seen += 1
+                self._settle()
+            if not count:
+                self._settle()
+        finally:
+            self.recording = True
+
+    def _settle(self) -> None:
+        if not self._make_room():
+            raise self._no_room()
+        self._end_forward()
 
     def _rewind(self, target: int) -> None:
         """Takes recorded tokens out of the tail, which holds all of them."""
