@@ -233,7 +233,7 @@ class PagedAttention:
             )
         valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
-        if tokens == 1 and position and not (self._observer is not None and self._observer.observes_steps):
+        if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         else:
             try:
@@ -313,9 +313,71 @@ class PagedAttention:
                 q_heads=query.shape[1],
             )
             layer.plan_key = plan_key
+        fields: dict[str, torch.Tensor] = {}
+        if observer is not None and observer.observes_steps and not self._holds:
+            fields = self._observe(observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+        before = store.tail_lengths[layer.index].clone() if fields else None
         output = layer.plan.run(query, key, value, layer.seen, None if valid is None else valid[:, 0])
+        if before is not None:
+            self._write_fields(store, layer, before, valid, fields)
         layer.tail_used += 1
         return output
+
+    def _observe(
+        self,
+        observer: Observer,
+        layer: _Layer,
+        store: PagedStore,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`."""
+        started = time.perf_counter()
+        store.reserve_tail(layer.tail_used)
+        if store.arena.shared:
+            store.own_all()  # observers write into the fields of what is stored
+        chunk = Chunk(
+            store=store,
+            layer=layer.index,
+            query=query.detach(),
+            keys=key.detach(),
+            values=value.detach(),
+            position=layer.seen,
+            scale=scaling,
+            softcap=softcap,
+            window=window,
+            sinks=None if sinks is None else sinks.detach().float().contiguous(),
+            valid=valid,
+        )
+        fields = observer.observe(chunk)
+        self.statistics.seconds_planning += time.perf_counter() - started
+        return fields
+
+    @staticmethod
+    def _write_fields(
+        store: PagedStore,
+        layer: _Layer,
+        before: torch.Tensor,
+        valid: torch.Tensor | None,
+        fields: dict[str, torch.Tensor],
+    ) -> None:
+        """Puts the fields of new tokens where they were appended: behind the tail's lengths `before`, `[batch]`."""
+        tail = store.tail(layer.index)
+        if tail.fields is None:
+            return
+        shape = next(iter(fields.values())).shape
+        real = torch.ones(shape[::2], dtype=torch.bool, device=before.device) if valid is None else valid
+        batch, token = torch.nonzero(real, as_tuple=True)
+        slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
+        for name, values in fields.items():
+            target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
+            target[batch, :, slot] = values[batch, :, token]
 
     def _chunk(
         self,
@@ -358,28 +420,12 @@ class PagedAttention:
             if self._holds:
                 self._hold(layer, query.detach(), key, value, valid, scaling, softcap, window, sinks)
         elif self._observer is not None:
-            started = time.perf_counter()
-            store.reserve_tail(layer.tail_used)
-            if store.arena.shared:
-                store.own_all()  # observers write into the fields of what is stored
-            chunk = Chunk(
-                store=store,
-                layer=layer.index,
-                query=query.detach(),
-                keys=key,
-                values=value,
-                position=position,
-                scale=scaling,
-                softcap=softcap,
-                window=window,
-                sinks=None if sinks is None else sinks.detach().float().contiguous(),
-                valid=valid,
+            fields = self._observe(
+                self._observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks
             )
-            fields = self._observer.observe(chunk)
             if self._needs_distortion and position == 0:
                 tiers = [TIERS[name] for name in self.recipe.tiers]
-                self._distortion.append(measure_distortion(chunk.query, key, value, scaling, tiers))
-            self.statistics.seconds_planning += time.perf_counter() - started
+                self._distortion.append(measure_distortion(query.detach(), key, value, scaling, tiers))
         started = time.perf_counter()
         if self.recording or tokens == 1:
             self._append(layer, store, key, value, valid, fields)
@@ -393,7 +439,9 @@ class PagedAttention:
     def _holds(self) -> bool:
         """Whether recorded tokens keep their queries until it is known which tokens stay."""
         observer = self._observer
-        return self.recording and observer is not None and bool(observer.sum_field or observer.square_field)
+        if not self.recording or observer is None:
+            return False
+        return bool(observer.sum_field or observer.square_field or observer.observes_steps)
 
     def _hold(
         self,
@@ -429,13 +477,8 @@ class PagedAttention:
         tail = store.tail(layer.index)
         before = tail.lengths.clone()
         store.backend.append(tail, key, value, layer.seen, valid)
-        if fields and tail.fields is not None:
-            real = torch.ones(key.shape[::2][:2], dtype=torch.bool, device=key.device) if valid is None else valid
-            batch, token = torch.nonzero(real, as_tuple=True)
-            slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
-            for name, values in fields.items():
-                target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
-                target[batch, :, slot] = values[batch, :, token]
+        if fields:
+            self._write_fields(store, layer, before, valid, fields)
         layer.tail_used += tokens
 
     def _pack_chunk(
@@ -932,6 +975,7 @@ class PagedAttention:
         """
         self.seen, self.batch, self._prompt = state.seen, state.batch, state.prompt
         self.prompt_tokens, self.recording, self._unfinished = state.prompt_tokens, state.recording, state.unfinished
+        self._planned = self._faded = state.seen - max(state.tail_used, default=0)  # the last packing
         self._padding = state.padding
         self._distortion = [] if state.distortion is None else [state.distortion]
         for store, layers in stores:

@@ -8,6 +8,7 @@ from kvcompress_hf.planning.pressure import under_pressure
 
 PER_SEQUENCE = ("importance", "positions", "filled", "protected", "tokens")
 
+
 def test_the_one_that_holds_the_most_gives_the_most(make_view):
     filled = torch.arange(160) < torch.tensor([160, 64, 16])[:, None, None].expand(3, 2, 1)
     view = make_view(torch.rand(3, 2, 160), filled=filled)  # 20, 8 and 2 pages of 1000 bytes
