@@ -17,8 +17,8 @@ class PagePlan(Plan):
     Args:
         floor (`float`): Share of an even budget, in whole pages, that every head keeps at least; 0, as published, may
             strip a head whose attention is broad down to what is protected.
-        normalise (`bool`): Divide each head's scores by their sum before heads are compared; as published they are
-            compared as they are.
+        normalise (`bool`): Make the sizes of each head's scores sum to one before heads are compared; as published they
+            are compared as they are.
         bias (`tuple[tuple[float, ...], ...]`, *optional*): Added to the scores of each head, `[layers][kv_heads]`.
     """
 
@@ -63,7 +63,7 @@ class PagePlan(Plan):
     def _scores(self, view: PlanView) -> torch.Tensor:
         scores = view.importance
         if self.normalise:
-            total = torch.where(view.filled, scores, 0.0).sum(-1, keepdim=True)
+            total = torch.where(view.filled, scores, 0.0).abs().sum(-1, keepdim=True)
             scores = scores / total.clamp(min=torch.finfo(torch.float32).tiny)
         if self.bias is None:
             return scores
