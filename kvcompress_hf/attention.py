@@ -21,6 +21,7 @@ from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
 from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
 from kvcompress_hf.planning.base import Plan
 from kvcompress_hf.planning.distortion import measure_distortion
+from kvcompress_hf.planning.pressure import under_pressure
 from kvcompress_hf.planning.run import make_view
 from kvcompress_hf.recipe import TIERS, Recipe
 
@@ -49,10 +50,10 @@ class RunStatistics:
 
 
 @dataclass(frozen=True)
-class _New:
-    """New tokens; of one recorded token, what is needed to count its queries once it cannot be taken back any more."""
+class _Held:
+    """A recorded token whose queries have not been counted yet: it may still be taken back."""
 
-    query: torch.Tensor  # [batch, q_heads, tokens, head_dim]
+    query: torch.Tensor  # [batch, q_heads, 1, head_dim]
     key: torch.Tensor
     value: torch.Tensor
     valid: torch.Tensor | None
@@ -61,7 +62,7 @@ class _New:
     window: int | None
     sinks: torch.Tensor | None
 
-    def select(self, index: torch.Tensor) -> "_New":
+    def select(self, index: torch.Tensor) -> "_Held":
         """The same token of other sequences."""
         at = index.to(self.key.device)
         valid = None if self.valid is None else self.valid[at]
@@ -80,7 +81,7 @@ class _Layer:
     tail_used: int = 0  # most slots any sequence has in the tail
     plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = ()
-    held: list[_New] = field(default_factory=list)  # the newest tokens, oldest first
+    held: list[_Held] = field(default_factory=list)  # the newest tokens, oldest first
 
 
 @dataclass
@@ -236,7 +237,7 @@ class PagedAttention:
             )
         valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
-        if tokens == 1 and position and not (self._observer is not None and self._observer.observes_steps):
+        if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         else:
             try:
@@ -260,6 +261,9 @@ class PagedAttention:
         layer.seen = position + tokens
         self.seen = max(self.seen, layer.seen)
         if layer_idx == len(self._layers) - 1:
+            if not self._make_room():
+                self._undo_forward()
+                raise self._no_room()
             self._end_forward()
         return output
 
@@ -283,7 +287,7 @@ class PagedAttention:
         sum_field = None if observer is None else observer.sum_field
         square_field = None if observer is None else observer.square_field
         if self._holds:
-            layer.held.append(_New(query, key, value, valid, scaling, softcap, window, sinks))
+            layer.held.append(_Held(query, key, value, valid, scaling, softcap, window, sinks))
             sum_field = square_field = None
         if sum_field or square_field:
             if store.arena.shared:
@@ -313,9 +317,71 @@ class PagedAttention:
                 q_heads=query.shape[1],
             )
             layer.plan_key = plan_key
+        fields: dict[str, torch.Tensor] = {}
+        if observer is not None and observer.observes_steps and not self._holds:
+            fields = self._observe(observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+        before = store.tail_lengths[layer.index].clone() if fields else None
         output = layer.plan.run(query, key, value, layer.seen, None if valid is None else valid[:, 0])
+        if before is not None:
+            self._write_fields(store, layer, before, valid, fields)
         layer.tail_used += 1
         return output
+
+    def _observe(
+        self,
+        observer: Observer,
+        layer: _Layer,
+        store: PagedStore,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`."""
+        started = time.perf_counter()
+        store.reserve_tail(layer.tail_used)
+        if store.arena.shared:
+            store.own_all()  # observers write into the fields of what is stored
+        chunk = Chunk(
+            store=store,
+            layer=layer.index,
+            query=query.detach(),
+            keys=key.detach(),
+            values=value.detach(),
+            position=layer.seen,
+            scale=scaling,
+            softcap=softcap,
+            window=window,
+            sinks=None if sinks is None else sinks.detach().float().contiguous(),
+            valid=valid,
+        )
+        fields = observer.observe(chunk)
+        self.statistics.seconds_planning += time.perf_counter() - started
+        return fields
+
+    @staticmethod
+    def _write_fields(
+        store: PagedStore,
+        layer: _Layer,
+        before: torch.Tensor,
+        valid: torch.Tensor | None,
+        fields: dict[str, torch.Tensor],
+    ) -> None:
+        """Puts the fields of new tokens where they were appended: behind the tail's lengths `before`, `[batch]`."""
+        tail = store.tail(layer.index)
+        if tail.fields is None:
+            return
+        shape = next(iter(fields.values())).shape
+        real = torch.ones(shape[::2], dtype=torch.bool, device=before.device) if valid is None else valid
+        batch, token = torch.nonzero(real, as_tuple=True)
+        slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
+        for name, values in fields.items():
+            target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
+            target[batch, :, slot] = values[batch, :, token]
 
     def _chunk(
         self,
@@ -358,13 +424,12 @@ class PagedAttention:
             if self._holds:
                 self._hold(layer, query.detach(), key, value, valid, scaling, softcap, window, sinks)
         elif self._observer is not None:
-            started = time.perf_counter()
-            seen = _New(query.detach(), key, value, valid, scaling, softcap, window, sinks)
-            fields = self._observe(self._observer, layer, store, seen)
+            fields = self._observe(
+                self._observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks
+            )
             if self._needs_distortion and position == 0:
                 tiers = [TIERS[name] for name in self.recipe.tiers]
-                self._distortion.append(measure_distortion(seen.query, key, value, scaling, tiers))
-            self.statistics.seconds_planning += time.perf_counter() - started
+                self._distortion.append(measure_distortion(query.detach(), key, value, scaling, tiers))
         started = time.perf_counter()
         if self.recording or tokens == 1:
             self._append(layer, store, key, value, valid, fields)
@@ -374,33 +439,13 @@ class PagedAttention:
         self.statistics.seconds_packing += time.perf_counter() - started
         return output
 
-    def _observe(self, observer: Observer, layer: _Layer, store: PagedStore, new: _New) -> dict[str, torch.Tensor]:
-        """Lets the observer see new tokens that are not stored yet; the fields they come with."""
-        store.reserve_tail(layer.tail_used)
-        if store.arena.shared:
-            store.own_all()  # observers write into the fields of what is stored
-        chunk = Chunk(
-            store=store,
-            layer=layer.index,
-            query=new.query,
-            keys=new.key,
-            values=new.value,
-            position=layer.seen,
-            scale=new.scaling,
-            softcap=new.softcap,
-            window=new.window,
-            sinks=None if new.sinks is None else new.sinks.detach().float().contiguous(),
-            valid=new.valid,
-        )
-        return observer.observe(chunk)
-
     @property
     def _holds(self) -> bool:
         """Whether recorded tokens keep their queries until it is known which tokens stay."""
         observer = self._observer
         if not self.recording or observer is None:
             return False
-        return observer.observes_steps or bool(observer.sum_field or observer.square_field)
+        return bool(observer.sum_field or observer.square_field or observer.observes_steps)
 
     def _hold(
         self,
@@ -418,7 +463,7 @@ class PagedAttention:
             one = slice(token, token + 1)
             real = None if valid is None else valid[:, one]
             layer.held.append(
-                _New(query[:, :, one], key[:, :, one], value[:, :, one], real, scaling, softcap, window, sinks)
+                _Held(query[:, :, one], key[:, :, one], value[:, :, one], real, scaling, softcap, window, sinks)
             )
 
     def _append(
@@ -436,13 +481,8 @@ class PagedAttention:
         tail = store.tail(layer.index)
         before = tail.lengths.clone()
         store.backend.append(tail, key, value, layer.seen, valid)
-        if fields and tail.fields is not None:
-            real = torch.ones(key.shape[::2][:2], dtype=torch.bool, device=key.device) if valid is None else valid
-            batch, token = torch.nonzero(real, as_tuple=True)
-            slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
-            for name, values in fields.items():
-                target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
-                target[batch, :, slot] = values[batch, :, token]
+        if fields:
+            self._write_fields(store, layer, before, valid, fields)
         layer.tail_used += tokens
 
     def _pack_chunk(
@@ -508,6 +548,8 @@ class PagedAttention:
             self._end_forward()
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
         padding = None if mask is None else (~_real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
+        if tokens > 1 and not self.recording:
+            self._make_room(tokens)
         if not self.batch:
             self._recipes = self._spread_recipes(key.shape[0])
             self.batch = key.shape[0]
@@ -577,6 +619,48 @@ class PagedAttention:
         self.statistics.seconds_planning += time.perf_counter() - packed
         self._note_peak()
 
+    def _make_room(self, tokens: int = 0) -> bool:
+        """Where the next packing would take an arena beyond its limit, plans for less before anything is stored.
+
+        Args:
+            tokens (`int`): New tokens to be packed besides the tails.
+
+        Returns:
+            `bool`: Whether it fits now.
+        """
+        if self.max_bytes is None or self.recording:
+            return True
+        while (short := self._shortage(tokens)) > 0:
+            live = sum(arena.live for arena in self._arenas.values())
+            self._plan(freeing=short)
+            self._give_back()
+            # Rows that now end elsewhere in a page may take more pages for the new tokens, so look again.
+            if sum(arena.live for arena in self._arenas.values()) >= live:
+                return False
+        return True
+
+    def _shortage(self, tokens: int) -> int:
+        """Bytes of pages that are missing for packing the tails and some more tokens; not positive if none are."""
+        missing = 0
+        for arena in self._arenas.values():
+            needed = 0
+            for owned in self._stores.values():
+                if owned.store.arena is arena:
+                    window = self._layers[owned.layers[0]].window
+                    kept = tokens if window is None else min(tokens, window - 1)
+                    needed += owned.store.pages_to_pack(_BEST, kept, len(owned.layers))
+            over = (arena.live + needed) * arena.page_bytes - self.max_bytes if needed and self.max_bytes else 0
+            missing = max(missing, over)
+        # A plan spans all devices, so it must free as much on each as the one that lacks the most.
+        return missing * len(self._arenas)
+
+    def _no_room(self) -> CacheMemoryError:
+        return CacheMemoryError(
+            f"Packing the newest tokens takes more than max_bytes={self.max_bytes}, and compressing harder was not "
+            f"enough: what is protected stays. The last forward pass was taken back, so the cache holds {self.seen} "
+            "tokens and can be used. Raise max_bytes, protect fewer slots, or shorten the input."
+        )
+
     def _due(self) -> bool:
         """Whether a packing during decoding also plans."""
         when = self.recipe.when
@@ -610,8 +694,12 @@ class PagedAttention:
             for tier in range(len(self.recipe.tiers)):
                 owned.store.evict(tier, owned.store.read_field(tier, "position") > self.seen - window)
 
-    def _plan(self) -> None:
-        """Brings every sequence within the budget, over all its layers and heads together."""
+    def _plan(self, freeing: int = 0) -> None:
+        """Brings every sequence within the budget, over all its layers and heads together.
+
+        Args:
+            freeing (`int`): Bytes of pages that must come free, whatever the budget.
+        """
         observer = self._observer
         if observer is None:
             return
@@ -625,12 +713,9 @@ class PagedAttention:
         importance, spread = observer.importance(slots), observer.spread(slots)
         tail_bytes = [self._tail_bytes(part.store) // self.batch for part in parts]
         tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
-        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
-        for recipe, rows in self._sequences_by_recipe():
-            plan: Plan | None = recipe.plan
-            if plan is None:
-                return
-            view = make_view(
+        groups = self._sequences_by_recipe()
+        views = [
+            make_view(
                 recipe,
                 parts,
                 slots.of(rows),
@@ -643,6 +728,15 @@ class PagedAttention:
                 padding=padding[rows],
                 distortion=self._distortion,
             )
+            for recipe, rows in groups
+        ]
+        if freeing:
+            views = under_pressure(views, freeing)
+        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+        for (recipe, rows), view in zip(groups, views, strict=True):
+            plan: Plan | None = recipe.plan
+            if plan is None:
+                return
             targets[rows] = plan.targets(view)
         self._planned = self.seen
         self.statistics.plans += 1
@@ -740,38 +834,37 @@ class PagedAttention:
         self.recording = False
         held = [list(layer.held) for layer in self._layers]
         count = max((len(tokens) for tokens in held), default=0)
-        if count:
-            self._rewind(self.seen - count)
-        for token in range(count):
-            for layer, tokens in zip(self._layers, held, strict=True):
-                if layer.store is not None and tokens:
-                    self._count(layer, layer.store, tokens[token])
-                    layer.seen += 1
-            self.seen += 1
-            self._end_forward()
-        if not count:
-            self._end_forward()
-        self.recording = True
+        try:
+            if count:
+                self._rewind(self.seen - count)
+            for token in range(count):
+                for layer, tokens in zip(self._layers, held, strict=True):
+                    if layer.store is not None and tokens:
+                        one = tokens[token]
+                        self._decode(
+                            layer,
+                            layer.store,
+                            one.query,
+                            one.key,
+                            one.value,
+                            one.valid,
+                            one.scaling,
+                            one.softcap,
+                            one.window,
+                            one.sinks,
+                        )
+                        layer.seen += 1
+                self.seen += 1
+                self._settle()
+            if not count:
+                self._settle()
+        finally:
+            self.recording = True
 
-    def _count(self, layer: _Layer, store: PagedStore, token: _New) -> None:
-        """Lets a token look once more, as a decoded one; its output is known already."""
-        observer = self._observer
-        if observer is not None and observer.observes_steps:
-            fields = self._observe(observer, layer, store, token)
-            self._append(layer, store, token.key, token.value, token.valid, fields)
-            return
-        self._decode(
-            layer,
-            store,
-            token.query,
-            token.key,
-            token.value,
-            token.valid,
-            token.scaling,
-            token.softcap,
-            token.window,
-            token.sinks,
-        )
+    def _settle(self) -> None:
+        if not self._make_room():
+            raise self._no_room()
+        self._end_forward()
 
     def _rewind(self, target: int) -> None:
         """Takes recorded tokens out of the tail, which holds all of them."""

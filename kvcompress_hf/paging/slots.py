@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from kvcompress_hf.errors import CacheMemoryError
 from kvcompress_hf.paging.store import PagedStore
 
 
@@ -136,13 +137,44 @@ def apply_targets(parts: Sequence[StorePart], slots: Slots, targets: torch.Tenso
         mine = targets[:, start : start + part.rows].to(store.geometry.device)
         start += part.rows
         rows = _by_row(mine, part)
-        # From the lowest tier up: what is evicted there makes room for what comes down.
-        for tier in reversed(range(len(store.layout.tiers))):
-            here = rows[:, slots.tier.to(rows.device) == tier][:, : int(store.lengths[tier].max())]
-            for lower in range(tier + 1, len(store.layout.tiers)):
-                store.demote(tier, lower, here == lower)
-            store.evict(tier, here == tier)
+        here = []
+        for tier in range(len(store.layout.tiers)):
+            decided = rows[:, slots.tier.to(rows.device) == tier][:, : int(store.lengths[tier].max())].clone()
+            # What goes for good goes first: its pages serve what is lowered.
+            _drop(store, tier, decided, decided < 0)
+            here.append(decided)
+        for tier in reversed(range(len(here) - 1)):
+            for lower in range(tier + 1, len(here)):
+                _lower(store, tier, lower, here[tier])
     return evicted
+
+
+def _drop(store: PagedStore, tier: int, decided: torch.Tensor, gone: torch.Tensor) -> None:
+    """Evicts slots; the decisions on the others, `[store rows, slots]`, move along with them."""
+    row, source, target = store.evict(tier, ~gone)
+    decided[row, target] = decided[row, source]
+
+
+def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor) -> None:
+    """Moves slots to a lower tier; a few rows at a time where an arena at its limit has no room for all at once.
+
+    A row that not a page is left for gives up what was to be lowered: it holds more than its share anyway.
+    """
+    groups = [torch.arange(decided.shape[0], device=decided.device)]
+    while groups:
+        rows = groups.pop()
+        filled = torch.arange(decided.shape[1], device=decided.device) < store.lengths[tier][:, None]
+        chosen = torch.zeros_like(filled)
+        chosen[rows] = filled[rows] & (decided[rows] == lower)
+        if not bool(chosen.any()):
+            continue
+        try:
+            store.demote(tier, lower, chosen)
+        except CacheMemoryError:
+            if rows.numel() > 1:
+                groups += rows.tensor_split(2)
+                continue
+        _drop(store, tier, decided, chosen)
 
 
 def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:

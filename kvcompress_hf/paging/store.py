@@ -373,6 +373,21 @@ class PagedStore:
         column = torch.arange(total, device=ids.device) - first[row]
         self.tables[tier][row + part.start, column] = ids
 
+    def pages_to_pack(self, tier: int, tokens: int, layers: int) -> int:
+        """Pages that packing the tail and some more tokens takes.
+
+        Args:
+            tier (`int`): Index of the tier that receives them.
+            tokens (`int`): New tokens per row besides those of the tail.
+            layers (`int`): Layers that have rows here so far.
+
+        Returns:
+            `int`: Pages over all rows.
+        """
+        lengths = self.lengths[tier].view(self.layers, self.batch, -1)[:layers]
+        after = lengths + self.tail_lengths[:layers, :, None] + tokens
+        return int((self._pages(tier, after) - self._pages(tier, lengths)).sum())
+
     def _widen(self, tier: int, columns: int) -> None:
         table = self.tables[tier]
         if columns > table.shape[1]:
@@ -474,7 +489,7 @@ class PagedStore:
             if width:
                 self.backend.write_field(self.rows(), tier, field, self.read_field(tier, field) * factor)
 
-    def evict(self, tier: int, keep: torch.Tensor) -> None:
+    def evict(self, tier: int, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Drops slots: the last survivors fill the holes, and pages that come free go back to the arena.
 
         Holes are filled in ascending order from the end (KV-Compress, section 3.2 of the reference), so sources and
@@ -483,6 +498,10 @@ class PagedStore:
         Args:
             tier (`int`): Index of the tier.
             keep (`torch.Tensor`): `bool` `[rows, slots]` over all layers; what lies beyond a row's length is ignored.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The rows, old slots and new slots of what has moved,
+            `int64` `[n]` each.
         """
         width = keep.shape[1]
         column = torch.arange(width, device=keep.device)
@@ -500,6 +519,7 @@ class PagedStore:
         if bool((kept < lengths).any()):
             self.evicted = True
             self.truncate(tier, kept)
+        return row, source, target
 
     def demote(self, tier: int, lower: int, chosen: torch.Tensor) -> None:
         """Copies slots into a lower tier, re-quantised from what is stored; [`PagedStore.evict`] then drops them here.

@@ -35,6 +35,8 @@ class PlanView:
         tokens (`torch.Tensor`): `int64` `[batch]`, real tokens each sequence has seen.
         distortion (`torch.Tensor`): float32 `[tiers]`, measured loss of storing a slot in a tier, as a fraction of the
             loss of evicting it.
+        counts_slots (`bool`): Whether the budget is a number of tokens, so that plans that count slots need not mind
+            bytes.
     """
 
     importance: torch.Tensor
@@ -50,6 +52,7 @@ class PlanView:
     allowed_slots: torch.Tensor | None
     tokens: torch.Tensor
     distortion: torch.Tensor
+    counts_slots: bool = False
 
     @property
     def tiers(self) -> int:

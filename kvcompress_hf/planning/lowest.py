@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcompress_hf.planning.base import EVICT, Plan, PlanView, require_single_tier
+from kvcompress_hf.planning.pages import plan_pages
 from kvcompress_hf.recipe import Recipe, require_int
 
 _SCOPES = ("head", "layer", "sequence")
@@ -61,7 +62,8 @@ class LowestPlan(Plan):
         excess = (view.filled.sum(-1) - capacity).clamp(min=0)  # [batch, rows]
         if self.scope == "head":
             candidates = candidates & ~self._unsettled(view, candidates, excess)
-            return torch.where(view.filled & ~lowest(view, candidates, excess), 0, EVICT)
+            kept = view.filled & ~lowest(view, candidates, excess)
+            return torch.where(self._within_bytes(view, kept) if self.pyramid else kept, 0, EVICT)
         groups = view.layer_of_row if self.scope == "layer" else torch.zeros_like(view.layer_of_row)
         keep = view.filled.clone()
         if self.floor:
@@ -74,7 +76,15 @@ class LowestPlan(Plan):
             excess = (shared.filled.sum(-1) - capacity[:, rows].sum(1, keepdim=True)).clamp(min=0)
             gone = lowest(shared, candidates[:, rows].flatten(1)[:, None], excess)
             keep[:, rows] = keep[:, rows] & ~gone.view(keep[:, rows].shape)
-        return torch.where(keep, 0, EVICT)
+        return torch.where(self._within_bytes(view, keep), 0, EVICT)
+
+    def _within_bytes(self, view: PlanView, keep: torch.Tensor) -> torch.Tensor:
+        """Frees the cheapest pages that rows of uneven lengths start above the budget, where it is in bytes."""
+        if view.counts_slots or view.allowed_bytes is None:
+            return keep
+        excess = view.bytes_of(torch.where(keep, 0, EVICT)) - view.allowed_bytes
+        sizes = view.slots_per_page[:, 0], view.page_bytes
+        return plan_pages(view.importance, view.positions, keep, view.protected & keep, *sizes, excess)
 
     def _capacity(self, view: PlanView, share: torch.Tensor) -> torch.Tensor:
         if not self.pyramid:

@@ -85,4 +85,5 @@ def make_view(
         allowed_slots=None if share is None else share.to(device),
         tokens=tokens.to(device),
         distortion=losses.to(device),
+        counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
     )

@@ -254,7 +254,8 @@ def test_scores_fade_by_half_lives_and_so_do_their_counts(make_slots_of):
         attend(cache, query[:, :, i : i + 1], key[:, :, i : i + 1], value[:, :, i : i + 1])
     p = probabilities(query, key, 0).sum(2)
     # Packed every 8 steps, so each block of steps has faded by a quarter for every packing since, its own included.
-    expected = p[:, :, 32:40].sum(2) / 64 + sum(p[:, :, 40 + 8 * b : 48 + 8 * b].sum(2) / 4 ** (3 - b) for b in range(3))
+    blocks = [p[:, :, 40 + 8 * b : 48 + 8 * b].sum(2) / 4 ** (3 - b) for b in range(3)]
+    expected = p[:, :, 32:40].sum(2) / 64 + sum(blocks)
     torch.testing.assert_close(stored(cache, "score"), expected, atol=1e-5, rtol=1e-4)
     slots = make_slots_of(score=torch.tensor(1.0), group=1)
     slots = replace(slots, seen=19, prompt=3)  # three queries of the prompt, then 16 steps

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress_hf import Recipe, get_preset
-from kvcompress_hf.planning.kv_compress import PagePlan, plan_pages
+from kvcompress_hf.planning.kv_compress import PagePlan
+from kvcompress_hf.planning.pages import plan_pages
 
 INF = float("inf")
 BLOCK = 4
