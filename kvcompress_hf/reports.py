@@ -151,9 +151,7 @@ def measure_rows(attention: PagedAttention) -> list[RowReport]:
                     layer=layers[layer],
                     sequence=sequence,
                     head=head,
-                    slots={
-                        name: int(lengths[tier, row]) for tier, name in enumerate(attention.recipe.tiers)
-                    },
+                    slots={name: int(lengths[tier, row]) for tier, name in enumerate(attention.recipe.tiers)},
                     tail=tail,
                     pages=count,
                     nbytes=count * layout.page_bytes + tail * tail_slot,

@@ -24,8 +24,8 @@ from kvcompress_hf.io.container import DTYPES, Entry, Mapped, Section, tensor_by
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import Geometry, PagedStore
-from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.units import parse_bytes
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "LoadedCache", "UnreadPages", "load_cache", "save_cache"]
 
@@ -36,6 +36,7 @@ _BLOCK = 8 * 2**20  # bytes of pages gathered at a time
 _ALIGNMENT = 64  # of a slab's first byte: vector loads never straddle a cache line
 _MOST = 2**31 - 1  # positions and lengths are int32
 _MOST_PAGE_BYTES = 2**24
+_MOST_BYTES = 2**60
 _CPU = torch.device("cpu")
 
 
@@ -89,7 +90,7 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
             "versions": {name: version(name) for name in ("kvcompress-hf", "torch", "transformers")},
             "byteorder": sys.byteorder,
             "model": {name: value for name, value in _plain(identity).items() if name != "weights"},
-            "recipes": [recipe.to_dict() for recipe in attention.recipes],
+            "recipe": attention.recipe.to_dict(),
             "windows": attention.windows,
             "stores": described,
             **{name: value for name, value in _plain(state).items() if name not in ("padding", "distortion")},
@@ -246,12 +247,9 @@ def load_cache(
     file = Mapped(path)
     header = _Header(file)
     header.check_model(identity, windows)
-    recipes = header.recipes()
-    recipe = recipes[0]
+    recipe = header.recipe()
     state = header.state(len(windows))
-    if len(recipes) not in (1, state.batch):
-        raise file.error(f"it has {len(recipes)} recipes for {state.batch} rows")
-    attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes)
+    attention = PagedAttention(recipe, windows, state.prompt_tokens, max_bytes)
     arenas: dict[tuple[torch.device, int], Arena] = {}
     stores: list[tuple[PagedStore, Sequence[int]]] = []
     unread: list[tuple[Entry, int]] = []
@@ -327,12 +325,18 @@ class _Header:
                 "it was made with, or prefill again."
             )
 
-    def recipes(self) -> tuple[Recipe, ...]:
-        values = self._values.get("recipes")
+    def recipe(self) -> Recipe:
+        values = self._values.get("recipe")
         try:
-            if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+            if not isinstance(values, dict):
                 raise ValueError("it is missing")
-            return resolve_rows(values)
+            if any(not -_MOST <= number <= _MOST for number in _integers(values)):
+                raise ValueError("it has numbers beyond 32 bits")
+            recipe = Recipe.from_dict(values)
+            amount = None if recipe.budget is None else recipe.budget.amount
+            if isinstance(amount, str) and parse_bytes(amount) > _MOST_BYTES:
+                raise ValueError(f"its budget is {amount}")
+            return recipe
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise self.file.error(f"its recipe cannot be used: {error}") from error
 
@@ -356,7 +360,7 @@ class _Header:
             if bool(((padding < 0) | (padding > seen)).any()):
                 raise file.error(f"padding is not between 0 and the {seen} tokens seen")
         if "distortion" in file.entries:
-            tiers = len(self.recipes()[0].tiers)
+            tiers = len(self.recipe().tiers)
             distortion = file.read("distortion", torch.float32, (None, tiers))
             if not distortion.shape[0] or not bool((distortion.isfinite() & (distortion >= 0)).all()):
                 raise file.error("its measured losses are not numbers of at least 0")
@@ -365,8 +369,6 @@ class _Header:
             batch=batch,
             prompt=self._int(values, "prompt", 0, seen),
             prompt_tokens=prompt_tokens,
-            planned=self._int(values, "planned", 0, seen),
-            faded=self._int(values, "faded", 0, seen),
             recording=self._bool(values, "recording"),
             unfinished=self._bool(values, "unfinished"),
             groups=groups,
@@ -620,6 +622,15 @@ def _check_stores(
         raise file.error("two stores of the same shape")
     if any(used and layer not in layers for layer, used in enumerate(state.tail_used)):
         raise file.error("a tail of a layer that is in no store")
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """All integers in nested dicts and lists."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _integers(inner)
 
 
 def _small_int(text: str) -> int:
