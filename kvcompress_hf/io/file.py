@@ -24,6 +24,7 @@ from kvcompress_hf.io.container import DTYPES, Entry, Mapped, Section, tensor_by
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import Geometry, PagedStore
+from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.units import parse_bytes
 
@@ -90,7 +91,7 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
             "versions": {name: version(name) for name in ("kvcompress-hf", "torch", "transformers")},
             "byteorder": sys.byteorder,
             "model": {name: value for name, value in _plain(identity).items() if name != "weights"},
-            "recipe": attention.recipe.to_dict(),
+            "recipes": [recipe.to_dict() for recipe in attention.recipes],
             "windows": attention.windows,
             "stores": described,
             **{name: value for name, value in _plain(state).items() if name not in ("padding", "distortion")},
@@ -247,14 +248,16 @@ def load_cache(
     file = Mapped(path)
     header = _Header(file)
     header.check_model(identity, windows)
-    recipe = header.recipe()
-    state = header.state(len(windows))
-    attention = PagedAttention(recipe, windows, state.prompt_tokens, max_bytes)
+    recipes = header.recipes()
+    state = header.state(len(windows), len(recipes[0].tiers))
+    if state.batch and len(recipes) not in (1, state.batch):
+        raise file.error(f"{len(recipes)} recipes for {state.batch} sequences")
+    attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes)
     arenas: dict[tuple[torch.device, int], Arena] = {}
     stores: list[tuple[PagedStore, Sequence[int]]] = []
     unread: list[tuple[Entry, int]] = []
     with torch.inference_mode(False):
-        parts = [_StorePart(file, header, i, recipe, state) for i in range(len(header.stores))]
+        parts = [_StorePart(file, header, i, recipes[0], state) for i in range(len(header.stores))]
         _check_stores(file, parts, windows, state)
         # Everything has been checked; from here on things are made.
         for part, crc in zip(parts, header.page_checksums, strict=True):
@@ -325,22 +328,14 @@ class _Header:
                 "it was made with, or prefill again."
             )
 
-    def recipe(self) -> Recipe:
-        values = self._values.get("recipe")
+    def recipes(self) -> tuple[Recipe, ...]:
         try:
-            if not isinstance(values, dict):
-                raise ValueError("it is missing")
-            if any(not -_MOST <= number <= _MOST for number in _integers(values)):
-                raise ValueError("it has numbers beyond 32 bits")
-            recipe = Recipe.from_dict(values)
-            amount = None if recipe.budget is None else recipe.budget.amount
-            if isinstance(amount, str) and parse_bytes(amount) > _MOST_BYTES:
-                raise ValueError(f"its budget is {amount}")
-            return recipe
+            recipes = resolve_rows([_read_recipe(values) for values in self._list(self._values, "recipes", dict)])
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise self.file.error(f"its recipe cannot be used: {error}") from error
+        return recipes
 
-    def state(self, layers: int) -> AttentionState:
+    def state(self, layers: int, tiers: int) -> AttentionState:
         values, file = self._values, self.file
         seen = self._int(values, "seen", 0, _MOST)
         # No store holds more than the file does, so this bounds the batch as well.
@@ -360,7 +355,6 @@ class _Header:
             if bool(((padding < 0) | (padding > seen)).any()):
                 raise file.error(f"padding is not between 0 and the {seen} tokens seen")
         if "distortion" in file.entries:
-            tiers = len(self.recipe().tiers)
             distortion = file.read("distortion", torch.float32, (None, tiers))
             if not distortion.shape[0] or not bool((distortion.isfinite() & (distortion >= 0)).all()):
                 raise file.error("its measured losses are not numbers of at least 0")
@@ -622,6 +616,16 @@ def _check_stores(
         raise file.error("two stores of the same shape")
     if any(used and layer not in layers for layer, used in enumerate(state.tail_used)):
         raise file.error("a tail of a layer that is in no store")
+
+
+def _read_recipe(values: dict[str, Any]) -> Recipe:
+    if any(not -_MOST <= number <= _MOST for number in _integers(values)):
+        raise ValueError("it has numbers beyond 32 bits")
+    recipe = Recipe.from_dict(values)
+    amount = None if recipe.budget is None else recipe.budget.amount
+    if isinstance(amount, str) and parse_bytes(amount) > _MOST_BYTES:
+        raise ValueError(f"its budget is {amount}")
+    return recipe
 
 
 def _integers(value: Any) -> Iterator[int]:

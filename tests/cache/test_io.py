@@ -182,9 +182,31 @@ def test_states_that_are_not_at_rest(model, tmp_path):
     loaded = kvc.CompressedPagedCache.load(path, model)
     for cache in (recording, loaded):
         cache.crop(-7)
-        cache.crop(0)
-        cache._set_recording(False)
+        cache.stop_past_recording()
     goes_on_alike(model, recording, loaded)
+    observing, _ = filled(model, "h2o", batch=1)
+    observing.activate_past_recording()
+    logits(model, tokens(1, 12, seed=3), observing)
+    with pytest.raises(RuntimeError, match=r"call crop\(0\)"):
+        observing.save(path)
+    observing.crop(-7)
+    observing.save(path)
+    loaded = kvc.CompressedPagedCache.load(path, model)
+    assert loaded.is_recording_past(0)
+    goes_on_alike(model, observing, loaded)
+
+
+def test_rows_of_a_batch_with_recipes_of_their_own(model, tmp_path):
+    recipes = [{"preset": "kv-compress", "budget": 0.5}, {"preset": "kv-compress", "budget": 0.125}]
+    cache, mask = filled(model, recipes, prompt=600, pads=(0, 30))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    mask = mask.flip(0)
+    cache.save(tmp_path / "cache")
+    loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)
+    assert loaded._attention.recipes == cache._attention.recipes
+    kept = [sum(row.kept for row in loaded.rows() if row.sequence == i) for i in (0, 1)]
+    assert 2 * kept[0] < kept[1]
+    goes_on_alike(model, cache, loaded, mask)
 
 
 def test_a_chunked_prompt_can_be_continued_from_the_file(model, tmp_path):
