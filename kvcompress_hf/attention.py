@@ -864,7 +864,7 @@ class PagedAttention:
         if any(layer.store is not None and layer.seen != self.seen for layer in self._layers):
             raise RuntimeError("A forward pass is not through yet; save the cache between two forward passes.")
         if any(layer.held for layer in self._layers):
-            raise RuntimeError("Recorded tokens may still be taken back; call crop(0) or stop_past_recording() to save.")
+            raise RuntimeError("Recorded tokens may still be taken back; to save, call crop(0) first.")
         return AttentionState(
             seen=self.seen,
             batch=self.batch,
@@ -908,11 +908,6 @@ class PagedAttention:
             owned.store.close()
 
     # -- looking inside --------------------------------------------------------------------------------------------
-
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """`tuple[Recipe, ...]`: One for all sequences, or one per sequence."""
-        return self._recipes
 
     @property
     def windows(self) -> list[int | None]:

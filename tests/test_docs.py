@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+STARTERS = ("long_document.py", "split_between_processes.py")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+#: Those that start processes are run, smaller, by tests/cache/test_io_examples.py.
+EXAMPLES = sorted({*(ROOT / "examples").glob("*.py")} - {ROOT / "examples" / name for name in STARTERS})
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-#: Arguments that make an example small enough for a test.
-SMALL = {"long_document.py": ["--tokens", "300", "--tiny-tokens", "400", "--new-tokens", "3"]}
 #: What a page may take for granted after the quickstart.
 PRELUDE = """
 import kvcompress_hf as kvc
@@ -37,7 +37,7 @@ def test_python_on_the_page_runs(page, monkeypatch, tmp_path):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_run(example, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [str(example), *SMALL.get(example.name, [])])
+    monkeypatch.setattr(sys, "argv", [str(example)])
     runpy.run_path(str(example), run_name="__main__")
 
 

@@ -38,6 +38,7 @@ _ALIGNMENT = 64  # of a slab's first byte: vector loads never straddle a cache l
 _MOST = 2**31 - 1  # positions and lengths are int32
 _MOST_PAGE_BYTES = 2**24
 _MOST_BYTES = 2**60
+_MOST_TAIL = 4096  # tokens that a tail has room for without having held as many; `When.every` goes as far
 _CPU = torch.device("cpu")
 
 
@@ -81,6 +82,7 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
                 "head_dim": geometry.head_dim,
                 "windowed": geometry.windowed,
                 "evicted": store.evicted,
+                "tail_capacity": store.tail_capacity,
                 "page_bytes": store.layout.page_bytes,
                 "pages": counts,
                 "order": _file_order(store),
@@ -318,7 +320,7 @@ class _Header:
             raise self.file.error("it does not say which model it belongs to")
         dtype, parameters = model.get("dtype"), model.get("parameters")
         weights = self.file.read("model.weights", torch.int64, (None,))
-        saved = ModelIdentity(model["config"], model.get("rope"), dtype, tuple(weights.tolist()), parameters)
+        saved = ModelIdentity(model["config"], model.get("rope"), dtype, tuple(weights.tolist()), parameters or 0)
         difference = saved.difference(identity)
         if difference is None and self._values.get("windows") != list(windows):
             difference = f"its sliding windows are {list(windows)}, not {self._values.get('windows')}"
@@ -363,6 +365,8 @@ class _Header:
             batch=batch,
             prompt=self._int(values, "prompt", 0, seen),
             prompt_tokens=prompt_tokens,
+            planned=self._int(values, "planned", 0, seen),
+            faded=self._int(values, "faded", 0, seen),
             recording=self._bool(values, "recording"),
             unfinished=self._bool(values, "unfinished"),
             groups=groups,
@@ -379,6 +383,9 @@ class _Header:
             raise self.file.error(f"keys of dtype {dtype!r}, not one of {', '.join(known)}")
         heads, dim = self._int(values, "kv_heads", 1, 65536), self._int(values, "head_dim", 1, 65536)
         return Geometry(_CPU, known[dtype], heads, dim, self._bool(values, "windowed"))
+
+    def tail_capacity(self, index: int, most: int) -> int:
+        return self._int(self.stores[index], "tail_capacity", 0, most)
 
     def store(self, index: int, tiers: int, layers: int) -> tuple[list[int], list[int], bool, int, str]:
         values = self.stores[index]
@@ -433,6 +440,8 @@ class _StorePart:
         if page_bytes != self.layout.page_bytes:
             raise file.error(f"pages of {page_bytes} bytes, where the recipe makes them {self.layout.page_bytes}")
         self.pages = file.expect(f"{self._name}.pages", torch.uint8, (sum(counts), page_bytes))
+        # Sums over a tail round by its capacity, so to go on with the same bits it must be what it was.
+        self._capacity = header.tail_capacity(index, max(_MOST_TAIL, 2 * (state.seen + 1)))
         self._batch = state.batch
         self._starts = [sum(counts[:tier]) for tier in range(len(tiers) + 1)]
         self._tensors = self._read(recipe, state)
@@ -443,11 +452,12 @@ class _StorePart:
         layers, batch, heads, dim = len(self.layers), self._batch, self.geometry.kv_heads, self.geometry.head_dim
         rows, dtype, n_fields = layers * batch * heads, self.geometry.dtype, len(self.layout.fields)
         used = max(state.tail_used[layer] for layer in self.layers)
-        int32, shapes = torch.int32, {}
+        int32 = torch.int32
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         shapes["lengths"] = (int32, (len(self.layout.tiers), rows))
         shapes["tail_lengths"] = (int32, (layers, batch))
         present = {name for name in self._file.entries if name.startswith(f"{self._name}.")}
-        optional = {
+        optional: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "tail_keys": (dtype, (layers, batch, heads, used, dim)),
             "tail_values": (dtype, (layers, batch, heads, used, dim)),
             "tail_positions": (int32, (layers, batch, used)),
@@ -460,7 +470,7 @@ class _StorePart:
             shapes["sums"] = (torch.float32, (2, layers, batch, heads, dim))
             shapes["summed"] = (torch.float32, (layers, batch))
         # The sizes of what is always there come first: they bound the batch by the bytes of the file.
-        tensors = {name: self._file.read(f"{self._name}.{name}", *shape) for name, shape in shapes.items()}
+        tensors = {name: self._file.read(f"{self._name}.{name}", *what) for name, what in shapes.items()}
         for tier in range(len(self.layout.tiers)):
             name = f"table.{tier}"
             tensors[name] = self._file.read(f"{self._name}.{name}", int32, (rows, None))
@@ -552,6 +562,8 @@ class _StorePart:
             table[live] = new_id[table[live].long()]
         store = PagedStore(geometry, len(layers), self._batch, self.layout, arena, backend)
         store.load_state({name: tensor.to(device) for name, tensor in tensors.items()}, self._evicted)
+        if self._capacity:
+            store.reserve_tail(self._capacity)
         return store
 
     def _of_layers(self, layers: Sequence[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -38,11 +38,12 @@ def test_two_processes_answer_as_one_does(tmp_path):
     assert all(str(10007 * (i + 1)) in answer["text"] for i, answer in enumerate(two))
 
 
+@pytest.mark.slow
 def test_the_long_document_is_asked_in_a_new_process():
     text = start(EXAMPLES / "long_document.py", "--tokens", 500, "--tiny-tokens", 900, "--new-tokens", 6)
     for which in ("tiny", "random"):
         assert re.search(rf"^{which} model, [0-9.]+ M parameters, [0-9,]+ tokens, auto at 0.125", text, re.MULTILINE)
         assert re.search(rf"^{which} model, new process: loaded [0-9,]+ tokens in", text, re.MULTILINE)
     stock, ours = re.findall(r"(?:read again|from the file) .*, ([0-9]) of 5 right", text)
-    assert "'71432'" in text and int(ours) >= 1 and int(stock) >= int(ours)
-    assert len(re.findall(r"5 questions x 6 tokens in", text)) == 4
+    assert "'71432'; stock '71432" in text and 0 <= int(ours) <= int(stock) <= 5
+    assert len(re.findall(r"5 questions x 6 tokens in .* of cache", text)) == 4

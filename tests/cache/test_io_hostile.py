@@ -126,6 +126,8 @@ def load_and_use(model, data, folder):
     for step in range(2):
         feed(model, cache, tokens(batch, 1, seed=step))
     cache.reorder_cache(torch.arange(batch).flip(0))
+    if cache.is_recording_past(0):
+        cache.stop_past_recording()
     cache.save(path)
     assert kvc.CompressedPagedCache.load(path, model).get_seq_length() == cache.get_seq_length()
     return True
