@@ -952,10 +952,12 @@ class PagedAttention:
             `AttentionState`: Numbers and tensors that are not changed in place later.
 
         Raises:
-            RuntimeError: If a forward pass is under way, or stopped half way.
+            RuntimeError: If a forward pass is under way or stopped half way, or recorded tokens wait for `crop`.
         """
         if any(layer.store is not None and layer.seen != self.seen for layer in self._layers):
             raise RuntimeError("A forward pass is not through yet; save the cache between two forward passes.")
+        if any(layer.held for layer in self._layers):
+            raise RuntimeError("Recorded tokens may still be taken back; to save, call crop(0) first.")
         return AttentionState(
             seen=self.seen,
             batch=self.batch,
@@ -1001,14 +1003,14 @@ class PagedAttention:
     # -- looking inside --------------------------------------------------------------------------------------------
 
     @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """`tuple[Recipe, ...]`: One for all sequences, or one per sequence."""
-        return self._recipes
-
-    @property
     def windows(self) -> list[int | None]:
         """`list[int | None]`: Sliding window of each layer."""
         return [layer.window for layer in self._layers]
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """`tuple[Recipe, ...]`: One for all sequences, or one per sequence."""
+        return self._recipes
 
     @property
     def num_layers(self) -> int:

@@ -391,7 +391,7 @@ class CompressedPagedCache(Cache):
 
         Raises:
             OSError: If the file cannot be written; nothing is left behind then.
-            RuntimeError: If called in the middle of a forward pass.
+            RuntimeError: If called in the middle of a forward pass, or while recorded tokens wait for `crop`.
 
         Example:
 

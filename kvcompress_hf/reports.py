@@ -138,7 +138,8 @@ def measure_rows(attention: PagedAttention) -> list[RowReport]:
     for store, layers in zip(attention.stores, attention.layers_of_stores, strict=True):
         heads, layout = store.geometry.kv_heads, store.layout
         lengths = store.lengths.cpu()
-        pages = sum(-(-lengths[tier] // tier_layout.slots) for tier, tier_layout in enumerate(layout.tiers))
+        slots = torch.tensor([tier.slots for tier in layout.tiers])
+        pages = (-(-lengths // slots[:, None])).sum(0)
         tail_slot = 2 * layout.head_dim * layout.dtype.itemsize + 4 * len(layout.fields)
         positions = store.positions()
         for row in range(len(layers) * store.rows_per_layer):
@@ -151,9 +152,7 @@ def measure_rows(attention: PagedAttention) -> list[RowReport]:
                     layer=layers[layer],
                     sequence=sequence,
                     head=head,
-                    slots={
-                        name: int(lengths[tier, row]) for tier, name in enumerate(attention.recipe.tiers)
-                    },
+                    slots={name: int(lengths[tier, row]) for tier, name in enumerate(attention.recipe.tiers)},
                     tail=tail,
                     pages=count,
                     nbytes=count * layout.page_bytes + tail * tail_slot,

@@ -156,7 +156,7 @@ def _prepare_cache(
             wish = f"cache_implementation={implementation!r}" if implementation is not None else "use_cache=False"
             raise ValueError(f"kvcompress={option!r} and {wish} ask for different caches; leave one of them out.")
         if isinstance(past, CompressedPagedCache):
-            _check_passed_cache(model, generation_config, past)
+            _check_passed_cache(model, generation_config, model_kwargs, past)
             past.belongs_to(model)
             if record is not None:
                 record.last_run = past.run_report
@@ -184,7 +184,10 @@ def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> Candidate
 
 
 def _check_passed_cache(
-    model: PreTrainedModel, generation_config: GenerationConfig, cache: CompressedPagedCache
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: Mapping[str, Any],
+    cache: CompressedPagedCache,
 ) -> None:
     layers = text_config(model).num_hidden_layers
     if len(cache) != layers:
@@ -195,6 +198,14 @@ def _check_passed_cache(
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
         raise ValueError("use_cache=False and a cache as past_key_values contradict each other; leave one of them out.")
+    seen, given = cache.get_seq_length(), _prompt_tokens(generation_config, model_kwargs)
+    if seen and given is not None and given <= seen:
+        # Stock takes the tokens for the whole text, finds nothing new in it, and fails or reads them a second time.
+        raise ValueError(
+            f"The prompt has {given} tokens by its attention mask, but the cache passed as past_key_values already "
+            f"holds {seen}. Pass the whole text and what is new, or only the new tokens with an attention_mask of all: "
+            f"[batch, {seen} + new tokens]."
+        )
 
 
 def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int | None:

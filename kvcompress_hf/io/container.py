@@ -82,7 +82,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     Returns:
         `memoryview`: Its bytes.
     """
-    return memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    array: Any = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def write(path: str | os.PathLike[str], metadata: dict[str, str], sections: dict[str, Section]) -> None:
@@ -198,7 +199,7 @@ class Mapped:
         needed = math.prod(shape) * DTYPES[dtype].itemsize
         if stop - start != needed or base + stop > self.size:
             raise self.error(
-                f"tensor {name} of {needed:,} bytes is said to lie at bytes {start:,} to {stop:,} of {self.size - base:,}"
+                f"tensor {name} of {needed:,} bytes would lie at bytes {start:,} to {stop:,} of {self.size - base:,}"
             )
         return Entry(DTYPES[dtype], tuple(shape), base + start, base + stop)
 

@@ -26,6 +26,7 @@ from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import Geometry, PagedStore
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.units import parse_bytes
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "LoadedCache", "UnreadPages", "load_cache", "save_cache"]
 
@@ -36,6 +37,8 @@ _BLOCK = 8 * 2**20  # bytes of pages gathered at a time
 _ALIGNMENT = 64  # of a slab's first byte: vector loads never straddle a cache line
 _MOST = 2**31 - 1  # positions and lengths are int32
 _MOST_PAGE_BYTES = 2**24
+_MOST_BYTES = 2**60
+_MOST_TAIL = 4096  # tokens that a tail has room for without having held as many; `When.every` goes as far
 _CPU = torch.device("cpu")
 
 
@@ -79,6 +82,7 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
                 "head_dim": geometry.head_dim,
                 "windowed": geometry.windowed,
                 "evicted": store.evicted,
+                "tail_capacity": store.tail_capacity,
                 "page_bytes": store.layout.page_bytes,
                 "pages": counts,
                 "order": _file_order(store),
@@ -247,16 +251,15 @@ def load_cache(
     header = _Header(file)
     header.check_model(identity, windows)
     recipes = header.recipes()
-    recipe = recipes[0]
-    state = header.state(len(windows))
-    if len(recipes) not in (1, state.batch):
-        raise file.error(f"it has {len(recipes)} recipes for {state.batch} rows")
+    state = header.state(len(windows), len(recipes[0].tiers))
+    if state.batch and len(recipes) not in (1, state.batch):
+        raise file.error(f"{len(recipes)} recipes for {state.batch} sequences")
     attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes)
     arenas: dict[tuple[torch.device, int], Arena] = {}
     stores: list[tuple[PagedStore, Sequence[int]]] = []
     unread: list[tuple[Entry, int]] = []
     with torch.inference_mode(False):
-        parts = [_StorePart(file, header, i, recipe, state) for i in range(len(header.stores))]
+        parts = [_StorePart(file, header, i, recipes[0], state) for i in range(len(header.stores))]
         _check_stores(file, parts, windows, state)
         # Everything has been checked; from here on things are made.
         for part, crc in zip(parts, header.page_checksums, strict=True):
@@ -317,7 +320,7 @@ class _Header:
             raise self.file.error("it does not say which model it belongs to")
         dtype, parameters = model.get("dtype"), model.get("parameters")
         weights = self.file.read("model.weights", torch.int64, (None,))
-        saved = ModelIdentity(model["config"], model.get("rope"), dtype, tuple(weights.tolist()), parameters)
+        saved = ModelIdentity(model["config"], model.get("rope"), dtype, tuple(weights.tolist()), parameters or 0)
         difference = saved.difference(identity)
         if difference is None and self._values.get("windows") != list(windows):
             difference = f"its sliding windows are {list(windows)}, not {self._values.get('windows')}"
@@ -328,15 +331,13 @@ class _Header:
             )
 
     def recipes(self) -> tuple[Recipe, ...]:
-        values = self._values.get("recipes")
         try:
-            if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
-                raise ValueError("it is missing")
-            return resolve_rows(values)
+            recipes = resolve_rows([_read_recipe(values) for values in self._list(self._values, "recipes", dict)])
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise self.file.error(f"its recipe cannot be used: {error}") from error
+        return recipes
 
-    def state(self, layers: int) -> AttentionState:
+    def state(self, layers: int, tiers: int) -> AttentionState:
         values, file = self._values, self.file
         seen = self._int(values, "seen", 0, _MOST)
         # No store holds more than the file does, so this bounds the batch as well.
@@ -356,7 +357,6 @@ class _Header:
             if bool(((padding < 0) | (padding > seen)).any()):
                 raise file.error(f"padding is not between 0 and the {seen} tokens seen")
         if "distortion" in file.entries:
-            tiers = len(self.recipes()[0].tiers)
             distortion = file.read("distortion", torch.float32, (None, tiers))
             if not distortion.shape[0] or not bool((distortion.isfinite() & (distortion >= 0)).all()):
                 raise file.error("its measured losses are not numbers of at least 0")
@@ -383,6 +383,9 @@ class _Header:
             raise self.file.error(f"keys of dtype {dtype!r}, not one of {', '.join(known)}")
         heads, dim = self._int(values, "kv_heads", 1, 65536), self._int(values, "head_dim", 1, 65536)
         return Geometry(_CPU, known[dtype], heads, dim, self._bool(values, "windowed"))
+
+    def tail_capacity(self, index: int, most: int) -> int:
+        return self._int(self.stores[index], "tail_capacity", 0, most)
 
     def store(self, index: int, tiers: int, layers: int) -> tuple[list[int], list[int], bool, int, str]:
         values = self.stores[index]
@@ -437,6 +440,8 @@ class _StorePart:
         if page_bytes != self.layout.page_bytes:
             raise file.error(f"pages of {page_bytes} bytes, where the recipe makes them {self.layout.page_bytes}")
         self.pages = file.expect(f"{self._name}.pages", torch.uint8, (sum(counts), page_bytes))
+        # Sums over a tail round by its capacity, so to go on with the same bits it must be what it was.
+        self._capacity = header.tail_capacity(index, max(_MOST_TAIL, 2 * (state.seen + 1)))
         self._batch = state.batch
         self._starts = [sum(counts[:tier]) for tier in range(len(tiers) + 1)]
         self._tensors = self._read(recipe, state)
@@ -447,11 +452,12 @@ class _StorePart:
         layers, batch, heads, dim = len(self.layers), self._batch, self.geometry.kv_heads, self.geometry.head_dim
         rows, dtype, n_fields = layers * batch * heads, self.geometry.dtype, len(self.layout.fields)
         used = max(state.tail_used[layer] for layer in self.layers)
-        int32, shapes = torch.int32, {}
+        int32 = torch.int32
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         shapes["lengths"] = (int32, (len(self.layout.tiers), rows))
         shapes["tail_lengths"] = (int32, (layers, batch))
         present = {name for name in self._file.entries if name.startswith(f"{self._name}.")}
-        optional = {
+        optional: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "tail_keys": (dtype, (layers, batch, heads, used, dim)),
             "tail_values": (dtype, (layers, batch, heads, used, dim)),
             "tail_positions": (int32, (layers, batch, used)),
@@ -464,7 +470,7 @@ class _StorePart:
             shapes["sums"] = (torch.float32, (2, layers, batch, heads, dim))
             shapes["summed"] = (torch.float32, (layers, batch))
         # The sizes of what is always there come first: they bound the batch by the bytes of the file.
-        tensors = {name: self._file.read(f"{self._name}.{name}", *shape) for name, shape in shapes.items()}
+        tensors = {name: self._file.read(f"{self._name}.{name}", *what) for name, what in shapes.items()}
         for tier in range(len(self.layout.tiers)):
             name = f"table.{tier}"
             tensors[name] = self._file.read(f"{self._name}.{name}", int32, (rows, None))
@@ -556,6 +562,8 @@ class _StorePart:
             table[live] = new_id[table[live].long()]
         store = PagedStore(geometry, len(layers), self._batch, self.layout, arena, backend)
         store.load_state({name: tensor.to(device) for name, tensor in tensors.items()}, self._evicted)
+        if self._capacity:
+            store.reserve_tail(self._capacity)
         return store
 
     def _of_layers(self, layers: Sequence[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -620,6 +628,25 @@ def _check_stores(
         raise file.error("two stores of the same shape")
     if any(used and layer not in layers for layer, used in enumerate(state.tail_used)):
         raise file.error("a tail of a layer that is in no store")
+
+
+def _read_recipe(values: dict[str, Any]) -> Recipe:
+    if any(not -_MOST <= number <= _MOST for number in _integers(values)):
+        raise ValueError("it has numbers beyond 32 bits")
+    recipe = Recipe.from_dict(values)
+    amount = None if recipe.budget is None else recipe.budget.amount
+    if isinstance(amount, str) and parse_bytes(amount) > _MOST_BYTES:
+        raise ValueError(f"its budget is {amount}")
+    return recipe
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """All integers in nested dicts and lists."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _integers(inner)
 
 
 def _small_int(text: str) -> int:

@@ -74,7 +74,8 @@ class ModelIdentity:
         Returns:
             `str` or `None`: The first difference, in words; `None` if there is none.
         """
-        for name in sorted(self.config.keys() & other.config.keys()):
+        shared = self.config.keys() & other.config.keys()
+        for name in sorted(shared, key=lambda name: (name != "model_type", name)):
             if self.config[name] != other.config[name]:
                 return f"its {name} is {other.config[name]!r}, not {self.config[name]!r}"
         if self.rope != other.rope:
