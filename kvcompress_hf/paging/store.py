@@ -8,6 +8,7 @@ import torch
 
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.key_shift import steady_mean
 
 Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -89,6 +90,9 @@ class PagedStore:
         self.tail_positions: torch.Tensor | None = None  # int32 [layers, batch, capacity]
         self.tail_fields: torch.Tensor | None = None  # int32 [layers, fields, batch, kv_heads, capacity]
         self._tail_shared = False
+        # Native dtype [layers, batch, kv_heads, 1, head_dim]: taken off every key before it is stored, in pages and
+        # tail alike; None while nothing is.
+        self.key_shift: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None  # float32 [2, layers, batch, kv_heads, head_dim]: of keys and of values
         self._summed: torch.Tensor | None = None  # float32 [layers, batch]: tokens in the sums
         arena.register(self)
@@ -187,6 +191,35 @@ class PagedStore:
         self.tail_lengths.copy_(snapshot.tail_lengths)
         self._sums, self._summed = snapshot.sums or (None, None)
 
+    # -- centred keys ----------------------------------------------------------------------------------------------
+
+    def settle_key_shift(self, layer: int, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Decides what is taken off every key of a layer from now on; nothing of the layer may be stored yet.
+
+        Args:
+            layer (`int`): Index of the layer.
+            keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
+            real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        """
+        if self.key_shift is None:
+            geometry = self.geometry
+            shape = (self.layers, self.batch, geometry.kv_heads, 1, geometry.head_dim)
+            with torch.inference_mode(False):
+                self.key_shift = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+        self.key_shift[layer] = steady_mean(keys, real)
+
+    def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """New keys as they are stored and attended to.
+
+        Args:
+            layer (`int`): Index of the layer.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+
+        Returns:
+            `torch.Tensor`: The keys less the layer's `key_shift`; the keys themselves while there is none.
+        """
+        return keys if self.key_shift is None else keys - self.key_shift[layer]
+
     # -- the tail --------------------------------------------------------------------------------------------------
 
     def reserve_tail(self, capacity: int) -> None:
@@ -282,8 +315,9 @@ class PagedStore:
 
         Args:
             describe (`Callable`): From keys, values `[batch, kv_heads, tokens, head_dim]` and the means of both
-                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`.
-            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is `layers * batch`.
+                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees whole keys.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred; with all layers, `batch` is
+                `layers * batch`.
             values (`torch.Tensor`): Likewise.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
@@ -298,6 +332,8 @@ class PagedStore:
                 self._sums = torch.zeros(shape, device=geometry.device)
                 self._summed = torch.zeros((self.layers, self.batch), device=geometry.device)
         part = slice(None) if layer is None else slice(layer, layer + 1)
+        if self.key_shift is not None:
+            keys = keys.float() + self.key_shift[part].flatten(0, 1)
         weight = real.float()
         for sums, states in zip(self._sums, (keys, values), strict=True):
             clean = torch.where(real[:, None, :, None], states.float(), 0.0)
@@ -564,6 +600,8 @@ class PagedStore:
                 self.tail_positions = self.tail_positions[:, index].contiguous()
             if self.tail_fields is not None:
                 self.tail_fields = self.tail_fields[:, :, index].contiguous()
+            if self.key_shift is not None:
+                self.key_shift = self.key_shift[:, index].contiguous()
             if self._sums is not None and self._summed is not None:
                 self._sums, self._summed = self._sums[:, :, index].contiguous(), self._summed[:, index].contiguous()
         self._tail_shared = False
@@ -583,6 +621,7 @@ class PagedStore:
             other.tables = [table.clone() for table in self.tables]
             other.lengths = self.lengths.clone()
             other.tail_lengths = self.tail_lengths.clone()
+            other.key_shift = None if self.key_shift is None else self.key_shift.clone()
         other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
         other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
         other.evicted = self.evicted
@@ -598,7 +637,7 @@ class PagedStore:
         self.lengths.zero_()
         self.tail_lengths = torch.zeros_like(self.tail_lengths)
         self.evicted = False
-        self._sums = self._summed = None
+        self._sums = self._summed = self.key_shift = None
         self.drop_tail()
 
     # -- to a file and back ----------------------------------------------------------------------------------------
@@ -668,9 +707,9 @@ class PagedStore:
 
     @property
     def own_bytes(self) -> int:
-        """`int`: Bytes of tables and tail."""
+        """`int`: Bytes of tables, means and tail."""
         tail = [self.tail_keys, self.tail_values, self.tail_positions, self.tail_fields]
-        tail += [self._sums, self._summed]
+        tail += [self._sums, self._summed, self.key_shift]
         owned = [*self.tables, self.lengths, self.tail_lengths, *(t for t in tail if t is not None)]
         return sum(t.nbytes for t in owned)
 
@@ -697,7 +736,7 @@ class PagedStore:
             usage.pages += pages
         packed = usage.payload + usage.metadata + usage.fields
         usage.slack = usage.pages * self.layout.page_bytes - packed
-        means = sum(t.nbytes for t in (self._sums, self._summed) if t is not None)
+        means = sum(t.nbytes for t in (self._sums, self._summed, self.key_shift) if t is not None)
         usage.tables = means + sum(t.nbytes for t in [*self.tables, self.lengths, self.tail_lengths])
         usage.tail = self.own_bytes - usage.tables
         return usage
