@@ -652,7 +652,7 @@ class PagedStore:
             `dict[str, torch.Tensor]`: By name: a `table.{tier}` per tier, `int32` `[rows, columns]`, zero where no page
             is live; `lengths` `int32` `[tiers, rows]`; `tail_lengths` `int32` `[layers, batch]`; where the tail is not
             empty `tail_keys`, `tail_values`, `tail_positions` and `tail_fields`, cut to what is used; where means are
-            kept `sums` and `summed`. Copies, save for the means and the tail.
+            kept `sums` and `summed`; where keys are centred `key_shift`. Copies, save for the means and the tail.
         """
         rows = layers * self.rows_per_layer
         state = {"lengths": self.lengths[:, :rows].clone(), "tail_lengths": self.tail_lengths[:layers].clone()}
@@ -669,6 +669,8 @@ class PagedStore:
                 state["tail_fields"] = self.tail_fields[:layers, ..., :used]
         if self._sums is not None and self._summed is not None:
             state["sums"], state["summed"] = self._sums[:, :layers], self._summed[:layers]
+        if self.key_shift is not None:
+            state["key_shift"] = self.key_shift[:layers]
         return state
 
     def load_state(self, state: Mapping[str, torch.Tensor], evicted: bool) -> None:
@@ -684,6 +686,7 @@ class PagedStore:
         self.tail_keys, self.tail_values = state.get("tail_keys"), state.get("tail_values")
         self.tail_positions, self.tail_fields = state.get("tail_positions"), state.get("tail_fields")
         self._sums, self._summed = state.get("sums"), state.get("summed")
+        self.key_shift = state.get("key_shift")
         self.evicted = evicted
         self.version += 1
 
