@@ -12,7 +12,7 @@ import torch
 
 _PARTS = 4
 _LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
-_BLOCK = 2048  # tokens converted to float32 at a time
+_MOST_TOKENS = 2048  # of a sequence that are looked at, evenly spread
 
 
 def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,18 +29,19 @@ def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.T
     batch, _, tokens, _ = keys.shape
     if real is None:
         real = torch.ones((batch, tokens), dtype=torch.bool, device=keys.device)
-    count = real.sum(1)
-    part = (real.cumsum(1) - 1) * _PARTS // count.clamp(min=1)[:, None]
-    member = real[:, None] & (part[:, None] == torch.arange(_PARTS, device=keys.device)[:, None])
-    weight = member.float()
-    means = keys.new_zeros((*keys.shape[:2], _PARTS, keys.shape[3]), dtype=torch.float32)
-    for start in range(0, tokens, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        # What is not a token may hold anything, NaN too.
-        clean = torch.where(real[:, None, block, None], keys[:, :, block], 0).float()
-        means += weight[:, None, :, block] @ clean
-    means /= weight.sum(2).clamp(min=1)[:, None, :, None]
+    count = real.sum(1, keepdim=True)
+    rank = real.cumsum(1) - 1
+    sampled = real & (rank % (1 + (count - 1) // _MOST_TOKENS).clamp(min=1) == 0)
+    # A stable sort brings the sampled tokens to the front in their order.
+    index = (~sampled).to(torch.uint8).argsort(dim=1, stable=True)[:, :_MOST_TOKENS]
+    used = sampled.gather(1, index)
+    part = (rank * _PARTS // count.clamp(min=1)).gather(1, index)
+    # One sequence at a time: copying whole rows is many times faster than indexing all sequences at once.
+    states = torch.stack([one.index_select(1, chosen) for one, chosen in zip(keys, index, strict=True)])
+    states = torch.where(used[:, None, :, None], states, 0).float()  # what is no token may hold anything, NaN too
+    weight = (used[:, None] & (part[:, None] == torch.arange(_PARTS, device=keys.device)[:, None])).float()
+    means = weight[:, None] @ states / weight.sum(2).clamp(min=1)[:, None, :, None]
     mean, spread = means.mean(2, keepdim=True), means.amax(2, keepdim=True) - means.amin(2, keepdim=True)
     steady = mean - mean.clamp(-spread, spread)
-    steady = torch.where((count >= _LEAST_TOKENS)[:, None, None, None], steady, 0.0)
+    steady = torch.where((count >= _LEAST_TOKENS)[:, :, None, None], steady, 0.0)
     return steady.bfloat16().to(keys.dtype)
