@@ -12,7 +12,7 @@ import torch
 
 _PARTS = 4
 _LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
-_MOST_TOKENS = 2048  # of a sequence that are looked at, evenly spread
+_MOST_TOKENS = 1024  # of a sequence that are looked at, evenly spread
 
 
 def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,10 +35,10 @@ def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.T
     # A stable sort brings the sampled tokens to the front in their order.
     index = (~sampled).to(torch.uint8).argsort(dim=1, stable=True)[:, :_MOST_TOKENS]
     used = sampled.gather(1, index)
+    index = torch.where(used, index, index[:, :1])  # what is no token may hold anything, NaN too
     part = (rank * _PARTS // count.clamp(min=1)).gather(1, index)
     # One sequence at a time: copying whole rows is many times faster than indexing all sequences at once.
-    states = torch.stack([one.index_select(1, chosen) for one, chosen in zip(keys, index, strict=True)])
-    states = torch.where(used[:, None, :, None], states, 0).float()  # what is no token may hold anything, NaN too
+    states = torch.stack([one.index_select(1, chosen).float() for one, chosen in zip(keys, index, strict=True)])
     weight = (used[:, None] & (part[:, None] == torch.arange(_PARTS, device=keys.device)[:, None])).float()
     means = weight[:, None] @ states / weight.sum(2).clamp(min=1)[:, None, :, None]
     mean, spread = means.mean(2, keepdim=True), means.amax(2, keepdim=True) - means.amin(2, keepdim=True)
