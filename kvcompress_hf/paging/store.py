@@ -220,6 +220,22 @@ class PagedStore:
         """
         return keys if self.key_shift is None else keys - self.key_shift[layer]
 
+    def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`PagedStore.centre`], for those who look at more of keys than what softmax sees.
+
+        Args:
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+            keys (`torch.Tensor`): Centred, `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is
+                `layers * batch`.
+
+        Returns:
+            `torch.Tensor`: The keys with the layer's `key_shift`, float32; the keys themselves while there is none.
+        """
+        if self.key_shift is None:
+            return keys
+        part = slice(None) if layer is None else slice(layer, layer + 1)
+        return keys.float() + self.key_shift[part].flatten(0, 1)
+
     # -- the tail --------------------------------------------------------------------------------------------------
 
     def reserve_tail(self, capacity: int) -> None:
@@ -332,8 +348,7 @@ class PagedStore:
                 self._sums = torch.zeros(shape, device=geometry.device)
                 self._summed = torch.zeros((self.layers, self.batch), device=geometry.device)
         part = slice(None) if layer is None else slice(layer, layer + 1)
-        if self.key_shift is not None:
-            keys = keys.float() + self.key_shift[part].flatten(0, 1)
+        keys = self.whole(layer, keys)
         weight = real.float()
         for sums, states in zip(self._sums, (keys, values), strict=True):
             clean = torch.where(real[:, None, :, None], states.float(), 0.0)

@@ -181,14 +181,16 @@ def test_a_saved_cache_comes_back_with_its_shift(stock, model, tmp_path):
         torch.testing.assert_close(logits(model, more, loaded), logits(model, more, cache))
 
 
-def test_observers_describe_whole_keys(model):
+@pytest.mark.parametrize("preset", ["keydiff", "expected-attention", "kv-compress"])
+def test_observers_come_to_the_same_scores(model, preset):
     ids, fields = tokens(2, 120), []
     for centre in (False, True):
-        recipe = kvc.get_preset("keydiff").with_overrides(centre_keys=centre, budget=1000)
+        recipe = kvc.get_preset(preset).with_overrides(centre_keys=centre, budget=1000)
         cache = fresh(model, recipe)
         read(model, cache, ids, (60, *(1,) * 20, 40))
         fields.append(store_of(cache).read_field(0, "score"))
-    torch.testing.assert_close(*fields, atol=1e-4, rtol=1e-4)
+    assert fields[0].std() > 0
+    torch.testing.assert_close(*fields, atol=1e-4, rtol=5e-3)
 
 
 def stored_error(cache, keys):
