@@ -447,7 +447,8 @@ class _StorePart:
         layers, batch, heads, dim = len(self.layers), self._batch, self.geometry.kv_heads, self.geometry.head_dim
         rows, dtype, n_fields = layers * batch * heads, self.geometry.dtype, len(self.layout.fields)
         used = max(state.tail_used[layer] for layer in self.layers)
-        int32, shapes = torch.int32, {}
+        int32 = torch.int32
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         shapes["lengths"] = (int32, (len(self.layout.tiers), rows))
         shapes["tail_lengths"] = (int32, (layers, batch))
         present = {name for name in self._file.entries if name.startswith(f"{self._name}.")}
