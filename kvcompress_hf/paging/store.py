@@ -201,12 +201,15 @@ class PagedStore:
             keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
         """
-        if self.key_shift is None:
-            geometry = self.geometry
-            shape = (self.layers, self.batch, geometry.kv_heads, 1, geometry.head_dim)
-            with torch.inference_mode(False):
-                self.key_shift = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
-        self.key_shift[layer] = steady_mean(keys, real)
+        geometry = self.geometry
+        shape = (self.layers, self.batch, geometry.kv_heads, 1, geometry.head_dim)
+        with torch.inference_mode(False):
+            if self.key_shift is None:
+                shift = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+            else:
+                shift = self.key_shift.clone()  # forks may share it
+        shift[layer] = steady_mean(keys, real)
+        self.key_shift = shift
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """New keys as they are stored and attended to.
@@ -636,10 +639,9 @@ class PagedStore:
             other.tables = [table.clone() for table in self.tables]
             other.lengths = self.lengths.clone()
             other.tail_lengths = self.tail_lengths.clone()
-            other.key_shift = None if self.key_shift is None else self.key_shift.clone()
         other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
         other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
-        other.evicted = self.evicted
+        other.evicted, other.key_shift = self.evicted, self.key_shift
         if self._sums is not None and self._summed is not None:
             other._sums, other._summed = self._sums.clone(), self._summed.clone()
         self._tail_shared = other._tail_shared = self.tail_keys is not None
@@ -754,7 +756,9 @@ class PagedStore:
             usage.pages += pages
         packed = usage.payload + usage.metadata + usage.fields
         usage.slack = usage.pages * self.layout.page_bytes - packed
-        means = sum(t.nbytes for t in (self._sums, self._summed, self.key_shift) if t is not None)
+        means = sum(t.nbytes for t in (self._sums, self._summed) if t is not None)
         usage.tables = means + sum(t.nbytes for t in [*self.tables, self.lengths, self.tail_lengths])
-        usage.tail = self.own_bytes - usage.tables
+        shift = 0 if self.key_shift is None else self.key_shift.nbytes
+        usage.metadata += shift
+        usage.tail = self.own_bytes - usage.tables - shift
         return usage
