@@ -237,6 +237,10 @@ class PagedAttention:
             )
         valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
+        # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
+        if position == 0 and self.recipe.centres_keys and softcap is None and sinks is None:
+            store.settle_key_shift(layer.index, key.detach(), valid)
+        key = store.centre(layer.index, key)
         if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         else:
@@ -752,14 +756,15 @@ class PagedAttention:
         return [(recipe, torch.tensor(mine)) for recipe, mine in rows.items()]
 
     def _tail_bytes(self, store: PagedStore) -> int:
-        """Bytes of a store's tail while decoding; set aside from byte and fraction budgets.
+        """Bytes of a store's tail while decoding, and of its key shift; set aside from byte and fraction budgets.
 
         Tables are left out (4 bytes a page): their size depends on the other sequences of the batch, and a sequence
         must be compressed alike whatever it is batched with.
         """
         geometry = store.geometry
         slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
-        return store.lengths.shape[1] * self.recipe.when.every * slot
+        shift = 0 if store.key_shift is None else store.key_shift.nbytes
+        return store.lengths.shape[1] * self.recipe.when.every * slot + shift
 
     def _note_peak(self) -> None:
         self.statistics.peak_bytes = max(self.statistics.peak_bytes, self.nbytes)

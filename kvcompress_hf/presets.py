@@ -286,7 +286,7 @@ def resolve_rows(
         recipes = (_resolve_with_default(spec, default),)
     first = recipes[0]
     for row, recipe in enumerate(recipes):
-        for part in ("observer", "tiers", "when", "page_bytes"):
+        for part in ("observer", "tiers", "when", "page_bytes", "centre_keys"):
             mine, theirs = getattr(recipe, part), getattr(first, part)
             if mine != theirs:
                 raise ValueError(

@@ -185,6 +185,8 @@ class Recipe:
         tiers (`tuple[str, ...]`): The storage formats of packed slots, best first; new slots enter the first.
         when (`When`): When the cache packs and plans.
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
+        centre_keys (`bool`, *optional*): Whether what the keys of a head have in common is taken off before they are
+            stored, which attention does not notice; when left out, where a tier is quantised.
 
     Raises:
         ValueError: For a value out of range, an unknown tier, or parts that make no sense together.
@@ -208,6 +210,7 @@ class Recipe:
     tiers: tuple[str, ...] = ("native",)
     when: When = field(default_factory=When)
     page_bytes: int | None = None
+    centre_keys: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -223,6 +226,8 @@ class Recipe:
         self._check_tiers()
         if self.page_bytes is not None:
             require_int("Recipe", "page_bytes", self.page_bytes, 1)
+        if self.centre_keys is not None and not isinstance(self.centre_keys, bool):
+            raise ValueError(f"Recipe.centre_keys is {self.centre_keys!r}; it must be True, False or None.")
         if (self.budget is not None or self.plan is not None) and self.observer is None:
             raise ValueError(
                 f"Recipe {self.name!r} has a budget or a plan but no observer to say which slots matter; "
@@ -265,6 +270,13 @@ class Recipe:
     def changes_slots(self) -> bool:
         """`bool`: Whether packing or planning changes what later tokens attend to."""
         return self.evicts or self.tiers != ("native",)
+
+    @property
+    def centres_keys(self) -> bool:
+        """`bool`: Whether keys are stored without what those of a head have in common; see `centre_keys`."""
+        if self.centre_keys is not None:
+            return self.centre_keys
+        return any(TIERS[name][0] for name in self.tiers)
 
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.

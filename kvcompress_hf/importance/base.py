@@ -22,7 +22,9 @@ class Chunk:
         store (`PagedStore`): What is stored already.
         layer (`int`): Index of the layer in the store.
         query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
-        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, as they will be stored: less the store's
+            `key_shift`, if there is one. Softmax does not notice; `store.whole(layer, keys)` gives whole keys back, and
+            [`Observer.describe`] gets them whole.
         values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
         position (`int`): Logical position of the first token.
         scale (`float`): Factor on the logits.

@@ -73,7 +73,7 @@ class ExpectedAttention(Observer):
             filled.append(used[:, None].expand(batch, kv_heads, -1))
         held = torch.cat(filled, dim=-1)
         # What is not a token may hold anything, infinities too.
-        pieces = zip(keys, filled, strict=True)
+        pieces = zip((store.whole(layer, k) for k in keys), filled, strict=True)  # queries vary: a shift would show
         logits = torch.cat([self._logits(torch.where(f[..., None], k, 0), mean, covariance) for k, f in pieces], dim=-1)
         attention = (logits * chunk.scale).masked_fill(~held[:, :, None], -torch.inf).softmax(-1).mean(2)
         score = torch.where(held, attention, 0.0)

@@ -469,6 +469,8 @@ class _StorePart:
         if recipe.observer is not None and recipe.observer.describes and f"{self._name}.sums" in present:
             shapes["sums"] = (torch.float32, (2, layers, batch, heads, dim))
             shapes["summed"] = (torch.float32, (layers, batch))
+        if recipe.centres_keys and f"{self._name}.key_shift" in present:
+            shapes["key_shift"] = (dtype, (layers, batch, heads, 1, dim))
         # The sizes of what is always there come first: they bound the batch by the bytes of the file.
         tensors = {name: self._file.read(f"{self._name}.{name}", *what) for name, what in shapes.items()}
         for tier in range(len(self.layout.tiers)):

@@ -8,6 +8,7 @@ import torch
 
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.key_shift import steady_mean
 
 Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
@@ -89,6 +90,9 @@ class PagedStore:
         self.tail_positions: torch.Tensor | None = None  # int32 [layers, batch, capacity]
         self.tail_fields: torch.Tensor | None = None  # int32 [layers, fields, batch, kv_heads, capacity]
         self._tail_shared = False
+        # Native dtype [layers, batch, kv_heads, 1, head_dim]: taken off every key before it is stored, in pages and
+        # tail alike; None while nothing is.
+        self.key_shift: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None  # float32 [2, layers, batch, kv_heads, head_dim]: of keys and of values
         self._summed: torch.Tensor | None = None  # float32 [layers, batch]: tokens in the sums
         arena.register(self)
@@ -187,6 +191,54 @@ class PagedStore:
         self.tail_lengths.copy_(snapshot.tail_lengths)
         self._sums, self._summed = snapshot.sums or (None, None)
 
+    # -- centred keys ----------------------------------------------------------------------------------------------
+
+    def settle_key_shift(self, layer: int, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Decides what is taken off every key of a layer from now on; nothing of the layer may be stored yet.
+
+        Args:
+            layer (`int`): Index of the layer.
+            keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
+            real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        """
+        geometry = self.geometry
+        shape = (self.layers, self.batch, geometry.kv_heads, 1, geometry.head_dim)
+        with torch.inference_mode(False):
+            if self.key_shift is None:
+                shift = torch.zeros(shape, dtype=geometry.dtype, device=geometry.device)
+            else:
+                shift = self.key_shift.clone()  # forks may share it
+        shift[layer] = steady_mean(keys, real)
+        self.key_shift = shift
+
+    def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """New keys as they are stored and attended to.
+
+        Args:
+            layer (`int`): Index of the layer.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+
+        Returns:
+            `torch.Tensor`: The keys less the layer's `key_shift`; the keys themselves while there is none.
+        """
+        return keys if self.key_shift is None else keys - self.key_shift[layer]
+
+    def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`PagedStore.centre`], for those who look at more of keys than what softmax sees.
+
+        Args:
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+            keys (`torch.Tensor`): Centred, `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is
+                `layers * batch`.
+
+        Returns:
+            `torch.Tensor`: The keys with the layer's `key_shift`, float32; the keys themselves while there is none.
+        """
+        if self.key_shift is None:
+            return keys
+        part = slice(None) if layer is None else slice(layer, layer + 1)
+        return keys.float() + self.key_shift[part].flatten(0, 1)
+
     # -- the tail --------------------------------------------------------------------------------------------------
 
     def reserve_tail(self, capacity: int) -> None:
@@ -282,8 +334,9 @@ class PagedStore:
 
         Args:
             describe (`Callable`): From keys, values `[batch, kv_heads, tokens, head_dim]` and the means of both
-                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`.
-            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is `layers * batch`.
+                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees whole keys.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred; with all layers, `batch` is
+                `layers * batch`.
             values (`torch.Tensor`): Likewise.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
@@ -298,6 +351,7 @@ class PagedStore:
                 self._sums = torch.zeros(shape, device=geometry.device)
                 self._summed = torch.zeros((self.layers, self.batch), device=geometry.device)
         part = slice(None) if layer is None else slice(layer, layer + 1)
+        keys = self.whole(layer, keys)
         weight = real.float()
         for sums, states in zip(self._sums, (keys, values), strict=True):
             clean = torch.where(real[:, None, :, None], states.float(), 0.0)
@@ -584,6 +638,8 @@ class PagedStore:
                 self.tail_positions = self.tail_positions[:, index].contiguous()
             if self.tail_fields is not None:
                 self.tail_fields = self.tail_fields[:, :, index].contiguous()
+            if self.key_shift is not None:
+                self.key_shift = self.key_shift[:, index].contiguous()
             if self._sums is not None and self._summed is not None:
                 self._sums, self._summed = self._sums[:, :, index].contiguous(), self._summed[:, index].contiguous()
         self._tail_shared = False
@@ -605,7 +661,7 @@ class PagedStore:
             other.tail_lengths = self.tail_lengths.clone()
         other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
         other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
-        other.evicted = self.evicted
+        other.evicted, other.key_shift = self.evicted, self.key_shift
         if self._sums is not None and self._summed is not None:
             other._sums, other._summed = self._sums.clone(), self._summed.clone()
         self._tail_shared = other._tail_shared = self.tail_keys is not None
@@ -618,7 +674,7 @@ class PagedStore:
         self.lengths.zero_()
         self.tail_lengths = torch.zeros_like(self.tail_lengths)
         self.evicted = False
-        self._sums = self._summed = None
+        self._sums = self._summed = self.key_shift = None
         self.drop_tail()
 
     # -- to a file and back ----------------------------------------------------------------------------------------
@@ -633,7 +689,7 @@ class PagedStore:
             `dict[str, torch.Tensor]`: By name: a `table.{tier}` per tier, `int32` `[rows, columns]`, zero where no page
             is live; `lengths` `int32` `[tiers, rows]`; `tail_lengths` `int32` `[layers, batch]`; where the tail is not
             empty `tail_keys`, `tail_values`, `tail_positions` and `tail_fields`, cut to what is used; where means are
-            kept `sums` and `summed`. Copies, save for the means and the tail.
+            kept `sums` and `summed`; where keys are centred `key_shift`. Copies, save for the means and the tail.
         """
         rows = layers * self.rows_per_layer
         state = {"lengths": self.lengths[:, :rows].clone(), "tail_lengths": self.tail_lengths[:layers].clone()}
@@ -650,6 +706,8 @@ class PagedStore:
                 state["tail_fields"] = self.tail_fields[:layers, ..., :used]
         if self._sums is not None and self._summed is not None:
             state["sums"], state["summed"] = self._sums[:, :layers], self._summed[:layers]
+        if self.key_shift is not None:
+            state["key_shift"] = self.key_shift[:layers]
         return state
 
     def load_state(self, state: Mapping[str, torch.Tensor], evicted: bool) -> None:
@@ -665,6 +723,7 @@ class PagedStore:
         self.tail_keys, self.tail_values = state.get("tail_keys"), state.get("tail_values")
         self.tail_positions, self.tail_fields = state.get("tail_positions"), state.get("tail_fields")
         self._sums, self._summed = state.get("sums"), state.get("summed")
+        self.key_shift = state.get("key_shift")
         self.evicted = evicted
         self.version += 1
 
@@ -688,9 +747,9 @@ class PagedStore:
 
     @property
     def own_bytes(self) -> int:
-        """`int`: Bytes of tables and tail."""
+        """`int`: Bytes of tables, means and tail."""
         tail = [self.tail_keys, self.tail_values, self.tail_positions, self.tail_fields]
-        tail += [self._sums, self._summed]
+        tail += [self._sums, self._summed, self.key_shift]
         owned = [*self.tables, self.lengths, self.tail_lengths, *(t for t in tail if t is not None)]
         return sum(t.nbytes for t in owned)
 
@@ -719,5 +778,7 @@ class PagedStore:
         usage.slack = usage.pages * self.layout.page_bytes - packed
         means = sum(t.nbytes for t in (self._sums, self._summed) if t is not None)
         usage.tables = means + sum(t.nbytes for t in [*self.tables, self.lengths, self.tail_lengths])
-        usage.tail = self.own_bytes - usage.tables
+        shift = 0 if self.key_shift is None else self.key_shift.nbytes
+        usage.metadata += shift
+        usage.tail = self.own_bytes - usage.tables - shift
         return usage

@@ -1,0 +1,47 @@
+"""What may be subtracted from every key of a row before it is stored: a steady part of its mean.
+
+Softmax does not change when all logits of a query change by the same number, so one vector taken off all keys of a
+row need never be added back. Without its mean a key has a smaller range, and its codes a finer step (LeanKV's per-token
+groups, arXiv 2412.03131, are at their worst with offset channels; KIVI, arXiv 2402.02750, measures those).
+
+Rotary embedding makes the mean of most channels turn with position, so the mean of a prompt may be wrong for what
+follows. A channel is trusted only as far as the quarters of the prompt agree on its mean.
+"""
+
+import torch
+
+_PARTS = 4
+_LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
+_MOST_TOKENS = 1024  # of a sequence that are looked at, evenly spread
+
+
+def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean key of each sequence and head, each channel moved towards zero by the range of its quarters' means.
+
+    Args:
+        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, which tokens count; all when left out.
+
+    Returns:
+        `torch.Tensor`: `[batch, kv_heads, 1, head_dim]` in the dtype of `keys`, rounded to bfloat16 so that another
+        order of additions rarely shows; zero for a sequence of fewer than 16 tokens.
+    """
+    batch, _, tokens, _ = keys.shape
+    if real is None:
+        real = torch.ones((batch, tokens), dtype=torch.bool, device=keys.device)
+    count = real.sum(1, keepdim=True)
+    rank = real.cumsum(1) - 1
+    sampled = real & (rank % (1 + (count - 1) // _MOST_TOKENS).clamp(min=1) == 0)
+    # A stable sort brings the sampled tokens to the front in their order.
+    index = (~sampled).to(torch.uint8).argsort(dim=1, stable=True)[:, :_MOST_TOKENS]
+    used = sampled.gather(1, index)
+    index = torch.where(used, index, index[:, :1])  # what is no token may hold anything, NaN too
+    part = (rank * _PARTS // count.clamp(min=1)).gather(1, index)
+    # One sequence at a time: copying whole rows is many times faster than indexing all sequences at once.
+    states = torch.stack([one.index_select(1, chosen).float() for one, chosen in zip(keys, index, strict=True)])
+    weight = (used[:, None] & (part[:, None] == torch.arange(_PARTS, device=keys.device)[:, None])).float()
+    means = weight[:, None] @ states / weight.sum(2).clamp(min=1)[:, None, :, None]
+    mean, spread = means.mean(2, keepdim=True), means.amax(2, keepdim=True) - means.amin(2, keepdim=True)
+    steady = mean - mean.clamp(-spread, spread)
+    steady = torch.where((count >= _LEAST_TOKENS)[:, :, None, None], steady, 0.0)
+    return steady.bfloat16().to(keys.dtype)
