@@ -502,7 +502,12 @@ class CompressedPagedCache(Cache):
         windows = layer_windows(model.config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
         loaded = load_cache(
-            path, model_identity(model.config, model), windows, layer_devices(model, len(windows)), limit
+            path,
+            model_identity(model.config, model),
+            windows,
+            layer_devices(model, len(windows)),
+            limit,
+            layer_sharing(model.config),
         )
         cache = cls.__new__(cls)
         cache.recipe = loaded.attention.recipe

@@ -223,6 +223,7 @@ def load_cache(
     windows: Sequence[int | None],
     devices: Sequence[torch.device],
     max_bytes: int | None = None,
+    sharing: Sequence[str | None] | None = None,
 ) -> LoadedCache:
     """Reads a cache from a file.
 
@@ -234,6 +235,8 @@ def load_cache(
         windows (`Sequence[int | None]`): Sliding window of each of the model's layers.
         devices (`Sequence[torch.device]`): Where the keys and values of each layer will arrive.
         max_bytes (`int`, *optional*): Most bytes of pages per device.
+        sharing (`Sequence[str | None]`, *optional*): Which layers read keys and values of others, as for
+            `PagedAttention`.
 
     Returns:
         `LoadedCache`: The cache.
@@ -251,7 +254,7 @@ def load_cache(
     state = header.state(len(windows))
     if len(recipes) not in (1, state.batch):
         raise file.error(f"it has {len(recipes)} recipes for {state.batch} rows")
-    attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes)
+    attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes, sharing)
     arenas: dict[tuple[torch.device, int], Arena] = {}
     stores: list[tuple[PagedStore, Sequence[int]]] = []
     unread: list[tuple[Entry, int]] = []
