@@ -9,6 +9,7 @@ recipe's plan is made over all layers at once, and pages that came free go back.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -74,6 +75,7 @@ class _Layer:
     """What belongs to one layer of the model."""
 
     window: int | None
+    sharing: str | None = None  # "store": later layers read it too; "reuse": it reads an earlier one and stores nothing
     store: PagedStore | None = None
     index: int = 0  # place among the store's layers
     group: int = 1  # query heads per KV head
@@ -146,6 +148,8 @@ class PagedAttention:
         prompt_tokens (`int`, *optional*): Length of the prompt in tokens when it is known beforehand; a fraction
             budget is then a fraction of the whole prompt from its first chunk on.
         max_bytes (`int`, *optional*): Most bytes of pages per device.
+        sharing (`Sequence[str | None]`, *optional*): Per layer `"store"` where later layers read its keys and values as
+            well, `"reuse"` where it reads those of an earlier layer and has none itself, else `None`.
     """
 
     def __init__(
@@ -154,6 +158,7 @@ class PagedAttention:
         windows: Sequence[int | None],
         prompt_tokens: int | None = None,
         max_bytes: int | None = None,
+        sharing: Sequence[str | None] | None = None,
     ) -> None:
         self.recipe = recipes[0]  # what sequences share: observer, tiers, when
         self._recipes = tuple(recipes)
@@ -170,12 +175,14 @@ class PagedAttention:
         self.statistics = RunStatistics()
         self.seen = 0
         self.batch = 0
-        self._layers = [_Layer(window) for window in windows]
+        shares = [None] * len(windows) if sharing is None else sharing
+        self._layers = [_Layer(window, mode) for window, mode in zip(windows, shares, strict=True)]
         self._stores: dict[Geometry, _StoreLayers] = {}
         self._arenas: dict[tuple[torch.device, int], Arena] = {}
         self._padding: torch.Tensor | None = None  # int64 [batch]: padding tokens seen per sequence
         self._before = _Before()
         self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
+        self._waiting: list[Callable[[], None]] = []  # chunks that later layers read before they are stored
 
     # -- the door --------------------------------------------------------------------------------------------------
 
@@ -264,12 +271,95 @@ class PagedAttention:
                 raise
         layer.seen = position + tokens
         self.seen = max(self.seen, layer.seen)
+        self._end_layer(layer_idx)
+        return output
+
+    def attend_shared(
+        self,
+        layer_idx: int,
+        source_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        dense: Callable[[], torch.Tensor],
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of a layer that reads the keys and values of an earlier one; nothing is stored or scored.
+
+        Args:
+            layer_idx (`int`): Index of the layer that reads.
+            source_idx (`int`): Index of the layer whose keys and values they are; its own [`attend`] came before.
+            query (`torch.Tensor`): `[batch, q_heads, queries, head_dim]`; the newest tokens, possibly fewer than keys.
+            key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, the same new tokens as there.
+            value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, queries, tokens]`.
+            scaling (`float`): As in [`attend`].
+            dense (`Callable[[], torch.Tensor]`): As in [`attend`].
+            softcap (`float`, *optional*): As in [`attend`].
+            window (`int`, *optional*): As in [`attend`].
+            sinks (`torch.Tensor`, *optional*): As in [`attend`].
+
+        Returns:
+            `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
+
+        Raises:
+            UnsupportedFeatureError: If that layer is not known to be read by others, or the mask has another width.
+        """
+        source, tokens = self._layers[source_idx], key.shape[2]
+        if source.sharing != "store" or source.store is None:
+            raise UnsupportedFeatureError(
+                f"Layer {layer_idx} attends to the keys and values of layer {source_idx}, but the model's config does "
+                "not say that layer is shared (kv_sharing_modes), so they have not been kept for it."
+            )
+        if mask is not None and (mask.dim() != 4 or mask.shape[-2:] != (query.shape[2], tokens)):
+            raise UnsupportedFeatureError(
+                f"Got an attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries and {tokens} new "
+                "tokens; a compressed cache needs one over the new tokens only."
+            )
+        position = source.seen - tokens
+        # Stock attention without a mask takes the first query for the first token, which it is not if there are fewer.
+        if position == 0 and (mask is not None or query.shape[2] in (1, tokens)):
+            output = dense()
+        else:
+            store = source.store
+            key = store.centre(source.index, key)
+            store.reserve_tail(source.tail_used)
+            tail = store.tail(source.index)
+            if tokens == 1:
+                # The token is in the tail already; it comes as a new key, as in a chunk that is not stored yet.
+                newest = 1 if mask is None else _real_tokens(mask, 1, 1, self.batch)[:, 0].to(torch.int32)
+                tail = replace(tail, lengths=tail.lengths - newest)
+            allowed, bias = _split_mask(mask)
+            attended = store.backend.chunk_attention(
+                query.detach(),
+                key,
+                value,
+                store.rows(source.index),
+                tail,
+                position=source.seen - query.shape[2],
+                key_position=position,
+                scale=scaling,
+                softcap=softcap,
+                window=window,
+                sinks=None if sinks is None else sinks.detach().float().contiguous(),
+                allowed=allowed,
+                bias=bias,
+            )
+            output = cast(torch.Tensor, attended)
+        self._end_layer(layer_idx)
+        return output
+
+    def _end_layer(self, layer_idx: int) -> None:
         if layer_idx == len(self._layers) - 1:
             if not self._make_room():
                 self._undo_forward()
                 raise self._no_room()
             self._end_forward()
-        return output
 
     def _decode(
         self,
@@ -434,14 +524,40 @@ class PagedAttention:
             if self._needs_distortion and position == 0:
                 tiers = [TIERS[name] for name in self.recipe.tiers]
                 self._distortion.append(measure_distortion(query.detach(), key, value, scaling, tiers))
-        started = time.perf_counter()
-        if self.recording or tokens == 1:
-            self._append(layer, store, key, value, valid, fields)
+        if layer.sharing == "store" and tokens > 1:
+            # The layers that read it must see what was there before and the new tokens apart, as this one did.
+            self._waiting.append(partial(self._store, layer, store, key, value, valid, fields, position))
+            self._unfinished = not self.recording
         else:
-            self._pack_chunk(layer, store, key, value, valid, fields)
+            self._store(layer, store, key, value, valid, fields, position)
+        return output
+
+    def _store(
+        self,
+        layer: _Layer,
+        store: PagedStore,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        fields: dict[str, torch.Tensor],
+        position: int,
+    ) -> None:
+        started = time.perf_counter()
+        if self.recording or key.shape[2] == 1:
+            self._append(layer, store, key, value, valid, fields, position)
+        else:
+            self._pack_chunk(layer, store, key, value, valid, fields, position)
             self._unfinished = True
         self.statistics.seconds_packing += time.perf_counter() - started
-        return output
+
+    def _store_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        try:
+            for store in waiting:
+                store()
+        except CacheMemoryError:
+            self._undo_forward()
+            raise
 
     @property
     def _holds(self) -> bool:
@@ -478,13 +594,14 @@ class PagedAttention:
         value: torch.Tensor,
         valid: torch.Tensor | None,
         fields: dict[str, torch.Tensor],
+        position: int,
     ) -> None:
         """Puts new tokens into the tail, where they can still be taken back."""
         tokens = key.shape[2]
         store.reserve_tail(max(self.recipe.when.every, layer.tail_used + tokens))
         tail = store.tail(layer.index)
         before = tail.lengths.clone()
-        store.backend.append(tail, key, value, layer.seen, valid)
+        store.backend.append(tail, key, value, position, valid)
         if fields:
             self._write_fields(store, layer, before, valid, fields)
         layer.tail_used += tokens
@@ -497,6 +614,7 @@ class PagedAttention:
         value: torch.Tensor,
         valid: torch.Tensor | None,
         fields: dict[str, torch.Tensor],
+        position: int,
     ) -> None:
         """Packs a chunk of a prompt straight into pages; padding and what no later query can see is left out."""
         batch, heads, tokens, _ = key.shape
@@ -509,7 +627,7 @@ class PagedAttention:
         index = None
         counts = torch.full((batch, 1), tokens - first, dtype=torch.int32, device=key.device)
         if "position" in store.layout.fields:
-            positions = torch.arange(layer.seen, layer.seen + tokens, dtype=torch.int32, device=key.device)
+            positions = torch.arange(position, position + tokens, dtype=torch.int32, device=key.device)
             fields = {**fields, "position": positions.expand(batch, heads, -1)}
         if valid is not None:
             wanted = valid.clone()
@@ -547,7 +665,7 @@ class PagedAttention:
                 f"The last forward pass stopped half way, so its {added} tokens were in some layers only. They have "
                 f"been taken back: the cache holds {self.seen} tokens again. Repeat that forward pass."
             )
-        if self._unfinished:
+        if self._unfinished or self._waiting:
             # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
             self._end_forward()
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
@@ -594,10 +712,12 @@ class PagedAttention:
             layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
             del layer.held[before.held :]
         self.seen, self._padding, self._unfinished = before.seen, before.padding, False
+        self._waiting.clear()
         self._give_back()
 
     def _end_forward(self) -> None:
         """Packs, plans and gives pages back, once per forward pass and over all layers together."""
+        self._store_waiting()
         if self.recording:
             self._note_peak()
             return
@@ -783,7 +903,9 @@ class PagedAttention:
             place = (key.device, layout.page_bytes)
             if place not in self._arenas:
                 self._arenas[place] = Arena(layout.page_bytes, key.device, self.max_bytes)
-            alike = sum((other.window is None) == (layer.window is None) for other in self._layers)
+            alike = sum(
+                (other.window is None) == (layer.window is None) for other in self._layers if other.sharing != "reuse"
+            )
             backend = kernels.get_backend(key.device)
             owned = _StoreLayers(PagedStore(geometry, alike, batch, layout, self._arenas[place], backend))
             self._stores[geometry] = owned
@@ -921,11 +1043,12 @@ class PagedAttention:
             arena.trim()
         self._stores.clear()
         self._arenas.clear()
-        self._layers = [_Layer(layer.window) for layer in self._layers]
+        self._layers = [_Layer(layer.window, layer.sharing) for layer in self._layers]
         self.seen = self.batch = self._prompt = self._planned = self._faded = 0
         self._padding = None
         self._distortion = []
         self._unfinished = False
+        self._waiting.clear()
 
     def fork(self) -> "PagedAttention":
         """A copy that shares pages until one of the two writes to them.
@@ -933,7 +1056,7 @@ class PagedAttention:
         Returns:
             `PagedAttention`: The copy.
         """
-        other = PagedAttention(self._recipes, self.windows, self.prompt_tokens, self.max_bytes)
+        other = PagedAttention(self._recipes, self.windows, self.prompt_tokens, self.max_bytes, self.sharing)
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
         other._planned, other._faded = self._planned, self._faded
@@ -1016,6 +1139,11 @@ class PagedAttention:
     def recipes(self) -> tuple[Recipe, ...]:
         """`tuple[Recipe, ...]`: One for all sequences, or one per sequence."""
         return self._recipes
+
+    @property
+    def sharing(self) -> list[str | None]:
+        """`list[str | None]`: Per layer whether its keys and values are read by others, or are those of another."""
+        return [layer.sharing for layer in self._layers]
 
     @property
     def num_layers(self) -> int:

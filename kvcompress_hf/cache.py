@@ -126,7 +126,7 @@ class CompressedPagedCache(Cache):
         self.recipe = recipes[0]
         windows = layer_windows(config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
-        self._take_over(PagedAttention(recipes, windows, prompt_tokens, limit), config)
+        self._take_over(PagedAttention(recipes, windows, prompt_tokens, limit, layer_sharing(config)), config)
 
     def _take_over(self, attention: PagedAttention, config: PreTrainedConfig) -> None:
         self._attention, self._config = attention, config
@@ -161,7 +161,8 @@ class CompressedPagedCache(Cache):
             self._pending[layer_idx] = 0
             raise UnsupportedFeatureError(
                 f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
-                "not patched, or its attention was changed after patching. Call kvcompress_hf.patch(model)."
+                "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
+                "something else of the keys before it attends."
             )
         self._pending[layer_idx] = key_states.shape[2]
         keys, values = key_states.detach().view_as(key_states), value_states.detach().view_as(value_states)
@@ -218,6 +219,67 @@ class CompressedPagedCache(Cache):
             window=sliding_window,
             sinks=sinks,
         )
+
+    def attend_shared(
+        self,
+        layer_idx: int,
+        source_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        dense: Callable[[], torch.Tensor],
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends to what an earlier layer has stored, and stores nothing; see [`PagedAttention.attend_shared`].
+
+        Args:
+            layer_idx (`int`): Index of the layer that reads.
+            source_idx (`int`): Index of the layer whose keys and values it reads.
+            query (`torch.Tensor`): `[batch, q_heads, queries, head_dim]`.
+            key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, the new tokens of the source layer.
+            value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            attention_mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, queries, tokens]`.
+            scaling (`float`): Factor on the logits.
+            dense (`Callable`): The stock attention over the new tokens, `[batch, queries, q_heads, head_dim]`.
+            softcap (`float`, *optional*): Soft cap on the logits.
+            sliding_window (`int`, *optional*): Window in tokens.
+            sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
+
+        Returns:
+            `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
+
+        Raises:
+            UnsupportedFeatureError: If the config does not say that the source layer is shared.
+        """
+        return self._attention.attend_shared(
+            layer_idx,
+            source_idx,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dense=dense,
+            softcap=softcap,
+            window=sliding_window,
+            sinks=sinks,
+        )
+
+    def is_awaited(self, layer_idx: int) -> bool:
+        """Whether keys and values that `update` handed out for a layer have not been attended to yet.
+
+        Args:
+            layer_idx (`int`): Index of the layer.
+
+        Returns:
+            `bool`: False once [`CompressedPagedCache.attend`] has taken them; who comes then only reads.
+        """
+        return self._pending[layer_idx] > 0
 
     # -- lengths and masks -----------------------------------------------------------------------------------------
 
@@ -440,7 +502,12 @@ class CompressedPagedCache(Cache):
         windows = layer_windows(model.config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
         loaded = load_cache(
-            path, model_identity(model.config, model), windows, layer_devices(model, len(windows)), limit
+            path,
+            model_identity(model.config, model),
+            windows,
+            layer_devices(model, len(windows)),
+            limit,
+            layer_sharing(model.config),
         )
         cache = cls.__new__(cls)
         cache.recipe = loaded.attention.recipe
@@ -508,10 +575,24 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     """
     text = config.get_text_config(decoder=True)
     layer_types, kwargs = get_layer_types_and_kwargs(text)
-    for i, layer_type in enumerate(layer_types):
-        if layer_type not in _LAYER_TYPES:
+    # With early exit a model has fewer layers for a while than its config lists types of.
+    for i, (layer_type, sharing) in enumerate(zip(layer_types, layer_sharing(config), strict=False)):
+        if layer_type not in _LAYER_TYPES and sharing != "reuse":
             raise UnsupportedModelError(
                 f"Layer {i} of this {text.model_type} model is of type {layer_type!r}; a CompressedPagedCache holds "
                 f"{' and '.join(_LAYER_TYPES)} layers only. Use the stock cache for this model."
             )
     return [layer.get("sliding_window") for layer in kwargs]
+
+
+def layer_sharing(config: PreTrainedConfig) -> list[str | None]:
+    """Which layers read the keys and values of an earlier one instead of having their own (Gemma 3n, Gemma 4).
+
+    Args:
+        config (`PreTrainedConfig`): The model's config.
+
+    Returns:
+        `list[str | None]`: Per layer `"reuse"` for those, `"store"` for the ones they read, else `None`.
+    """
+    text = config.get_text_config(decoder=True)
+    return list(getattr(text, "kv_sharing_modes", None) or [None] * text.num_hidden_layers)

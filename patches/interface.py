@@ -6,6 +6,7 @@ another cache, or to none, and goes to the stock function whose name is in ours:
 `kvcompress|eager`.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -105,8 +106,12 @@ def _attend(
             f"{type(module).__name__} attends in both directions; the compressed cache is for causal attention."
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return handle.cache.attend(
-        handle.layer_idx,
+    # Keys and values that come a second time are those that a later layer shares (Gemma 3n, Gemma 4).
+    if handle.cache.is_awaited(handle.layer_idx):
+        attend = functools.partial(handle.cache.attend, handle.layer_idx)
+    else:
+        attend = functools.partial(handle.cache.attend_shared, getattr(module, "layer_idx", -1), handle.layer_idx)
+    return attend(
         query,
         key,
         value,

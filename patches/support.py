@@ -9,7 +9,14 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
 
-__all__ = ["TRANSFORMERS_BELOW", "TRANSFORMERS_FROM", "check_model", "check_transformers", "text_config"]
+__all__ = [
+    "TRANSFORMERS_BELOW",
+    "TRANSFORMERS_FROM",
+    "check_model",
+    "check_transformers",
+    "_reason_against_heads",
+    "text_config",
+]
 
 TRANSFORMERS_FROM, TRANSFORMERS_BELOW = "5.23", "5.25"
 
@@ -67,23 +74,27 @@ def _reason_against(model: Any) -> str | None:
     if not model.can_generate():
         return "it has no generate(); give the language-model class (for instance AutoModelForCausalLM)"
     text = text_config(model)
+    if not isinstance(getattr(text, "num_hidden_layers", None), int):
+        return "its config does not give the number of layers, so it is no plain stack of attention layers"
     if getattr(text, "kv_lora_rank", None):
         return "multi-head latent attention (MLA) caches one latent per token, not keys and values per head"
+    if not hasattr(model, "_supports_default_dynamic_cache"):
+        return "its generate() is its own and does not use transformers' caches"
     if model._is_stateful or not model._supports_default_dynamic_cache():
         return "it keeps a recurrent state (Mamba, linear or hybrid attention), not only keys and values"
     other = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS)
     if other:
         supported = " and ".join(sorted(_ATTENTION_LAYERS))
         return f"it has layers of type {', '.join(other)}, and only {supported} are supported"
-    if shared := getattr(text, "num_kv_shared_layers", None):
-        return f"its last {shared} layers use the keys and values of earlier ones, which the compressed cache cannot"
     if getattr(text, "attention_chunk_size", None) and not getattr(text, "layer_types", None):
         return "it attends in chunks, which the compressed cache does not know"
     if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", None) == "alibi":
         return "it adds ALiBi position biases to the attention scores, which need every key in its place"
     if getattr(text, "is_causal", True) is False:
         return "its attention is not causal"
-    if not model._can_set_attn_implementation():
+    # In a composite model only the part that writes text matters; a vision tower may have any attention.
+    writers = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
+    if not all(part._can_set_attn_implementation() for part in writers or [model]):
         return "its attention does not go through transformers' AttentionInterface, so it cannot be replaced"
     return _reason_against_heads(text)
 

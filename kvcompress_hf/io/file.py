@@ -227,6 +227,7 @@ def load_cache(
     windows: Sequence[int | None],
     devices: Sequence[torch.device],
     max_bytes: int | None = None,
+    sharing: Sequence[str | None] | None = None,
 ) -> LoadedCache:
     """Reads a cache from a file.
 
@@ -238,6 +239,8 @@ def load_cache(
         windows (`Sequence[int | None]`): Sliding window of each of the model's layers.
         devices (`Sequence[torch.device]`): Where the keys and values of each layer will arrive.
         max_bytes (`int`, *optional*): Most bytes of pages per device.
+        sharing (`Sequence[str | None]`, *optional*): Which layers read keys and values of others, as for
+            `PagedAttention`.
 
     Returns:
         `LoadedCache`: The cache.
@@ -254,7 +257,7 @@ def load_cache(
     state = header.state(len(windows), len(recipes[0].tiers))
     if state.batch and len(recipes) not in (1, state.batch):
         raise file.error(f"{len(recipes)} recipes for {state.batch} sequences")
-    attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes)
+    attention = PagedAttention(recipes, windows, state.prompt_tokens, max_bytes, sharing)
     arenas: dict[tuple[torch.device, int], Arena] = {}
     stores: list[tuple[PagedStore, Sequence[int]]] = []
     unread: list[tuple[Entry, int]] = []

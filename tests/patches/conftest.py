@@ -1,12 +1,18 @@
 """Tiny random models of many families, and the ways of generating that every one of them must get right."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches import is_patched, prefill
 
 WINDOW = 24
 PROMPT = 40
@@ -81,18 +87,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {}),
     "gpt-neox": ("GPTNeoX", {"num_key_value_heads": None}),
     "exaone4": ("Exaone4", {"sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+    "gemma3n": (
+        "Gemma3n",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "sliding_window": WINDOW,
+            "layer_types": _ALTERNATING * 2,
+            "intermediate_size": [96] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "vocab_size_per_layer_input": 160,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+        },
+    ),
+    "gemma4": (
+        "Gemma4",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "sliding_window": WINDOW,
+            "layer_types": _ALTERNATING * 2,
+            "vocab_size_per_layer_input": 160,
+            "hidden_size_per_layer_input": 16,
+        },
+    ),
     "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}),
 }
-
-GENERATION_MODES = ("greedy", "padded", "chunked", "beams", "sampling", "lookup")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -124,32 +149,131 @@ def padded_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _run(model: PreTrainedModel, mode: str = "greedy", new_tokens: int = 64, **kwargs: Any) -> torch.Tensor:
-    arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
-    inputs: dict[str, torch.Tensor] = {"input_ids": prompt_ids()}
-    if mode == "padded":
-        inputs = padded_inputs()
-    elif mode == "chunked":
-        inputs = padded_inputs()
-        arguments["prefill_chunk_size"] = 11
-    elif mode == "beams":
-        inputs = padded_inputs()
-        arguments["num_beams"] = 3
-    elif mode == "sampling":
-        inputs = padded_inputs()
-        arguments |= {"do_sample": True, "temperature": 0.9, "top_k": 20}
-    elif mode == "lookup":
-        # A prompt that repeats itself, so that some of the looked-up tokens are taken and others rolled back.
-        inputs = {"input_ids": prompt_ids(tokens=PROMPT // 4).repeat(1, 4)}
-        arguments["prompt_lookup_num_tokens"] = 3
+def _run(model: PreTrainedModel, mode: str = "greedy", new_tokens: int = 64, **kwargs: Any) -> Any:
     torch.manual_seed(7)
-    return model.generate(**inputs, **(arguments | kwargs))
+    arguments = {"max_new_tokens": new_tokens, "do_sample": False} | kwargs
+    return MODES[mode](model, arguments)
+
+
+def _with(inputs: Callable[[], dict[str, torch.Tensor]], **changes: Any) -> Callable[..., Any]:
+    return lambda model, arguments: model.generate(**(inputs() | changes | arguments))
+
+
+def _one_prompt() -> dict[str, torch.Tensor]:
+    return {"input_ids": prompt_ids()}
+
+
+def _repeating_prompt() -> dict[str, torch.Tensor]:
+    """So that some of the looked-up tokens are taken and others rolled back."""
+    return {"input_ids": prompt_ids(tokens=PROMPT // 4).repeat(1, 4)}
+
+
+def _sampling(**changes: Any) -> Callable[..., Any]:
+    settings = {"do_sample": True, "temperature": 0.9, "top_k": 20, **changes}
+    return lambda model, arguments: model.generate(**padded_inputs(), **(arguments | settings))
+
+
+@functools.cache
+def _draft() -> PreTrainedModel:
+    return _build("qwen3", seed=3, num_hidden_layers=1)
+
+
+def _assisted(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+    # Another model for a draft is nearly always wrong, the model itself always right; both kinds of round must do.
+    wrong = model.generate(prompt_ids(), assistant_model=_draft(), **(arguments | {"max_new_tokens": 8}))
+    right = model.generate(prompt_ids(seed=2), assistant_model=model, **arguments)
+    return torch.cat([wrong, right], 1)
+
+
+class _Streamed(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[torch.Tensor] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.flatten())
+
+    def end(self) -> None:
+        self.tokens.append(torch.tensor([-1]))
+
+
+def _streaming(model: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor:
+    streamer = _Streamed()
+    model.generate(prompt_ids(), streamer=streamer, **arguments)
+    return torch.cat(streamer.tokens)
+
+
+class _OddSum(StoppingCriteria):
+    """Each row stops for itself, at a place that depends on what it said."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return (input_ids[:, PROMPT:].sum(1) % 5 == 0) & (input_ids.shape[1] > PROMPT + 3)
+
+
+def _embeddings(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+    inputs = padded_inputs()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    return model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **arguments)
+
+
+def _continued(only_new: bool) -> Callable[..., Any]:
+    """A second turn in the cache of the first; the stock model gets everything at once, if that is the same.
+
+    With only the new tokens, long-rope models do not notice where their factors change: then stock has its own cache.
+    """
+
+    def run(model: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor:
+        cache: Any = DynamicCache(config=model.config) if only_new else None
+        if is_patched(model):
+            cache = CompressedPagedCache(model.config, "lossless")
+        first = model.generate(prompt_ids(tokens=30), past_key_values=cache, **(arguments | {"max_new_tokens": 5}))
+        whole = torch.cat([first, prompt_ids(tokens=7, seed=3)], 1)
+        new = whole[:, cache.get_seq_length() :] if only_new else whole
+        out = model.generate(new, attention_mask=torch.ones_like(whole), past_key_values=cache, **arguments)
+        return out[:, new.shape[1] :]
+
+    return run
+
+
+def _prefix_for_beams(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+    """One prefix, read once, for three beams."""
+    ids, cache = prompt_ids(), None
+    if is_patched(model):
+        cache = prefill(model, ids[:, :25])
+        cache.batch_repeat_interleave(3)
+    return model.generate(ids, num_beams=3, num_return_sequences=2, past_key_values=cache, **arguments)
+
+
+#: Every way of generating, as a function of the model and of further arguments for `generate`.
+MODES: dict[str, Callable[[PreTrainedModel, dict[str, Any]], Any]] = {
+    "greedy": _with(_one_prompt),
+    "padded": _with(padded_inputs),
+    "chunked": _with(padded_inputs, prefill_chunk_size=11),
+    "beams": _with(padded_inputs, num_beams=3),
+    "sampling": _sampling(),
+    "returned": _sampling(num_return_sequences=3),
+    "lookup": _with(_repeating_prompt, prompt_lookup_num_tokens=3),
+    "assisted": _assisted,
+    "early-exit": _with(_repeating_prompt, assistant_early_exit=1),
+    "streamed": _streaming,
+    "stopped": _with(padded_inputs, stopping_criteria=StoppingCriteriaList([_OddSum()])),
+    "guided": _with(_one_prompt, guidance_scale=1.5, negative_prompt_ids=prompt_ids(tokens=9, seed=6)),
+    "embeddings": _embeddings,
+    "continued": _continued(only_new=False),
+    "continued-new": _continued(only_new=True),
+    "prefix-beams": _prefix_for_beams,
+}
 
 
 @pytest.fixture(scope="session")
 def run_generate() -> Callable[..., Any]:
-    """`run_generate(model, mode, new_tokens)`: one of `GENERATION_MODES`, always on the same input."""
+    """`run_generate(model, mode, new_tokens)`: one of `MODES`, always on the same input."""
     return _run
+
+
+@pytest.fixture(scope="session")
+def modes() -> tuple[str, ...]:
+    """Names of the ways of generating that `run_generate` knows."""
+    return tuple(MODES)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.patches import patch, patched
 
 # (family, route, new tokens)
-MAIN = [
+LONG = [
     ("llama", "swap", 256),
     ("llama", "interface", 256),
     ("mistral", "swap", 256),
@@ -20,15 +21,22 @@ MAIN = [
     ("gemma2", "interface", 64),
     ("phi3", "interface", 64),
 ]
-MODES = ("greedy", "padded", "chunked", "beams", "sampling", "lookup")
-OTHERS = (
+FAMILIES = (
+    "llama",
     "llama-mha",
+    "mistral",
     "mistral-full",
+    "qwen2",
     "qwen2-window",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "phi3",
     "phi3-longrope",
     "gpt-oss",
     "phimoe",
-    "gemma3",
     "cohere2",
     "starcoder2",
     "mixtral",
@@ -42,6 +50,32 @@ OTHERS = (
     "exaone4",
     "gpt2",
 )
+MODES = (
+    "greedy",
+    "padded",
+    "chunked",
+    "beams",
+    "sampling",
+    "returned",
+    "lookup",
+    "assisted",
+    "early-exit",
+    "streamed",
+    "stopped",
+    "guided",
+    "embeddings",
+    "continued",
+    "continued-new",
+    "prefix-beams",
+)
+# Their stock models fail with fewer layers than they were made with.
+NO_EARLY_EXIT = {"cohere2", "exaone4", "gemma3n", "gemma4", "gpt-neox", "gpt-oss", "gpt2", "stablelm"}
+GRID = [
+    (family, "auto", mode)
+    for family in FAMILIES
+    for mode in MODES
+    if mode != "early-exit" or family not in NO_EARLY_EXIT
+] + [(family, "interface", mode) for family in ("llama", "mistral") for mode in MODES]
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +100,25 @@ def lossless(build_model):
     return model
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("family", "route", "new_tokens"), MAIN)
-def test_same_tokens(family, route, new_tokens, mode, stock, lossless, run_generate):
-    # 256 tokens where they cost least; beams and speculation show what they can show in fewer.
-    new_tokens = new_tokens if mode in ("greedy", "padded") else 64
+@pytest.mark.parametrize(("family", "route", "mode"), GRID)
+def test_same_tokens(family, route, mode, stock, lossless, run_generate):
+    assert torch.equal(run_generate(lossless(family, route), mode, 12), stock(family, mode, 12))
+
+
+@pytest.mark.parametrize("mode", ("greedy", "padded"))
+@pytest.mark.parametrize(("family", "route", "new_tokens"), LONG)
+def test_same_tokens_for_long(family, route, new_tokens, mode, stock, lossless, run_generate):
     expected = stock(family, mode, new_tokens)
     assert expected.shape[1] >= 40 + new_tokens
     assert torch.equal(run_generate(lossless(family, route), mode, new_tokens), expected)
 
 
-@pytest.mark.parametrize("mode", ("padded", "chunked"))
-@pytest.mark.parametrize("family", OTHERS)
-def test_same_tokens_in_other_families(family, mode, stock, lossless, run_generate):
-    assert torch.equal(run_generate(lossless(family, "auto"), mode, 32), stock(family, mode, 32))
+def test_the_grid_is_as_large_as_it_says(request):
+    assert len(FAMILIES) >= 18 and len(MODES) >= 8
+    assert set(MODES) == set(request.getfixturevalue("modes")) and len(set(FAMILIES)) == len(FAMILIES)
 
 
-@pytest.mark.parametrize(("family", "route"), [(family, route) for family, route, _ in MAIN])
+@pytest.mark.parametrize(("family", "route"), [(family, route) for family, route, _ in LONG])
 def test_logits_within_1e_4(family, route, build_model, padded):
     """Every step's logits, fed with the same tokens, for a padded batch."""
     model = build_model(family)
@@ -166,6 +202,68 @@ def test_dropping_the_sinks_is_noticed(stock, lossless, run_generate, monkeypatc
     model = lossless("gpt-oss", "interface")
     _attend_changed(monkeypatch, lambda mask, kwargs: (mask, kwargs | {"sinks": None}))
     assert not torch.equal(run_generate(model, "padded", 32), stock("gpt-oss", "padded", 32))
+
+
+# -- and the grid notices when the cache does something wrong ----------------------------------------------------------
+
+SOME = ("llama", "qwen3", "gemma2", "gemma3n", "gpt-oss")
+DROPPING = ("greedy", "padded", "chunked", "beams", "lookup", "guided", "continued-new", "prefix-beams")
+
+
+def _differs(model, mode, expected, run_generate):
+    try:
+        return not torch.equal(run_generate(model, mode, 12), expected)
+    except (RuntimeError, ValueError, IndexError, NotImplementedError):
+        return True  # a wrong cache may also just not fit any more
+
+
+@pytest.mark.parametrize(
+    "mode", ("greedy", "padded", "chunked", "beams", "lookup", "guided", "continued-new", "prefix-beams")
+)
+@pytest.mark.parametrize("family", SOME)
+def test_a_dropped_slot_is_noticed(family, mode, build_model, stock, run_generate, monkeypatch):
+    model = patch(build_model(family), "lossless")
+    pack = PagedStore.pack
+
+    def dropping(self, tier, *args, **kwargs):
+        pack(self, tier, *args, **kwargs)
+        self.truncate(tier, (self.lengths[tier] - 1).clamp(min=0))
+
+    monkeypatch.setattr(PagedStore, "pack", dropping)
+    assert _differs(model, mode, stock(family, mode, 12), run_generate)
+
+
+@pytest.mark.parametrize("mode", ("greedy", "padded", "chunked", "lookup", "embeddings"))
+@pytest.mark.parametrize("family", SOME)
+def test_a_wrong_position_is_noticed(family, mode, lossless, stock, run_generate, monkeypatch):
+    model = lossless(family, "auto")
+    forward = type(model).forward
+
+    def shifted(*args, position_ids=None, past_key_values=None, **kwargs):
+        if past_key_values is not None and past_key_values.get_seq_length():
+            position_ids = position_ids + 5
+        return forward(model, *args, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(model, "forward", shifted)
+    assert _differs(model, mode, stock(family, mode, 12), run_generate)
+
+
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("crop", "lookup"),
+        ("crop", "assisted"),
+        ("crop", "early-exit"),
+        ("reorder_cache", "beams"),
+        ("reorder_cache", "prefix-beams"),
+        ("batch_repeat_interleave", "prefix-beams"),
+    ],
+)
+@pytest.mark.parametrize("family", ("llama", "qwen3", "gemma2"))
+def test_a_method_that_does_nothing_is_noticed(family, method, mode, lossless, stock, run_generate, monkeypatch):
+    model = lossless(family, "auto")
+    monkeypatch.setattr(CompressedPagedCache, method, lambda self, *args: None)
+    assert _differs(model, mode, stock(family, mode, 12), run_generate)
 
 
 def test_long_rope_keeps_its_compressed_cache(lossless, run_generate):

@@ -324,7 +324,7 @@ def tokenizer():
     )
 
 
-@pytest.mark.parametrize("family", ("llama", "mistral", "qwen3", "gemma2"))
+@pytest.mark.parametrize("family", ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt-oss"))
 def test_pipeline(family, build_model, tokenizer, monkeypatch):
     model = build_model(family)
     prompts = [" ".join(f"w{(7 * i * i + j) % 150}" for i in range(12 + 9 * j)) for j in range(3)]

@@ -57,20 +57,6 @@ _LLAMA4 = _SMALL | {
     "intermediate_size_mlp": 64,
     "attention_chunk_size": 16,
 }
-_GEMMA3N = {
-    **_SMALL,
-    "intermediate_size": [64] * 4,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 2,
-    "activation_sparsity_pattern": [0.0] * 4,
-    "vocab_size_per_layer_input": 64,
-    "hidden_size_per_layer_input": 16,
-    "laurel_rank": 8,
-    "altup_num_inputs": 2,
-}
 
 # Name: model class, config class, config, what the message must say.
 UNSUPPORTED = {
@@ -84,7 +70,6 @@ UNSUPPORTED = {
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5, "encoder-decoder"),
     "bart": ("BartForConditionalGeneration", "BartConfig", _BART, "encoder-decoder"),
     "bert": ("BertForSequenceClassification", "BertConfig", _SMALL, "generate"),
-    "gemma3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", _GEMMA3N, "last 2 layers"),
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4, "chunk"),
 }
 
