@@ -23,7 +23,7 @@ from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
 from kvcompress_hf.planning.base import Plan
 from kvcompress_hf.planning.distortion import measure_distortion
 from kvcompress_hf.planning.pressure import under_pressure
-from kvcompress_hf.planning.run import make_view
+from kvcompress_hf.planning.run import Limits, cost_of_page, make_limits, make_view
 from kvcompress_hf.recipe import TIERS, Recipe
 
 _BEST = 0  # new slots enter the first tier
@@ -183,6 +183,7 @@ class PagedAttention:
         self._before = _Before()
         self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
         self._waiting: list[Callable[[], None]] = []  # chunks that later layers read before they are stored
+        self._room: int | None = None  # bytes of pages that the budget still allows, as of the last event
 
     # -- the door --------------------------------------------------------------------------------------------------
 
@@ -804,7 +805,7 @@ class PagedAttention:
         for layer in self._layers:
             layer.plan = None  # a plan holds on to the tables and slabs it was made for
         for arena in self._arenas.values():
-            arena.trim()
+            arena.trim(None if self._room is None else self._room // len(self._arenas))
 
     def _tail_used(self, owned: _StoreLayers) -> int:
         return max((self._layers[index].tail_used for index in owned.layers), default=0)
@@ -831,40 +832,54 @@ class PagedAttention:
             StorePart(owned.store, tuple(owned.layers), tuple(self._layers[i].group for i in owned.layers))
             for owned in self._stores.values()
         ]
-        slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
-        windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
         padding = torch.zeros(self.batch, dtype=torch.int64) if self._padding is None else self._padding.cpu()
-        importance, spread = observer.importance(slots), observer.spread(slots)
-        tail_bytes = [self._tail_bytes(part.store) // self.batch for part in parts]
         tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
-        groups = self._sequences_by_recipe()
+        windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
+        aside = [self._bytes_aside(part.store) for part in parts]
+        held = sum(part.store.pages_held().cpu() * cost_of_page(part.store) for part in parts)
+        ruled: list[tuple[Recipe, Plan, torch.Tensor | slice, Limits]] = []
+        for recipe, rows in self._sequences_by_recipe():
+            plan: Plan | None = recipe.plan
+            if plan is None:
+                return
+            limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows])
+            ruled.append((recipe, plan, rows, limits))
+        self._planned = self.seen
+        if not freeing and all(plan.headroom and limits.fits for _, plan, _, limits in ruled):
+            self._note_room(ruled)
+            return
+        slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
+        importance, spread = observer.importance(slots), observer.spread(slots)
         views = [
             make_view(
                 recipe,
-                parts,
                 slots.of(rows),
+                limits,
                 importance=importance[rows],
                 spread=None if spread is None else spread[rows],
-                windows=windows,
-                tail_bytes=tail_bytes,
                 tokens=tokens[rows],
-                expected=expected[rows],
                 padding=padding[rows],
                 distortion=self._distortion,
+                headroom=0.0 if self._unfinished else plan.headroom,
             )
-            for recipe, rows in groups
+            for recipe, plan, rows, limits in ruled
         ]
         if freeing:
             views = under_pressure(views, freeing)
         targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
-        for (recipe, rows), view in zip(groups, views, strict=True):
-            plan: Plan | None = recipe.plan
-            if plan is None:
-                return
+        for (_, plan, rows, _), view in zip(ruled, views, strict=True):
             targets[rows] = plan.targets(view)
-        self._planned = self.seen
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, targets)
+        self._note_room(ruled)
+
+    def _note_room(self, ruled: Sequence[tuple[Recipe, Plan, torch.Tensor | slice, Limits]]) -> None:
+        """Remembers what the budgets still allow, so that no more free pages are kept."""
+        self._room = None
+        if all(limits.allowed_bytes is not None for *_, limits in ruled):
+            allowed = sum(int(limits.allowed_bytes.sum()) for *_, limits in ruled if limits.allowed_bytes is not None)
+            held = sum(int(owned.store.pages_held().sum()) * cost_of_page(owned.store) for owned in self._stores.values())
+            self._room = max(0, allowed - held)
 
     def _sequences_by_recipe(self) -> list[tuple[Recipe, torch.Tensor | slice]]:
         """Each recipe with the sequences that it rules: `int64` indices, or all of them."""
@@ -875,16 +890,18 @@ class PagedAttention:
             rows.setdefault(recipe, []).append(row)
         return [(recipe, torch.tensor(mine)) for recipe, mine in rows.items()]
 
-    def _tail_bytes(self, store: PagedStore) -> int:
-        """Bytes of a store's tail while decoding, and of its key shift; set aside from byte and fraction budgets.
+    def _bytes_aside(self, store: PagedStore) -> int:
+        """Bytes of a store for one sequence that are not pages: its tail while decoding, lengths and means.
 
-        Tables are left out (4 bytes a page): their size depends on the other sequences of the batch, and a sequence
-        must be compressed alike whatever it is batched with.
+        What depends on the other sequences of the batch is left out: a sequence must be compressed alike whatever it
+        is batched with.
         """
         geometry = store.geometry
         slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
-        shift = 0 if store.key_shift is None else store.key_shift.nbytes
-        return store.lengths.shape[1] * self.recipe.when.every * slot + shift
+        rows = store.layers * geometry.kv_heads
+        means = 8 * geometry.head_dim if self._describe is not None else 0
+        shift = 0 if store.key_shift is None else store.key_shift.nbytes // self.batch
+        return rows * (self.recipe.when.every * slot + 4 * len(store.layout.tiers) + means) + shift
 
     def _note_peak(self) -> None:
         self.statistics.peak_bytes = max(self.statistics.peak_bytes, self.nbytes)

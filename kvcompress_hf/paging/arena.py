@@ -11,6 +11,7 @@ from kvcompress_hf.kernels.memory import page_memory
 from kvcompress_hf.units import format_bytes
 
 _SLAB_BYTES = 4 * 2**20  # an empty slab goes back to the allocator, so smaller slabs give memory back sooner
+_COPIED_BYTES = 2**20  # a slab up to this size grows in place of a further one
 _GROWTH = 32  # a growing arena allocates 1/32 of its live pages ahead at most
 
 
@@ -165,25 +166,33 @@ class Arena:
         self._slabs_changed()
         return taken.to(torch.int32)
 
-    def trim(self) -> None:
-        """Gives memory back: gathers live pages in as few slabs as they need, drops the others, shortens one."""
+    def trim(self, room: int | None = None) -> None:
+        """Gives memory back: gathers live pages in as few slabs as they need, drops the others, shortens one.
+
+        Args:
+            room (`int`, *optional*): Most bytes of free pages to keep for what comes next; a small share of the live
+                ones in any case.
+        """
         sizes = [slab.shape[0] for slab in self.slabs]
         live = self._live_per_slab()
         kept: dict[int, int] = {}  # slab: pages it keeps
-        room = 0
+        pages = 0
         # Fullest slabs first: least to move.
         for index in sorted(range(len(sizes)), key=lambda i: (-live[i], sizes[i])):
-            if room >= self.live:
+            if pages >= self.live:
                 break
             kept[index] = sizes[index]
-            room += sizes[index]
+            pages += sizes[index]
         for index in sorted(kept, key=lambda i: sizes[i]):
-            if room - sizes[index] >= self.live:
-                room -= kept.pop(index)
-        spare = room - self.live
-        if kept and spare > self.live // _GROWTH:
+            if pages - sizes[index] >= self.live:
+                pages -= kept.pop(index)
+        spare = pages - self.live
+        keep = self.live // _GROWTH
+        if room is not None:
+            keep = min(keep, room // self.page_bytes)
+        if kept and spare > keep:
             # Every slab left is larger than what is spare, or it would be gone.
-            kept[min(kept, key=lambda i: live[i])] -= spare
+            kept[min(kept, key=lambda i: live[i])] -= spare - keep
         cut = [i for i, size in enumerate(sizes) if size and kept.get(i, 0) < size]
         if not cut:
             return
@@ -197,7 +206,7 @@ class Arena:
         while self.slabs and not self.slabs[-1].shape[0]:
             self.slabs.pop()
         with torch.inference_mode(False):
-            self.references = self.references[: len(self.slabs) << self.slab_shift].clone()
+            self.references = self.references[: self._ids()].clone()
         self._slabs_changed()
 
     def _gather(self, kept: Mapping[int, int]) -> None:
@@ -248,10 +257,16 @@ class Arena:
         first = index << self.slab_shift
         return torch.arange(first, first + self.slabs[index].shape[0], device=self.device)
 
+    def _ids(self) -> int:
+        """Page ids in use or not, up to the last page of the last slab."""
+        return ((len(self.slabs) - 1) << self.slab_shift) + self.slabs[-1].shape[0] if self.slabs else 0
+
     def _live_per_slab(self) -> list[int]:
         if not self.slabs:
             return []
-        return (self.references.view(len(self.slabs), -1) > 0).sum(1).tolist()
+        beyond = (len(self.slabs) << self.slab_shift) - self.references.numel()
+        references = torch.nn.functional.pad(self.references, (0, beyond))
+        return (references.view(len(self.slabs), -1) > 0).sum(1).tolist()
 
     def _grow(self, missing: int) -> None:
         # Ahead by a fraction of what lives, so that a long decode does not allocate at every packing.
@@ -261,10 +276,7 @@ class Arena:
             self._check_limit(pages)
         with torch.inference_mode(False):
             while pages > 0:
-                count = min(pages, 1 << self.slab_shift)
-                index = self._insert(self.new_slab(count))
-                self.references[self._slab_ids(index)] = 0
-                pages -= count
+                pages -= self._lengthen(pages) or self._add(pages)
         self._slabs_changed()
 
     def _check_limit(self, more: int) -> None:
@@ -282,9 +294,34 @@ class Arena:
             self.slabs[index] = slab
         else:
             self.slabs.append(slab)
-            absent = torch.full((1 << self.slab_shift,), -1, dtype=torch.int32, device=self.device)
-            self.references = torch.cat([self.references, absent])
+        self._cover_ids()
         return index
+
+    def _cover_ids(self) -> None:
+        absent = max(0, self._ids() - self.references.numel())
+        self.references = torch.nn.functional.pad(self.references, (0, absent), value=-1)
+
+    def _add(self, pages: int) -> int:
+        """Adds a slab of at most that many pages, and returns how many it has."""
+        count = min(pages, 1 << self.slab_shift)
+        self.references[self._slab_ids(self._insert(self.new_slab(count)))] = 0
+        return count
+
+    def _lengthen(self, pages: int) -> int:
+        """Copies a small last slab into a longer one, and returns how many pages it has more.
+
+        Page ids count up to the end of a slab, so many short slabs would make long tables.
+        """
+        old = self.slabs[-1].shape[0] if self.slabs else 0
+        added = min(pages, (1 << self.slab_shift) - old)
+        if not old or old * self.page_bytes > _COPIED_BYTES or not added:
+            return 0
+        slab = self.new_slab(old + added)
+        slab[:old] = self.slabs[-1]
+        self.slabs[-1] = slab
+        self._cover_ids()
+        self.references[self._slab_ids(len(self.slabs) - 1)[old:]] = 0
+        return added
 
     def new_slab(self, pages: int) -> torch.Tensor:
         """Memory for a slab, not yet part of the arena.

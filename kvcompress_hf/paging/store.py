@@ -407,6 +407,15 @@ class PagedStore:
         slots = self.layout.tiers[tier].slots
         return (lengths + (slots - 1)) // slots
 
+    def pages_held(self) -> torch.Tensor:
+        """Pages of each sequence.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch]`.
+        """
+        pages = torch.stack([self._pages(tier, lengths) for tier, lengths in enumerate(self.lengths)])
+        return pages.view(-1, self.batch, self.geometry.kv_heads).sum((0, 2))
+
     def _reserve(self, tier: int, part: slice, counts: torch.Tensor) -> None:
         lengths = self.lengths[tier, part]
         held = self._pages(tier, lengths)

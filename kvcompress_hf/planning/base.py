@@ -33,6 +33,7 @@ class PlanView:
         allowed_slots (`torch.Tensor`, *optional*): `int64` `[batch, rows]`, an even share of the budget per row in
             slots of the best tier.
         tokens (`torch.Tensor`): `int64` `[batch]`, real tokens each sequence has seen.
+        dense_bytes (`torch.Tensor`): `int64` `[batch]`, what a dense cache of each sequence would take.
         distortion (`torch.Tensor`): float32 `[tiers]`, measured loss of storing a slot in a tier, as a fraction of the
             loss of evicting it.
         counts_slots (`bool`): Whether the budget is a number of tokens, so that plans that count slots need not mind
@@ -51,6 +52,7 @@ class PlanView:
     allowed_bytes: torch.Tensor | None
     allowed_slots: torch.Tensor | None
     tokens: torch.Tensor
+    dense_bytes: torch.Tensor
     distortion: torch.Tensor
     counts_slots: bool = False
 
@@ -114,6 +116,14 @@ class Plan(Part, abc.ABC):
     def needs_distortion(self) -> bool:
         """`bool`: Whether the loss of each tier is to be measured on the first chunk."""
         return False
+
+    @property
+    def headroom(self) -> float:
+        """`float`: Share of the budget that a plan made during decoding leaves free.
+
+        A plan with headroom has nothing to do while the pages fit the budget, and is not asked then.
+        """
+        return 0.0
 
     def check(self, recipe: "Recipe") -> None:
         """Refuses recipes that this plan cannot work with; called when the recipe is made.

@@ -7,16 +7,16 @@ pages, rounding included, fit the budget.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 
 from kvcompress_hf.planning.base import EVICT, Plan, PlanView
+from kvcompress_hf.planning.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
 from kvcompress_hf.recipe import Recipe
 
-_BINS_PER_OCTAVE = 8
-_OCTAVES = 64
-_REFINE = 6  # halvings within a bin
+_WORST = 0.99  # storing a slot is never worse than evicting it, so there is always a tier to store it in
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class RateDistortion(Plan):
         small (`float`): Below this many bytes per dense byte only `small_tiers` stored tiers are used: every further
             tier costs half a page per head.
         small_tiers (`int`): Stored tiers at small budgets, the cheapest of the hull.
+        headroom (`float`): Share of the budget that a plan made during decoding leaves free, so that the next is only
+            due when it is used up.
     """
 
     kind = "rate-distortion"
@@ -36,6 +38,7 @@ class RateDistortion(Plan):
     kappa: float = 1 / 64
     small: float = 0.15
     small_tiers: int = 2
+    headroom: float = 1 / 32
 
     def __post_init__(self) -> None:
         if isinstance(self.kappa, bool) or not isinstance(self.kappa, (int, float)) or not 0 < self.kappa <= 1:
@@ -44,6 +47,8 @@ class RateDistortion(Plan):
             raise ValueError(f"RateDistortion.small is {self.small!r}; it must lie in [0, 1].")
         if self.small_tiers not in (1, 2, 3, 4):
             raise ValueError(f"RateDistortion.small_tiers is {self.small_tiers!r}; it must be 1, 2, 3 or 4.")
+        if isinstance(self.headroom, bool) or not isinstance(self.headroom, (int, float)) or not 0 <= self.headroom < 1:
+            raise ValueError(f"RateDistortion.headroom is {self.headroom!r}; it must lie in [0, 1).")
 
     @property
     def needs_distortion(self) -> bool:
@@ -56,64 +61,128 @@ class RateDistortion(Plan):
 
     def targets(self, view: PlanView) -> torch.Tensor:
         """Solves for the multiplier; see [`Plan.targets`]."""
-        allowed = view.bytes_allowed()
         slot_bytes = (view.page_bytes[:, None] / view.slots_per_page).median(0).values  # [tiers]
-        hull = lower_hull(slot_bytes.tolist(), (self.kappa * view.distortion).clamp(max=1.0).tolist())
-        score = torch.where(view.filled, view.importance, 0.0)
-        dense = view.filled.sum((1, 2)) * slot_bytes[0]
-        result = self._solve(view, score, hull, allowed)
-        tight = allowed < self.small * dense
-        if len(hull) > self.small_tiers and bool(tight.any()):
-            # The hull's first vertices are its cheapest tiers; dropping the others keeps it convex.
-            few = self._solve(view, score, hull[: self.small_tiers], allowed)
-            result = torch.where(tight[:, None, None], few, result)
-        return self._fill_pages(view, result)
+        hull = lower_hull(slot_bytes.tolist(), (self.kappa * view.distortion).clamp(max=_WORST).tolist())
+        depth = bins_below_top(torch.where(view.filled, view.importance, 0.0))
+        counts = SlotCounts.of(view, depth)
+        few = hull[: self.small_tiers]  # the hull's first vertices are its cheapest tiers; it stays convex
+        tight = view.bytes_allowed() < self.small * view.dense_bytes
+        if len(few) == len(hull) or bool(tight.all()):
+            return self._targets(view, depth, counts, few)
+        result = self._targets(view, depth, counts, hull)
+        if bool(tight.any()):
+            result = torch.where(tight[:, None, None], self._targets(view, depth, counts, few), result)
+        return result
 
-    def _solve(
-        self, view: PlanView, score: torch.Tensor, hull: list[tuple[int, float]], allowed: torch.Tensor
+    def _targets(
+        self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
     ) -> torch.Tensor:
-        top = score.amax((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        depth = (top.log2() - score.clamp(min=torch.finfo(torch.float32).tiny).log2()).clamp(max=float(_OCTAVES))
-        base = hull[0][1]
-        offsets = [torch.tensor(slope / base).log2().item() for _, slope in hull]
-
-        def at(mu: torch.Tensor) -> torch.Tensor:
-            """Targets when the cheapest tier is worth it down to `mu` octaves below the top score."""
-            result = torch.full_like(depth, EVICT, dtype=torch.int64)
-            for (tier, _), offset in zip(hull, offsets, strict=True):
-                result = torch.where((depth <= mu - offset) & (score > 0), tier, result)
-            return self._allowed(view, result, hull[0][0])
-
-        # Bytes grow with mu. A coarse search by octaves' fractions, then halvings: all in whole tensors.
-        low = torch.full((score.shape[0], 1, 1), -1.0, device=score.device)
-        high = torch.full_like(low, _OCTAVES + max(offsets) + 1.0)
-        steps = int(torch.tensor(_OCTAVES * _BINS_PER_OCTAVE).log2().ceil()) + _REFINE
-        for _ in range(steps):
-            middle = (low + high) / 2
-            fits = (view.bytes_of(at(middle)) <= allowed)[:, None, None]
-            low = torch.where(fits, middle, low)
-            high = torch.where(fits, high, middle)
-        return at(low)
-
-    def _allowed(self, view: PlanView, result: torch.Tensor, cheapest: int) -> torch.Tensor:
-        result = torch.where(view.protected & (result == EVICT), cheapest, result)
-        result = torch.where((result >= 0) & (result < view.tier), view.tier, result)  # slots only move down
+        thresholds = solve(view, counts, hull)
+        result = torch.full(depth.shape, EVICT, device=depth.device)
+        for step, (tier, _) in enumerate(hull):
+            result = torch.where(depth < thresholds[:, :, step, None], tier, result)
+        result = torch.where(view.protected & (result == EVICT), hull[0][0], result)
+        result = torch.where(result == EVICT, EVICT, torch.maximum(result, view.tier))  # slots only move down
         return torch.where(view.filled, result, EVICT)
 
-    def _fill_pages(self, view: PlanView, result: torch.Tensor) -> torch.Tensor:
-        """Keeps the best of what would be evicted where a started page has room: it costs nothing."""
-        for tier in reversed(range(view.tiers)):
-            counts = (result == tier).sum(-1)
-            per_page = view.slots_per_page[:, tier]
-            room = -counts % per_page
-            may = (result == EVICT) & view.filled & (view.tier <= tier)
-            score = torch.where(may, view.importance, -torch.inf)
-            order = (-view.positions.long()).argsort(dim=-1, stable=True)
-            order = order.gather(-1, score.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-            place = torch.arange(order.shape[-1], device=order.device)
-            chosen = torch.zeros_like(may).scatter_(-1, order, place < room[..., None]) & may
-            result = torch.where(chosen, tier, result)
-        return result
+
+def solve(view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> torch.Tensor:
+    """The thresholds of one multiplier per sequence, chosen such that whole pages fit the budget.
+
+    Every multiplier down to a bin of importance is tried at once. What it leaves of the budget buys one more page for
+    the rows whose next slots are the most important; then the rows fill the pages they have, from the best tier down.
+
+    Args:
+        view (`PlanView`): Every slot.
+        counts (`SlotCounts`): Its slots by importance.
+        hull (`list[tuple[int, float]]`): As from [`lower_hull`].
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch, rows, len(hull)]`: a slot is worth step `j` of the hull where it lies less than
+        that many bins below the top of its sequence.
+    """
+    ladder = _Ladder(view, counts, hull)
+    allowed = view.bytes_allowed()
+    candidates = torch.arange(BINS + ladder.offsets[-1] + 1, device=allowed.device)
+    held = ladder.row_bytes(ladder.at(candidates[None, None]))  # [batch, rows, candidates]
+    total = held.sum(1)
+    best = torch.where(total <= allowed[:, None], candidates, 0).amax(1)  # [batch]
+    now = held.gather(-1, best[:, None, None].expand(-1, held.shape[1], 1))
+    dearer = (held > now) & (candidates > best[:, None, None])
+    following = torch.where(dearer, candidates, candidates[-1] + 1).amin(-1)  # [batch, rows], where each wants a page
+    cost = held.gather(-1, following.clamp(max=int(candidates[-1]))[..., None]) - now
+    rank, order = following.sort(dim=1, stable=True)
+    spent = cost[..., 0].gather(1, order).cumsum(1)
+    granted = (spent <= (allowed - now.sum((1, 2)))[:, None]) & (rank <= candidates[-1])
+    granted = torch.zeros_like(granted).scatter_(1, order, granted)
+    wanted = ladder.at(torch.where(granted, following, best[:, None])[..., None])
+    filled = ladder.fill_pages(wanted)
+    fits = ladder.row_bytes(filled).sum((1, 2)) <= ladder.row_bytes(wanted).sum((1, 2))
+    return torch.where(fits[:, None, None, None], filled, wanted)[..., 0]
+
+
+class _Ladder:
+    """Counts and bytes of rows for thresholds `[batch, rows, len(hull), n]` in bins, of `n` plans at a time.
+
+    A slot is wanted in the best tier whose threshold it passes, but slots only move down: one that lies in tier `t`
+    already stays there if it is wanted in a better one.
+    """
+
+    def __init__(self, view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> None:
+        self._view = view
+        self._tiers = [tier for tier, _ in hull]
+        self._stored, self._above = counts.stored(), counts.above()
+        #: Bins between the threshold of the cheapest tier and that of each.
+        self.offsets = [round(math.log2(slope / hull[0][1]) * BINS_PER_OCTAVE) for _, slope in hull]
+
+    def at(self, cheapest: torch.Tensor) -> torch.Tensor:
+        """Thresholds of every step from those of the cheapest tier, `[batch, rows, n]` or broadcasting to it."""
+        batch, rows = self._stored.shape[:2]
+        steps = torch.stack([(cheapest - offset).clamp(0, BINS) for offset in self.offsets], dim=-2)
+        return steps.expand(batch, rows, -1, -1)
+
+    def _passing(self, step: int, threshold: torch.Tensor) -> torch.Tensor:
+        """Slots that pass a step, by the tier they lie in: `[batch, rows, tiers, n]` from `[batch, rows, n]`."""
+        counts = self._stored if step == 0 else self._above
+        return counts.gather(-1, threshold[:, :, None].expand(-1, -1, counts.shape[2], -1))
+
+    def occupancy(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Slots of each row in each tier: `[batch, rows, tiers, n]`."""
+        passing = [self._passing(step, thresholds[:, :, step]) for step in range(len(self._tiers))]
+        result = []
+        for tier in range(self._view.tiers):
+            step = next((i for i, known in enumerate(self._tiers) if known <= tier), None)
+            if step is None:  # the hull has only lower tiers
+                result.append(torch.zeros_like(passing[0][:, :, 0]))
+                continue
+            slots = passing[step][:, :, tier]  # those that lie here and are wanted here or higher stay
+            if self._tiers[step] == tier:
+                slots = slots + passing[step][:, :, :tier].sum(2, dtype=torch.int32)
+                if step + 1 < len(self._tiers):
+                    slots = slots - passing[step + 1][:, :, :tier].sum(2, dtype=torch.int32)
+            result.append(slots)
+        return torch.stack(result, dim=2)
+
+    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
+        per_page = self._view.slots_per_page.to(torch.int32)[:, :, None]
+        return (slots + (per_page - 1)).div_(per_page, rounding_mode="floor")
+
+    def row_bytes(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Bytes of each row, every started page counted whole: `int64` `[batch, rows, n]`."""
+        return self._pages(self.occupancy(thresholds)).sum(2) * self._view.page_bytes[:, None]
+
+    def fill_pages(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Lowers thresholds as far as the pages that are started anyway have room, from the best tier down."""
+        room = self._pages(self.occupancy(thresholds)) * self._view.slots_per_page[:, :, None]  # slots
+        steps = list(thresholds.unbind(2))
+        for step in reversed(range(len(steps))):
+            tier = self._tiers[step]
+            counts = self._stored if step == 0 else self._above
+            slots = counts[:, :, : tier + 1].sum(2)
+            if step + 1 < len(steps):
+                slots = slots - self._passing(step + 1, steps[step + 1])[:, :, :tier].sum(2)
+            steps[step] = torch.maximum(steps[step], (slots <= room[:, :, tier]).sum(-1, keepdim=True) - 1)
+        return torch.stack(steps, dim=2)
 
 
 def lower_hull(slot_bytes: list[float], distortion: list[float]) -> list[tuple[int, float]]:

@@ -1,76 +1,144 @@
 """From stored slots and a recipe to what a plan looks at."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvcompress_hf.paging.slots import Slots, StorePart
+from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.planning.base import PlanView
 from kvcompress_hf.planning.budget import RowGroup, allowed_bytes
 from kvcompress_hf.recipe import Recipe
 
+_TABLE_BYTES = 8  # of a page: its id in the page table and its reference count
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every sequence may hold and what it holds.
+
+    Args:
+        slots_per_page (`torch.Tensor`): `int64` `[rows, tiers]`.
+        page_bytes (`torch.Tensor`): `int64` `[rows]`, a page and its entries in tables.
+        dense_bytes (`torch.Tensor`): `int64` `[batch]`, what a dense cache of each sequence would take.
+        held_bytes (`torch.Tensor`): `int64` `[batch]`, pages held now.
+        allowed_bytes (`torch.Tensor`, *optional*): `int64` `[batch]`, pages allowed; `None` without a budget.
+    """
+
+    slots_per_page: torch.Tensor
+    page_bytes: torch.Tensor
+    dense_bytes: torch.Tensor
+    held_bytes: torch.Tensor
+    allowed_bytes: torch.Tensor | None
+
+    @property
+    def fits(self) -> bool:
+        """`bool`: Whether every sequence is within its budget."""
+        return self.allowed_bytes is not None and bool((self.held_bytes <= self.allowed_bytes).all())
+
+
+def cost_of_page(store: PagedStore) -> int:
+    """Bytes that one more page of a store takes, its entries in tables included.
+
+    Args:
+        store (`PagedStore`): The store.
+
+    Returns:
+        `int`: Bytes.
+    """
+    return store.layout.page_bytes + _TABLE_BYTES
+
+
+def make_limits(
+    recipe: Recipe,
+    parts: Sequence[StorePart],
+    windows: Sequence[int | None],
+    aside: Sequence[int],
+    *,
+    expected: torch.Tensor,
+    held: torch.Tensor,
+) -> Limits:
+    """Works out what the sequences of a recipe may hold.
+
+    Args:
+        recipe (`Recipe`): Its budget.
+        parts (`Sequence[StorePart]`): The stores.
+        windows (`Sequence[int | None]`): Sliding window of each store's layers.
+        aside (`Sequence[int]`): Bytes of each store per sequence that are not pages; they come out of byte budgets.
+        expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
+        held (`torch.Tensor`): `int64` `[batch]`, bytes of pages held now.
+
+    Returns:
+        `Limits`: The limits.
+    """
+    per_page = torch.cat(
+        [torch.tensor([[tier.slots for tier in part.store.layout.tiers]] * part.rows) for part in parts]
+    )
+    page_bytes = torch.cat([torch.full((part.rows,), cost_of_page(part.store)) for part in parts])
+    groups = [
+        RowGroup(
+            rows=part.rows,
+            slots_per_page=part.store.layout.tiers[0].slots,
+            page_bytes=cost_of_page(part.store),
+            dense_slot_bytes=2 * part.store.layout.head_dim * part.store.geometry.dtype.itemsize,
+            tail_bytes=outside,
+            window=window,
+        )
+        for part, outside, window in zip(parts, aside, windows, strict=True)
+    ]
+    dense = torch.zeros_like(expected)
+    for group in groups:
+        tokens = expected if group.window is None else expected.clamp(max=group.window)
+        dense += group.rows * group.dense_slot_bytes * tokens
+    allowed = None
+    if recipe.budget is not None:
+        allowed = torch.tensor([allowed_bytes(recipe.budget, groups, int(count)) for count in expected])
+    return Limits(per_page, page_bytes, dense, held, allowed)
+
 
 def make_view(
     recipe: Recipe,
-    parts: Sequence[StorePart],
     slots: Slots,
+    limits: Limits,
     *,
     importance: torch.Tensor,
     spread: torch.Tensor | None,
-    windows: Sequence[int | None],
-    tail_bytes: Sequence[int],
     tokens: torch.Tensor,
-    expected: torch.Tensor,
     padding: torch.Tensor,
     distortion: Sequence[torch.Tensor],
+    headroom: float = 0.0,
 ) -> PlanView:
     """Puts together what a plan decides on.
 
     Args:
         recipe (`Recipe`): Budget and protection are read from it.
-        parts (`Sequence[StorePart]`): The stores.
         slots (`Slots`): Every slot.
+        limits (`Limits`): What every sequence may hold.
         importance (`torch.Tensor`): float32 `[batch, rows, slots]`.
         spread (`torch.Tensor`, *optional*): float32 `[batch, rows, slots]`.
-        windows (`Sequence[int | None]`): Sliding window of each store's layers.
-        tail_bytes (`Sequence[int]`): Bytes of each store's tail per sequence.
         tokens (`torch.Tensor`): `int64` `[batch]`, real tokens seen.
-        expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
         padding (`torch.Tensor`): `int64` `[batch]`, padding tokens before each sequence.
         distortion (`Sequence[torch.Tensor]`): Measured losses, each float32 `[heads, tiers]`; may be empty.
+        headroom (`float`): Share of the budget to leave free.
 
     Returns:
         `PlanView`: The view.
     """
     device = slots.filled.device
-    tiers = len(recipe.tiers)
     sinks, recent = recipe.protect.sinks, recipe.protect.recent
     first = padding.to(device)[:, None, None]
     protected = slots.filled & ((slots.positions >= slots.seen - recent) | (slots.positions < first + sinks))
-    per_page = torch.cat(
-        [torch.tensor([[tier.slots for tier in part.store.layout.tiers]] * part.rows) for part in parts]
-    )
-    page_bytes = torch.cat([torch.full((part.rows,), part.store.layout.page_bytes) for part in parts])
-    allowed = share = None
-    if recipe.budget is not None:
-        groups = [
-            RowGroup(
-                rows=part.rows,
-                slots_per_page=part.store.layout.tiers[0].slots,
-                page_bytes=part.store.layout.page_bytes,
-                dense_slot_bytes=2 * part.store.layout.head_dim * part.store.geometry.dtype.itemsize,
-                tail_bytes=tail,
-                window=window,
-            )
-            for part, tail, window in zip(parts, tail_bytes, windows, strict=True)
-        ]
-        allowed = torch.tensor([allowed_bytes(recipe.budget, groups, int(count)) for count in expected])
+    allowed, page_bytes = limits.allowed_bytes, limits.page_bytes
+    share = None
+    if recipe.budget is not None and allowed is not None:
+        allowed = (allowed * (1 - headroom)).long()
         if isinstance(recipe.budget.amount, int):
-            share = torch.full((len(expected), page_bytes.numel()), recipe.budget.amount)
+            share = torch.full((len(allowed), page_bytes.numel()), recipe.budget.amount)
         else:
             # Every row gets the same bytes, in whole pages: a started page would cost as much as a full one.
-            share = allowed[:, None] // page_bytes.numel() // page_bytes * per_page[:, 0]
-    losses = torch.cat(list(distortion)).median(0).values if distortion else torch.zeros(tiers)
+            share = allowed[:, None] // page_bytes.numel() // page_bytes * limits.slots_per_page[:, 0]
+    losses = torch.cat(list(distortion)).median(0).values if distortion else torch.zeros(len(recipe.tiers))
     return PlanView(
         importance=importance,
         spread=spread,
@@ -79,11 +147,12 @@ def make_view(
         protected=protected,
         tier=slots.tier,
         layer_of_row=slots.layer_of_row,
-        slots_per_page=per_page.to(device),
+        slots_per_page=limits.slots_per_page.to(device),
         page_bytes=page_bytes.to(device),
         allowed_bytes=None if allowed is None else allowed.to(device),
         allowed_slots=None if share is None else share.to(device),
         tokens=tokens.to(device),
+        dense_bytes=limits.dense_bytes.to(device),
         distortion=losses.to(device),
         counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
     )
