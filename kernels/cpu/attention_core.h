@@ -20,6 +20,8 @@ constexpr int kHeads = 4;           // query rows handled together
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMasked = -3e38f;   // logit of a slot that may not be seen; exp2() makes it exactly 0
 constexpr float kFloor = -1e30f;    // running maximum before anything was seen
+constexpr float kByteHeadroom = 7.9f;    // log2(kValueByteLimit), less what rough_log2() is off by
+constexpr float kLeastLogScale = -24.f;  // of fp16's smallest number; scales of 0 count as that
 constexpr int32_t kNowhere = INT32_MIN;    // position of a lane that holds no slot: outside of every range
 constexpr int32_t kOldest = INT32_MIN + 1; // position of a slot that stores none: inside of every range
 
@@ -109,7 +111,8 @@ struct Tile {
   TileKind kind;
   int row, tier;                // tier: index, or n_tiers for the tail, n_tiers + 1 for new keys
   int dtype, key_bits, value_bits;  // bits 0: native
-  bool rotated, masked;         // masked: some lane may be unseen, look at position
+  bool rotated;                 // keys are
+  bool masked;                  // some lane may be unseen, look at position
   int start, n, blocks;         // first slot, slots, ceil(n / 16)
   const uint8_t *keys[kBlocks], *values[kBlocks];
   const uint8_t *key_params[kBlocks], *value_params[kBlocks];
@@ -121,11 +124,21 @@ struct Tile {
   char* fields[kBlocks];        // field f of a block is at fields + f * field_bytes
   int64_t field_bytes;
   alignas(64) int32_t position[kTile];
-  // A slot's weight is its probability times its value scale, as an integer: `weight` holds the scales with the
-  // largest made kWeightLimit, weight_step is the size of one unit.
-  alignas(64) float weight[kTile], value_offset[kTile];
+  // A slot's weight is its probability times its value scale, as an integer. 8-bit values: `weight` holds the scales
+  // with the largest made kWeightLimit, weight_step is the size of one unit. Fewer bits: the scales as they are, and
+  // roughly their log2; value_offset belongs to the middle of the codes, which are made signed.
+  alignas(64) float weight[kTile], value_offset[kTile], log_scale[kTile];
   float weight_step;
 };
+
+// Precision of the integer weights. Next to 8-bit codes, queries and probabilities have 16 bits: what they lose is
+// far below the codes' own error. Next to codes of 4 and 2 bits, probabilities have 8. Rounding a slot's weight costs at most
+// 1/510 of the tile's largest weight w, times the spread of a code (below 3 steps of 4 bits, 0.9 of 2 bits), for each
+// of kTile slots: together below w * 0.29 / 255 * 3 * sqrt(128) steps. The slot with that weight alone already has an
+// error of w * 0.29 steps from quantising its value, so that the sum is off by an eighth of that at worst, and by a
+// twentieth where weights are spread out. Queries of rotated keys are rotated too, hence without outliers, and fare
+// alike in decode(); chunk() and scores() give them 16 bits, for the sake of the sums that they return.
+KVC_INLINE bool is_narrow(int bits) { return bits == 4 || bits == 2; }
 
 struct Pages {  // how to reach the slots of a call's rows
   const KvcRows* rows;
@@ -206,15 +219,32 @@ static inline void open_tile(Tile& t, const Pages& p) {
     close_positions(t);
   }
 }
+KVC_INLINE void load_value_params(const Tile& t, int b, int i, vf& scale, vf& offset) {
+  scale = from_f16(t.value_params[b] + 2 * i);
+  offset = from_f16(t.value_params[b] + t.param_bytes + 2 * i);
+  if (16 * b + i + kLanes > t.n)  // past the end lies garbage, perhaps NaN
+    for (int e = 0; e < kLanes; ++e)
+      if (16 * b + i + e >= t.n) scale[e] = offset[e] = 0.f;
+}
+static inline void load_narrow_value_params(Tile& t) {
+  const vf middle = all((float)(1 << (t.value_bits - 1)));
+  for (int b = 0; b < t.blocks; ++b)
+    for (int i = 0; i < 16; i += kLanes) {
+      vf scale, offset;
+      load_value_params(t, b, i, scale, offset);
+      store(t.weight + 16 * b + i, scale);
+      store(t.value_offset + 16 * b + i, scale * middle + offset);
+      store(t.log_scale + 16 * b + i, max(rough_log2(scale), all(kLeastLogScale)));
+    }
+}
 static inline void load_value_params(Tile& t) {
+  if (is_narrow(t.value_bits)) return load_narrow_value_params(t);
   vf largest = vf{};
   for (int b = 0; b < t.blocks; ++b)
     for (int i = 0; i < 16; i += kLanes) {
       const int at = 16 * b + i;
-      vf scale = from_f16(t.value_params[b] + 2 * i), offset = from_f16(t.value_params[b] + t.param_bytes + 2 * i);
-      if (at + kLanes > t.n)  // past the end lies garbage, perhaps NaN
-        for (int e = 0; e < kLanes; ++e)
-          if (at + e >= t.n) scale[e] = offset[e] = 0.f;
+      vf scale, offset;
+      load_value_params(t, b, i, scale, offset);
       store(t.weight + at, scale);
       store(t.value_offset + at, offset);
       largest = max(largest, scale);
@@ -275,8 +305,10 @@ struct Queries {  // up to kHeads query rows of one KV head, in every form that 
   int count;
   alignas(64) float q[kHeads][KVC_MAX_HEAD_DIM];
   alignas(64) int32_t pairs[kHeads][KVC_MAX_HEAD_DIM / 2];  // two bf16 dims per lane
+  bool narrow;                                              // rotated queries are `bytes`, not words[1]
   Words words[2];                                           // codes; [1]: Hadamard-rotated
-  float step[2][kHeads], sum[2][kHeads];                    // logit = step * scale * dot + sum * offset
+  Bytes bytes;                                              // Hadamard-rotated
+  float step[2][kHeads], sum[2][kHeads];                    // plain, rotated: logit = step * scale * dot + sum * offset
 };
 struct Softmax {  // running state of the same rows
   float m[kHeads], l[kHeads], z[kHeads];  // maximum; sums of p, and of p * value offset
@@ -286,6 +318,7 @@ struct Softmax {  // running state of the same rows
 struct Scratch {
   alignas(64) float s[kHeads][kTile];
   Words weights;
+  Bytes bytes;
 };
 struct Visible {  // what one query row may see: first < position <= last, and more for new keys
   int32_t first, last;
@@ -308,28 +341,25 @@ static inline void clear(Softmax& s, int count, int d) {
   }
 }
 
-static inline void quantise_query(Queries& q, int form, int h, const float* x, int d, float scale) {
+static inline void quantise_query(Queries& q, bool rotated, bool narrow, int h, const float* x, int d, float scale) {
   vf largest = vf{};
   for (int i = 0; i < d; i += kLanes) largest = max(largest, max(load(x + i), -load(x + i)));
-  const float peak = reduce_max(largest);
-#if KVC_ISA_avx512 || KVC_ISA_avx2
-  const float inverse = peak > 1e-30f ? kWeightLimit / peak : 0.f;
-  const float step = peak / kWeightLimit;
-#else
-  const float inverse = 1.f, step = 1.f;
-  (void)peak;
-#endif
+  const float peak = reduce_max(largest), limit = narrow ? kKeyByteLimit : kWeightLimit;
+  const float inverse = peak > 1e-30f ? limit / peak : 0.f, step = peak / limit;
   vf sum = vf{};
-  for (int i = 0; i < d; i += kLanes) sum = sum + put(q.words[form], h, i, load(x + i) * all(inverse));
-  q.step[form][h] = step * scale;
-  q.sum[form][h] = reduce_add(sum) * step * scale;
+  for (int i = 0; i < d; i += kLanes) {
+    const vf y = load(x + i) * all(inverse);
+    sum = sum + (narrow ? put_signed(q.bytes, h, i, y) : put(q.words[rotated], h, i, y));
+  }
+  q.step[rotated][h] = step * scale;
+  q.sum[rotated][h] = reduce_add(sum) * step * scale;
 }
 
-struct Forms {  // which forms of a query the layout's tiers need
-  bool plain, rotated;
+struct Forms {  // which forms of a query the layout's tiers need; narrow: in 8 bits for keys of 4 and 2 bits
+  bool plain, rotated, narrow;
 };
-static inline Forms forms_of(const KvcLayout& layout) {
-  Forms f = {false, false};
+static inline Forms forms_of(const KvcLayout& layout, bool narrow) {
+  Forms f = {false, false, narrow};
   for (int t = 0; t < layout.n_tiers; ++t)
     if (layout.tier[t].key_bits) (layout.tier[t].rotate_keys ? f.rotated : f.plain) = true;
   return f;
@@ -343,25 +373,72 @@ static inline void set_query(Queries& q, int h, const void* p, int64_t at, const
 #if KVC_ISA_avx512
   if (layout.dtype == KVC_BF16) memcpy(q.pairs[h], static_cast<const char*>(p) + 2 * at, 2 * d);
 #endif
-  if (forms.plain) quantise_query(q, 0, h, q.q[h], d, logits.scale);
+  q.narrow = forms.narrow;
+  if (forms.plain) quantise_query(q, false, false, h, q.q[h], d, logits.scale);
   if (forms.rotated) {
     alignas(64) float r[KVC_MAX_HEAD_DIM];
     memcpy(r, q.q[h], d * sizeof(float));
     hadamard(r, d, layout.rotation_block);
-    quantise_query(q, 1, h, r, d, logits.scale);
+    quantise_query(q, true, forms.narrow, h, r, d, logits.scale);
   }
 }
 
 // ---- logits ----------------------------------------------------------------------------------------------------
-template <int BITS, int G, int NB>
-KVC_INLINE void code_logits(const Tile& t, const Queries& q, int b0, int d, float (*s)[kTile]) {
-  constexpr int kPer = 8 / BITS;
-  const Words& w = q.words[t.rotated];
-  const int n = d / (4 * kPer);
+// Logits of NB blocks from their dot products, a Dot or ByteDot per block and row of q.
+template <int G, int NB, class D>
+KVC_INLINE void store_logits(const Tile& t, const Queries& q, int b0, int part, const D (&sum)[NB][G],
+                             float (*s)[kTile]) {
+  KVC_UNROLL for (int b = 0; b < NB; ++b) {
+    const uint8_t* params = t.key_params[b0 + b] + 2 * kLanes * part;
+    const vf scale = from_f16(params), offset = from_f16(params + t.param_bytes);
+    KVC_UNROLL for (int h = 0; h < G; ++h)
+      store(s[h] + 16 * (b0 + b) + kLanes * part,
+            value(sum[b][h]) * (scale * all(q.step[t.rotated][h])) + offset * all(q.sum[t.rotated][h]));
+  }
+}
+template <int NB>
+KVC_INLINE void prefetch_key_params(const Tile& t, int b0) {
   for (int b = 0; b < NB; ++b) {  // a few lines at a time: many at once would wait for each other
     prefetch(t.next_key_params[b0 + b]);
     prefetch(t.next_key_params[b0 + b] + t.next_param_bytes);
   }
+}
+
+template <int BITS, int G, int NB>
+KVC_INLINE void byte_logits(const Tile& t, const Queries& q, int b0, int d, float (*s)[kTile]) {
+  constexpr int kPer = 8 / BITS, kRun = 8 / kPer;  // vectors between two settle()
+  const int n = d / (4 * kPer);
+  prefetch_key_params<NB>(t, b0);
+  for (int part = 0; part < kParts; ++part) {
+    ByteDot sum[NB][G];
+    KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = byte_dot_zero();
+    for (int run = 0; run < n; run += kRun) {
+      for (int i = run; i < run + kRun && i < n; ++i) {
+        const int64_t at = 64 * i + part * KVC_WIDTH;
+        Raw x[NB];
+        KVC_UNROLL for (int b = 0; b < NB; ++b) {
+          if (part == 0) prefetch(t.next_keys[b0 + b] + at);
+          x[b] = load_raw(t.keys[b0 + b] + at);
+        }
+        KVC_UNROLL for (int j = 0; j < kPer; ++j) {
+          KVC_UNROLL for (int b = 0; b < NB; ++b) {
+            const auto c = byte_codes<BITS>(x[b], j);
+            KVC_UNROLL for (int h = 0; h < G; ++h) dot_key(sum[b][h], c, byte_weights(q.bytes, h, i * kPer + j));
+          }
+        }
+      }
+      KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) settle(sum[b][h]);
+    }
+    store_logits<G, NB>(t, q, b0, part, sum, s);
+  }
+}
+
+template <int BITS, int G, int NB>
+KVC_INLINE void word_logits(const Tile& t, const Queries& q, int b0, int d, float (*s)[kTile]) {
+  constexpr int kPer = 8 / BITS;
+  const Words& w = q.words[t.rotated];
+  const int n = d / (4 * kPer);
+  prefetch_key_params<NB>(t, b0);
   for (int part = 0; part < kParts; ++part) {
     Dot sum[NB][G];
     KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = dot_zero();
@@ -376,13 +453,7 @@ KVC_INLINE void code_logits(const Tile& t, const Queries& q, int b0, int d, floa
         }
       }
     }
-    KVC_UNROLL for (int b = 0; b < NB; ++b) {
-      const uint8_t* params = t.key_params[b0 + b] + 2 * kLanes * part;
-      const vf scale = from_f16(params), offset = from_f16(params + t.param_bytes);
-      KVC_UNROLL for (int h = 0; h < G; ++h)
-        store(s[h] + 16 * (b0 + b) + kLanes * part,
-              value(sum[b][h]) * (scale * all(q.step[t.rotated][h])) + offset * all(q.sum[t.rotated][h]));
-    }
+    store_logits<G, NB>(t, q, b0, part, sum, s);
   }
 }
 
@@ -468,11 +539,18 @@ constexpr int blocks_at_once() {
 }
 
 template <int BITS, int G>
-static void all_code_logits(const Tile& t, const Queries& q, int d, float (*s)[kTile]) {
+static void all_word_logits(const Tile& t, const Queries& q, int d, float (*s)[kTile]) {
   constexpr int kOnce = blocks_at_once<G>();
   int b = 0;
-  for (; b + kOnce <= t.blocks; b += kOnce) code_logits<BITS, G, kOnce>(t, q, b, d, s);
-  for (; b < t.blocks; ++b) code_logits<BITS, G, 1>(t, q, b, d, s);
+  for (; b + kOnce <= t.blocks; b += kOnce) word_logits<BITS, G, kOnce>(t, q, b, d, s);
+  for (; b < t.blocks; ++b) word_logits<BITS, G, 1>(t, q, b, d, s);
+}
+template <int BITS, int G>
+static void all_byte_logits(const Tile& t, const Queries& q, int d, float (*s)[kTile]) {
+  constexpr int kOnce = KVC_WIDTH == 64 ? 4 : blocks_at_once<G>();
+  int b = 0;
+  for (; b + kOnce <= t.blocks; b += kOnce) byte_logits<BITS, G, kOnce>(t, q, b, d, s);
+  for (; b < t.blocks; ++b) byte_logits<BITS, G, 1>(t, q, b, d, s);
 }
 template <int DTYPE, int G>
 static void all_native_logits(const Tile& t, const Queries& q, int d, float scale, float (*s)[kTile]) {
@@ -490,9 +568,10 @@ template <int G>
 static void tile_logits(const Tile& t, const Queries& q, const KvcLayout& layout, float scale, float (*s)[kTile]) {
   const int d = layout.head_dim;
   if (t.kind == kCodes) {
-    if (t.key_bits == 8) all_code_logits<8, G>(t, q, d, s);
-    else if (t.key_bits == 4) all_code_logits<4, G>(t, q, d, s);
-    else all_code_logits<2, G>(t, q, d, s);
+    const bool narrow = q.narrow && t.rotated;
+    if (t.key_bits == 8) all_word_logits<8, G>(t, q, d, s);
+    else if (t.key_bits == 4) narrow ? all_byte_logits<4, G>(t, q, d, s) : all_word_logits<4, G>(t, q, d, s);
+    else narrow ? all_byte_logits<2, G>(t, q, d, s) : all_word_logits<2, G>(t, q, d, s);
   } else {
     if (layout.dtype == KVC_F32) all_native_logits<KVC_F32, G>(t, q, d, scale, s);
     else if (layout.dtype == KVC_F16) all_native_logits<KVC_F16, G>(t, q, d, scale, s);
@@ -581,8 +660,36 @@ static void native_softmax(const Tile& t, bool pairs, const float* base, Scratch
     }
   reduce_add4(l, sum);
 }
+// Values of 4 and 2 bits: probabilities relative to 2^base, chosen so that the largest weight is close to, and not
+// above, kValueByteLimit.
 template <int G>
-static void code_softmax(const Tile& t, const float* base, Scratch& w, float* sum, float* shared) {
+static void byte_softmax(const Tile& t, const float* base, Scratch& w, float* sum, float* shared) {
+  vf l[kHeads] = {}, z[kHeads] = {};
+  for (int i = 0; i < 16 * t.blocks; i += kLanes) {
+    const vf scale = load(t.weight + i), offset = load(t.value_offset + i);
+    KVC_UNROLL for (int h = 0; h < G; ++h) {
+      const vf p = exp2(load(w.s[h] + i) - all(base[h]));
+      l[h] = l[h] + p;
+      z[h] = p * offset + z[h];
+      put_unsigned(w.bytes, h, i, p * scale);
+    }
+  }
+  reduce_add4(l, sum);
+  reduce_add4(z, shared);
+}
+// Log2 of the largest weight of every row, 0.09 too small at most.
+template <int G>
+KVC_INLINE void largest_weights(const Tile& t, const Scratch& w, float* largest) {
+  vf m[kHeads] = {};
+  KVC_UNROLL for (int h = 0; h < G; ++h) m[h] = all(kMasked);
+  for (int i = 0; i < 16 * t.blocks; i += kLanes) {
+    const vf scale = load(t.log_scale + i);
+    KVC_UNROLL for (int h = 0; h < G; ++h) m[h] = max(m[h], load(w.s[h] + i) + scale);
+  }
+  reduce_max4(m, largest);
+}
+template <int G>
+static void word_softmax(const Tile& t, const float* base, Scratch& w, float* sum, float* shared) {
   vf l[kHeads] = {}, z[kHeads] = {}, lost[kHeads] = {};
   for (int i = 0; i < 16 * t.blocks; i += kLanes) {
     const vf scale = load(t.weight + i), offset = load(t.value_offset + i);
@@ -602,15 +709,18 @@ static void code_softmax(const Tile& t, const float* base, Scratch& w, float* su
   reduce_add4(z, shared);
 }
 
-// Takes a tile's logits (w.s, with their largest) into the running state. Returns whether probabilities are pairs of
+// Takes a tile's logits (w.s, with their largest, of no use where is_narrow(value_bits)) into the running state. Returns whether probabilities are pairs of
 // bf16 in w.weights (only for bf16 values). Each is then off by up to 0.2 %, which in tiles where none is above an
 // eighth of the sum so far changes the output by less than a third of what rounding it to bf16 does.
 template <int G>
 static bool softmax_of(const Tile& t, Softmax& r, const float* largest, Scratch& w) {
   alignas(64) float change[2 * kHeads < kLanes ? kLanes : 2 * kHeads] = {};  // to alpha, then beta
   float base[kHeads];
+  const bool narrow = is_narrow(t.value_bits);
+  if (narrow) largest_weights<G>(t, w, base);
   KVC_UNROLL for (int h = 0; h < G; ++h) {
-    base[h] = largest[h] > kFloor ? largest[h] : kFloor;
+    base[h] = narrow ? base[h] - kByteHeadroom : largest[h];
+    base[h] = base[h] > kFloor ? base[h] : kFloor;
     const float m = base[h] > r.m[h] ? base[h] : r.m[h];
     change[h] = r.m[h] - m;
     change[kHeads + h] = base[h] - m;
@@ -622,8 +732,9 @@ static bool softmax_of(const Tile& t, Softmax& r, const float* largest, Scratch&
   KVC_UNROLL for (int h = 0; h < G; ++h) pairs &= beta[h] * 8.f <= r.l[h] * alpha[h];
   float sum[kHeads], shared[kHeads] = {};
   if (t.value_bits == 0) native_softmax<G>(t, pairs, base, w, sum);
-  else code_softmax<G>(t, base, w, sum, shared);
-  const float unit = t.value_bits == 0 ? 1.f : t.weight_step;
+  else if (narrow) byte_softmax<G>(t, base, w, sum, shared);
+  else word_softmax<G>(t, base, w, sum, shared);
+  const float unit = t.value_bits == 8 ? t.weight_step : 1.f;
   KVC_UNROLL for (int h = 0; h < G; ++h) {
     r.l[h] = r.l[h] * alpha[h] + sum[h] * beta[h];
     r.z[h] = r.z[h] * alpha[h] + shared[h] * beta[h];
@@ -641,16 +752,27 @@ static inline bool softmax(const Tile& t, Softmax& r, int count, const float* la
   }
 }
 
+// Adds the dot products of a tile, a Dot or ByteDot per row and vector of dims, to the output.
+template <int G, int NV, class D>
+KVC_INLINE void add_dots(Softmax& r, int v0, const D (&sum)[G][NV]) {
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
+    float* o = r.o[h] + (v0 + v) * kLanes;
+    store(o, value(sum[h][v]) * all(r.step[h]) + load(o) * all(r.alpha[h]));
+  }
+}
+KVC_INLINE void prefetch_value_params(const Tile& t, int b) {
+  prefetch(t.next_value_params[b]);
+  prefetch(t.next_value_params[b] + t.next_param_bytes);
+}
+
+// Values of 4 and 2 bits.
 template <int BITS, int G, int NV>
-KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0, int d) {
+KVC_INLINE void byte_values(const Tile& t, const Scratch& w, Softmax& r, int v0, int d) {
   constexpr int kPer = 8 / BITS, kGroups = 4 / kPer;  // 64-byte vectors per 16 slots and 16 dims
-  Dot sum[G][NV];
-  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v] = dot_zero();
+  ByteDot sum[G][NV];
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v] = byte_dot_zero();
   for (int b = 0; b < t.blocks; ++b) {
-    if (v0 == 0) {
-      prefetch(t.next_value_params[b]);
-      prefetch(t.next_value_params[b] + t.next_param_bytes);
-    }
+    if (v0 == 0) prefetch_value_params(t, b);
     const uint8_t *p = t.values[b] + v0 * KVC_WIDTH, *next = t.next_values[b] + v0 * KVC_WIDTH;
     KVC_UNROLL for (int g = 0; g < kGroups; ++g) {
       Raw x[NV];
@@ -660,16 +782,34 @@ KVC_INLINE void code_values(const Tile& t, const Scratch& w, Softmax& r, int v0,
       }
       KVC_UNROLL for (int j = 0; j < kPer; ++j) {
         KVC_UNROLL for (int v = 0; v < NV; ++v) {
-          const Codes c = codes<BITS>(x[v], j);
-          KVC_UNROLL for (int h = 0; h < G; ++h) dot(sum[h][v], c, w.weights, h, b * 4 + g * kPer + j);
+          const auto c = signed_codes<BITS>(x[v], j);
+          KVC_UNROLL for (int h = 0; h < G; ++h)
+            dot_value(sum[h][v], c, byte_weights(w.bytes, h, b * 4 + g * kPer + j));
         }
       }
     }
+    KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) settle(sum[h][v]);
   }
-  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) {
-    float* o = r.o[h] + (v0 + v) * kLanes;
-    store(o, value(sum[h][v]) * all(r.step[h]) + load(o) * all(r.alpha[h]));
+  add_dots<G, NV>(r, v0, sum);
+}
+
+// Values of 8 bits.
+template <int G, int NV>
+KVC_INLINE void word_values(const Tile& t, const Scratch& w, Softmax& r, int v0, int d) {
+  Dot sum[G][NV];
+  KVC_UNROLL for (int h = 0; h < G; ++h) KVC_UNROLL for (int v = 0; v < NV; ++v) sum[h][v] = dot_zero();
+  for (int b = 0; b < t.blocks; ++b) {
+    if (v0 == 0) prefetch_value_params(t, b);
+    const uint8_t *p = t.values[b] + v0 * KVC_WIDTH, *next = t.next_values[b] + v0 * KVC_WIDTH;
+    KVC_UNROLL for (int g = 0; g < 4; ++g) {
+      KVC_UNROLL for (int v = 0; v < NV; ++v) {
+        if (v % kParts == 0) prefetch(next + (int64_t)g * d * 4 + v * KVC_WIDTH);
+        const Codes c = codes<8>(load_raw(p + (int64_t)g * d * 4 + v * KVC_WIDTH), 0);
+        KVC_UNROLL for (int h = 0; h < G; ++h) dot(sum[h][v], c, w.weights, h, b * 4 + g);
+      }
+    }
   }
+  add_dots<G, NV>(r, v0, sum);
 }
 
 template <int DTYPE, int G, int NV>
@@ -742,11 +882,17 @@ static void all_pair_values(const Tile& t, const Scratch& w, Softmax& r, int d) 
 
 template <int BITS, int G>
 static void all_code_values(const Tile& t, const Scratch& w, Softmax& r, int d) {
-  constexpr int kOnce = G >= 3 ? 2 : 4;
+  constexpr int kOnce = G < 3 || (BITS < 8 && KVC_WIDTH == 64) ? 4 : 2;
   const int n = d / kLanes;
   int v = 0;
-  for (; v + kOnce <= n; v += kOnce) code_values<BITS, G, kOnce>(t, w, r, v, d);
-  for (; v < n; ++v) code_values<BITS, G, 1>(t, w, r, v, d);
+  for (; v + kOnce <= n; v += kOnce) {
+    if constexpr (BITS == 8) word_values<G, kOnce>(t, w, r, v, d);
+    else byte_values<BITS, G, kOnce>(t, w, r, v, d);
+  }
+  for (; v < n; ++v) {
+    if constexpr (BITS == 8) word_values<G, 1>(t, w, r, v, d);
+    else byte_values<BITS, G, 1>(t, w, r, v, d);
+  }
 }
 template <int DTYPE, int G>
 static void all_native_values(const Tile& t, const Scratch& w, Softmax& r, int d) {

@@ -116,11 +116,16 @@ KVC_INLINE void reduce_max4(const vf* x, float* out) {
 #endif
 }
 
-// 2^x, relative error below 3e-7 for -126 <= x <= 127; exactly 0 below -126.5 (and for masked logits).
+// 2^x, relative error below 3e-7 for -126 <= x <= 127; 0 for masked logits. NaN stays NaN.
 KVC_INLINE vf exp2(vf x) {
+#if KVC_ISA_avx512
+  const vf whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf f = x - whole;
+#else
   x = max(all(-127.f), x);  // in this order a NaN stays a NaN
   const vf shifted = x + all(12582912.f);  // 1.5 * 2^23: the low bits now hold round(x)
   const vf f = x - (shifted - all(12582912.f));
+#endif
   vf p = all(1.54353139e-4f);
   p = p * f + all(1.33335581e-3f);
   p = p * f + all(9.61812911e-3f);
@@ -128,9 +133,15 @@ KVC_INLINE vf exp2(vf x) {
   p = p * f + all(2.40226507e-1f);
   p = p * f + all(6.93147181e-1f);
   p = p * f + all(1.f);
+#if KVC_ISA_avx512
+  return _mm512_scalef_ps(p, whole);
+#else
   const vi bits = (((vi)shifted) + (127 - 0x4B400000)) << 23;
   return p * (vf)bits;
+#endif
 }
+// log2(x), 0.09 too small at most, for 0 < x < inf; -127 for 0.
+KVC_INLINE vf rough_log2(vf x) { return __builtin_convertvector((vi)x, vf) * all(1.1920929e-7f) - all(127.f); }
 KVC_INLINE float exp2(float x) { return exp2(all(x))[0]; }
 
 // ---- 16-bit floats ---------------------------------------------------------------------------------------------
@@ -244,12 +255,20 @@ KVC_INLINE void hadamard(float* x, int n, int block) {
 // ---- integer dots ----------------------------------------------------------------------------------------------
 // Pages hold unsigned codes so that one 32-bit lane has four of them: four dims of a slot (keys) or four slots of
 // a dim (values). dot() adds, in every lane, the four codes times four weights that all lanes share. Weights
-// (a query, or probabilities times value scales) are kept to 16 bits:
+// (a query, or probabilities times value scales) are kept to 16 bits as Words:
 //   AVX-512: two signed bytes, weight = 256 * high + low; vpdpbusd takes one of them at a time
 //   AVX2:    one int16; vpmaddwd takes codes 0 and 2, then 1 and 3 (vpmaddubsw would saturate)
 //   others:  floats, not rounded
+// Codes of 4 and 2 bits take weights of one byte, Bytes, at half the cost or less; attention_core.h says why that is
+// enough. Keys' weights are signed. Values' weights are not negative, hence unsigned, and their codes are
+// made signed by taking half of their range off.
 constexpr int kMaxQuads = 64;
 constexpr float kWeightLimit = 32512.f;  // 127 * 256: the high byte stays in range after rounding
+constexpr float kKeyByteLimit = 127.f, kValueByteLimit = 255.f;
+template <int BITS>
+constexpr int half_range() {
+  return 1 << (BITS - 1);
+}
 #if KVC_ISA_avx512
 struct Words {  // weights of up to four heads
   alignas(64) int32_t high[4][kMaxQuads];
@@ -287,6 +306,35 @@ KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.low[head][at / 4]), _mm512_cvtepi32_epi8(r));
   return _mm512_cvtepi32_ps(r);
 }
+
+struct Bytes {  // weights of up to four heads
+  alignas(64) int32_t quad[4][kMaxQuads];
+};
+struct ByteDot {
+  __m512i sum;
+};
+KVC_INLINE ByteDot byte_dot_zero() { return {_mm512_setzero_si512()}; }
+template <int BITS>
+KVC_INLINE Codes byte_codes(Raw x, int j) {
+  return codes<BITS>(x, j);
+}
+template <int BITS>
+KVC_INLINE Codes signed_codes(Raw x, int j) {
+  return _mm512_sub_epi8(codes<BITS>(x, j), _mm512_set1_epi8(half_range<BITS>()));
+}
+KVC_INLINE Raw byte_weights(const Bytes& w, int head, int quad) { return _mm512_set1_epi32(w.quad[head][quad]); }
+KVC_INLINE void dot_key(ByteDot& s, Codes c, Raw weights) { dpbusd(s.sum, c, weights); }
+KVC_INLINE void dot_value(ByteDot& s, Codes c, Raw weights) { dpbusd(s.sum, weights, c); }
+KVC_INLINE void settle(ByteDot&) {}  // to be called at least after every eight dots
+KVC_INLINE vf value(const ByteDot& s) { return _mm512_cvtepi32_ps(s.sum); }
+KVC_INLINE vf put_signed(Bytes& w, int head, int at, vf x) {  // as put(), scaled to +-kKeyByteLimit
+  const __m512i r = _mm512_cvtps_epi32(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.quad[head][at / 4]), _mm512_cvtepi32_epi8(r));
+  return _mm512_cvtepi32_ps(r);
+}
+KVC_INLINE void put_unsigned(Bytes& w, int head, int at, vf x) {  // scaled to 0 .. kValueByteLimit
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(&w.quad[head][at / 4]), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 #elif KVC_ISA_avx2
 struct Words {
   alignas(64) int32_t pair[4][kMaxQuads][2];
@@ -323,6 +371,49 @@ KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(w.pair[head][at / 4 + 1]), _mm256_extracti128_si256(p, 1));
   return _mm256_cvtepi32_ps(r);
 }
+
+struct Bytes {
+  alignas(64) int32_t quad[4][kMaxQuads];
+};
+struct ByteDot {
+  __m256i sum, part;  // part: int16, of at most eight dots, 8 * 2 * 255 * 8 = 32640 at most
+};
+KVC_INLINE ByteDot byte_dot_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+template <int BITS>
+KVC_INLINE Raw byte_codes(Raw x, int j) {
+  return _mm256_and_si256((__m256i)((vus)x >> (j * BITS)), _mm256_set1_epi8((1 << BITS) - 1));
+}
+template <int BITS>
+KVC_INLINE Raw signed_codes(Raw x, int j) {
+  return _mm256_sub_epi8(byte_codes<BITS>(x, j), _mm256_set1_epi8(half_range<BITS>()));
+}
+KVC_INLINE Raw byte_weights(const Bytes& w, int head, int quad) { return _mm256_set1_epi32(w.quad[head][quad]); }
+KVC_INLINE void dot_key(ByteDot& s, Raw c, Raw weights) {
+  s.part = _mm256_add_epi16(s.part, _mm256_maddubs_epi16(c, weights));
+}
+KVC_INLINE void dot_value(ByteDot& s, Raw c, Raw weights) {
+  s.part = _mm256_add_epi16(s.part, _mm256_maddubs_epi16(weights, c));
+}
+KVC_INLINE void settle(ByteDot& s) {
+  s.sum = _mm256_add_epi32(s.sum, _mm256_madd_epi16(s.part, _mm256_set1_epi16(1)));
+  s.part = _mm256_setzero_si256();
+}
+KVC_INLINE vf value(const ByteDot& s) { return _mm256_cvtepi32_ps(s.sum); }
+KVC_INLINE void put_bytes(Bytes& w, int head, int at, __m256i r) {  // the low bytes of eight lanes
+  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i p = _mm256_shuffle_epi8(r, order);
+  w.quad[head][at / 4] = _mm256_extract_epi32(p, 0);
+  w.quad[head][at / 4 + 1] = _mm256_extract_epi32(p, 4);
+}
+KVC_INLINE vf put_signed(Bytes& w, int head, int at, vf x) {
+  const __m256i r = _mm256_cvtps_epi32(x);
+  put_bytes(w, head, at, r);
+  return _mm256_cvtepi32_ps(r);
+}
+KVC_INLINE void put_unsigned(Bytes& w, int head, int at, vf x) {
+  put_bytes(w, head, at, _mm256_min_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(255)));
+}
 #else
 struct Words {
   alignas(64) float weight[4][kMaxQuads * 4];
@@ -353,6 +444,28 @@ KVC_INLINE vf put(Words& w, int head, int at, vf x) {
   store(&w.weight[head][at], x);
   return x;
 }
+
+typedef Words Bytes;  // floats cost the same either way
+typedef Dot ByteDot;
+KVC_INLINE ByteDot byte_dot_zero() { return dot_zero(); }
+template <int BITS>
+KVC_INLINE Codes byte_codes(Raw x, int j) {
+  return codes<BITS>(x, j);
+}
+template <int BITS>
+KVC_INLINE Codes signed_codes(Raw x, int j) {
+  Codes r = codes<BITS>(x, j);
+  KVC_UNROLL for (int e = 0; e < 4; ++e) r.c[e] = r.c[e] - all((float)half_range<BITS>());
+  return r;
+}
+KVC_INLINE const float* byte_weights(const Bytes& w, int head, int quad) { return &w.weight[head][4 * quad]; }
+KVC_INLINE void dot_key(ByteDot& s, const Codes& c, const float* weights) {
+  KVC_UNROLL for (int e = 0; e < 4; ++e) s.sum = c.c[e] * all(weights[e]) + s.sum;
+}
+KVC_INLINE void dot_value(ByteDot& s, const Codes& c, const float* weights) { dot_key(s, c, weights); }
+KVC_INLINE void settle(ByteDot&) {}
+KVC_INLINE vf put_signed(Bytes& w, int head, int at, vf x) { return put(w, head, at, x); }
+KVC_INLINE void put_unsigned(Bytes& w, int head, int at, vf x) { put(w, head, at, x); }
 #endif
 
 // Into L2: L1 can wait for only some 24 lines at a time, which makes a third of the bandwidth.

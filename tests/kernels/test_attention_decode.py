@@ -88,7 +88,14 @@ def test_window(build_cache, backend, exact, relative_error, tolerance, window):
 def test_window_that_hides_everything(build_cache, backend):
     cache = build_cache(backend)
     out = backend.decode_attention(
-        cache.hf(cache.q_heads, 1), None, None, cache.rows, cache.tail, position=10**6, scale=1.0, window=5,
+        cache.hf(cache.q_heads, 1),
+        None,
+        None,
+        cache.rows,
+        cache.tail,
+        position=10**6,
+        scale=1.0,
+        window=5,
         append=False,
     )
     assert torch.equal(out, torch.zeros_like(out))

@@ -32,8 +32,12 @@ def check_both(cache, backend, exact, *, n_q: int = 32, n_k: int | None = None, 
     for power, both in enumerate(backend.column_scores(q, k, cache.rows, cache.tail, **options), start=1):
         one = backend.window_scores(q, k, cache.rows, cache.tail, power=power, **options)
         expected = exact.column_scores(q, k, cache.expected_rows, cache.expected_tail, **options)[power - 1]
-        for a, o, e in zip([*both.past, both.tail, both.fresh], [*one.past, one.tail, one.fresh],
-                           [*expected.past, expected.tail, expected.fresh], strict=True):
+        for a, o, e in zip(
+            [*both.past, both.tail, both.fresh],
+            [*one.past, one.tail, one.fresh],
+            [*expected.past, expected.tail, expected.fresh],
+            strict=True,
+        ):
             assert torch.equal(a, o)
             torch.testing.assert_close(a, e, rtol=3e-3, atol=1e-6)
 
