@@ -122,7 +122,7 @@ def load_and_ask(which, tokens, path, new_tokens):
     began = time.perf_counter()
     parent = kvc.CompressedPagedCache.load(path, model)
     print(
-        f"\n{which} model, new process: loaded {parent.get_seq_length():,} tokens in {time.perf_counter() - began:.3f} s"
+        f"\n{which}, new process: loaded {parent.get_seq_length():,} tokens in {time.perf_counter() - began:.3f} s"
     )
     ask(model, prompts[0][:, :64], 2)  # the first call of a process is slower: not counted
     stock = [ask(model, ids, new_tokens) for ids in prompts]

@@ -836,7 +836,7 @@ class PagedAttention:
         tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
         windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
         aside = [self._bytes_aside(part.store) for part in parts]
-        held = sum(part.store.pages_held().cpu() * cost_of_page(part.store) for part in parts)
+        held = torch.stack([part.store.pages_held().cpu() * cost_of_page(part.store) for part in parts]).sum(0)
         ruled: list[tuple[Recipe, Plan, torch.Tensor | slice, Limits]] = []
         for recipe, rows in self._sequences_by_recipe():
             plan: Plan | None = recipe.plan
@@ -878,7 +878,8 @@ class PagedAttention:
         self._room = None
         if all(limits.allowed_bytes is not None for *_, limits in ruled):
             allowed = sum(int(limits.allowed_bytes.sum()) for *_, limits in ruled if limits.allowed_bytes is not None)
-            held = sum(int(owned.store.pages_held().sum()) * cost_of_page(owned.store) for owned in self._stores.values())
+            stores = [owned.store for owned in self._stores.values()]
+            held = sum(int(store.pages_held().sum()) * cost_of_page(store) for store in stores)
             self._room = max(0, allowed - held)
 
     def _sequences_by_recipe(self) -> list[tuple[Recipe, torch.Tensor | slice]]:

@@ -186,7 +186,7 @@ class Recipe:
         when (`When`): When the cache packs and plans.
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
         centre_keys (`bool`, *optional*): Whether what the keys of a head have in common is taken off before they are
-            stored, which attention does not notice; when left out, where a tier is quantised.
+            stored, which attention does not notice; when left out, where a tier has keys of 4 bits or fewer.
 
     Raises:
         ValueError: For a value out of range, an unknown tier, or parts that make no sense together.
@@ -276,7 +276,7 @@ class Recipe:
         """`bool`: Whether keys are stored without what those of a head have in common; see `centre_keys`."""
         if self.centre_keys is not None:
             return self.centre_keys
-        return any(TIERS[name][0] for name in self.tiers)
+        return any(0 < TIERS[name][0] <= 4 for name in self.tiers)
 
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.

@@ -54,7 +54,7 @@ class SlotCounts:
         Returns:
             `SlotCounts`: The counts.
         """
-        batch, rows, slots = depth.shape
+        batch, rows = depth.shape[:2]
         kind = view.tier.to(torch.int32) * 2 * BINS  # of each column
         index = (depth + view.protected.to(torch.int32) * BINS + kind).long()
         counts = torch.zeros((batch, rows, view.tiers * 2 * BINS), dtype=torch.int32, device=depth.device)
