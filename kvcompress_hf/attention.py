@@ -251,6 +251,15 @@ class PagedAttention:
         key = store.centre(layer.index, key)
         if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+        elif self._verifies(layer, mask, valid, tokens):
+            outputs = []
+            for token in range(tokens):
+                one = slice(token, token + 1)
+                real = None if valid is None else valid[:, one].contiguous()
+                new = (query[:, :, one], key[:, :, one], value[:, :, one])
+                outputs.append(self._decode(layer, store, *new, real, scaling, softcap, window, sinks))
+                layer.seen += 1
+            output = torch.cat(outputs, dim=1)
         else:
             try:
                 output = self._chunk(
@@ -559,6 +568,23 @@ class PagedAttention:
         except CacheMemoryError:
             self._undo_forward()
             raise
+
+    def _verifies(self, layer: _Layer, mask: torch.Tensor | None, valid: torch.Tensor | None, tokens: int) -> bool:
+        """Whether recorded tokens are to attend one by one, as decoded ones do.
+
+        Decoding rounds attention over quantised pages in its own way, so a draft that is verified in one block could
+        differ from the tokens of plain decoding where two of them are nearly equal.
+        """
+        if not self.recording or not layer.seen or tokens > self.recipe.when.every or layer.sharing is not None:
+            return False
+        if all(TIERS[name] == (0, 0) for name in self.recipe.tiers):
+            return False
+        if mask is None or valid is None:
+            return True
+        allowed, bias = _split_mask(mask)
+        causal = torch.ones((tokens, tokens), dtype=torch.bool, device=mask.device).tril() & valid[:, None]
+        same = allowed is not None and bool(((allowed == causal) | ~valid[:, :, None]).all())
+        return same and bias is None
 
     @property
     def _holds(self) -> bool:

