@@ -1,5 +1,6 @@
 # make demo   makes .venv, installs, runs the demonstration
 # make test   the same .venv, lint and the whole test suite
+# make sanitize   the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter .venv is made with (3.10 or newer)
@@ -15,7 +16,7 @@ TORCH_INDEX ?=
 TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
 NATIVE := $(wildcard CMakeLists.txt kernels/CMakeLists.txt kernels/include/* kernels/cpu/*)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint sanitize install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvcompress demo
@@ -29,6 +30,16 @@ lint: $(VENV)/.installed
 	rm -rf build/typecheck && mkdir -p build/typecheck && cp -R kvcompress_hf build/typecheck/
 	cp -R kernels patches build/typecheck/kvcompress_hf/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p kvcompress_hf
+
+# The kernel tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, found beside the sources first.
+# Leaks are not looked for: Python's own would drown ours.
+sanitize: $(VENV)/.installed
+	rm -rf build/sanitize
+	$(BIN)/pip install --no-deps --target build/sanitize/site -C cmake.define.KVC_SANITIZE=ON \
+		-C build-dir=build/sanitize/build .
+	trap 'rm -f kernels/libkvc_cpu.so' EXIT; cp build/sanitize/site/kvcompress_hf/kernels/libkvc_cpu.so kernels/; \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/kernels -q $(PYTEST_ARGS)
 
 install: $(VENV)/.installed
 

@@ -26,6 +26,17 @@ import kvcompress_hf as kvc
 TINY = Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny"
 
 
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def random_llama(layers: int, hidden: int, dtype: torch.dtype) -> LlamaForCausalLM:
     """A random Llama of the given size: head_dim 64 below hidden 1024, else 128, groups of 4 query heads."""
     torch.manual_seed(0)
@@ -115,22 +126,13 @@ def main() -> None:
                         f"{f['speedup']:7.2f}x{f['bytes'] / 2**20:9.2f}"
                     )
     if arguments.json:
-        machine = {
-            "processor": next(
-                (
-                    line.split(":")[1].strip()
-                    for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if "model name" in line
-                ),
-                platform.processor(),
-            ),
+        header = machine() | {
             "threads": arguments.threads,
-            "torch": torch.__version__,
             "transformers": transformers.__version__,
             "date": datetime.date.today().isoformat(),
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"machine": header, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,20 @@ def check_packed_width(rows: Rows, tier: int, lengths: Tensor) -> None:
         raise ValueError(f"slots must be between 0 and {capacity} (table of tier {tier}), got {most}")
 
 
+def check_page_tables(rows: Rows) -> None:
+    """Checks that every page in use lies in a slab: native code follows the ids blindly."""
+    sizes = torch.tensor([slab.shape[0] for slab in rows.slabs] or [0], device=rows.slab_addresses.device)
+    for tier, (table, length) in enumerate(zip(rows.tables, rows.lengths, strict=True)):
+        pages = (length + (rows.layout.tiers[tier].slots - 1)) // rows.layout.tiers[tier].slots
+        used = torch.arange(table.shape[1], device=table.device) < pages.unsqueeze(1)
+        ids = table[used]
+        slab, inside = ids >> rows.slab_shift, ids & ((1 << rows.slab_shift) - 1)
+        known = (slab >= 0) & (slab < len(rows.slabs))
+        bad = ids[~known | (inside >= sizes[torch.where(known, slab, 0)])]
+        if bad.numel():
+            raise ValueError(f"the table of tier {tier} names page {int(bad[0])}, which is in none of the slabs")
+
+
 def check_pack(
     rows: Rows,
     tier: int,

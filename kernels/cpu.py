@@ -1,7 +1,8 @@
 """The CPU backend: `libkvc_cpu.so` through ctypes.
 
 Arguments are checked here and handed over in one pre-packed struct per operation (`include/abi.h`); the native
-code trusts them. Page ids in tables are the caller's responsibility.
+code trusts them. Attention checks the page ids in tables too, once per plan; elsewhere they are the caller's
+responsibility.
 """
 
 from __future__ import annotations
@@ -270,6 +271,7 @@ class CpuBackend(Backend):
         checks.check_accumulators(layout, tail, sum_field, square_field)
         for tier in range(len(layout.tiers)):
             checks.check_packed_width(rows, tier, rows.lengths[tier])
+        checks.check_page_tables(rows)
         c = abi.KvcDecode(
             scale=scale,
             softcap=softcap or 0.0,
@@ -309,6 +311,7 @@ class CpuBackend(Backend):
         checks.check_block(q, k_new, rows, tail, CPU)
         checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
         checks.check_tensor("v_new", v_new, k_new.shape, layout.dtype, CPU)
+        checks.check_page_tables(rows)
         batch, kv_heads, n_k, head_dim = k_new.shape
         q_heads, n_q = q.shape[1:3]
         if allowed is not None:
@@ -437,6 +440,7 @@ class CpuBackend(Backend):
         layout = rows.layout
         checks.check_block(q, k_new, rows, tail, CPU)
         checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
+        checks.check_page_tables(rows)
         batch, kv_heads, n_k, _ = k_new.shape
         q_heads, n_q = q.shape[1:3]
         if query_valid is not None:

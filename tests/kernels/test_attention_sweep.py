@@ -1,0 +1,52 @@
+"""Every instruction set on many random shapes, and on a very long row, against the reference in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+TIERS = [(8, 8), (8, 4), (8, 2), (4, 8), (4, 4), (4, 2), (2, 2), (0, 0)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def check(cache, backend, exact, relative_error, tolerance, **options):
+    q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
+    options |= dict(scale=q.shape[-1] ** -0.5)
+    actual = backend.decode_attention(q, k, v, cache.rows, cache.tail, **options)
+    expected = exact.decode_attention(q, k, v, cache.expected_rows, cache.expected_tail, **options)
+    assert relative_error(actual, expected) <= tolerance(cache)
+
+
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_random_shapes(build_cache, backend, exact, relative_error, tolerance, head_dim):
+    """Every head_dim; group, batch, dtype, tiers, ragged lengths (nothing and one slot among them) drawn at random."""
+    draw = random.Random(head_dim)
+    for group in draw.sample(range(1, 17), 2):
+        batch, kv_heads = draw.randint(1, 3), draw.randint(1, 3)
+        tiers = draw.sample(TIERS, draw.randint(1, 3))
+        most = [[draw.choice([0, 1, 15, 16, 17, 63, 130, 200]) for _ in range(batch * kv_heads)] for _ in tiers]
+        cache = build_cache(
+            backend,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            dtype=draw.choice(DTYPES),
+            tiers=tiers,
+            most=most,
+            tail_lengths=[draw.choice([0, 1, 16, 39]) for _ in range(batch)],
+            seed=head_dim,
+        )
+        window = draw.choice([None, None, 1, 50])
+        check(cache, backend, exact, relative_error, tolerance, position=450, window=window)
+
+
+@pytest.mark.parametrize("tiers", [[(8, 4)], [(8, 8), (4, 2), (0, 0)]])
+def test_a_hundred_thousand_slots(build_cache, backend, exact, relative_error, tolerance, threads, tiers):
+    most = [[100_000 // len(tiers) + i] for i, _ in enumerate(tiers)]
+    cache = build_cache(
+        backend, batch=1, kv_heads=1, group=2, head_dim=16, tiers=tiers, most=most, fields=(), page_bytes=64 * 1024
+    )
+    check(cache, backend, exact, relative_error, tolerance, position=100_001)
