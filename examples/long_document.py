@@ -121,9 +121,8 @@ def load_and_ask(which, tokens, path, new_tokens):
     prompts = [tokenizer(document + question, return_tensors="pt").input_ids for question, _ in questions]
     began = time.perf_counter()
     parent = kvc.CompressedPagedCache.load(path, model)
-    print(
-        f"\n{which}, new process: loaded {parent.get_seq_length():,} tokens in {time.perf_counter() - began:.3f} s"
-    )
+    seconds = time.perf_counter() - began
+    print(f"\n{which} model, new process: loaded {parent.get_seq_length():,} tokens in {seconds:.3f} s")
     ask(model, prompts[0][:, :64], 2)  # the first call of a process is slower: not counted
     stock = [ask(model, ids, new_tokens) for ids in prompts]
     with kvc.patched(model, parent.recipe):

@@ -498,7 +498,8 @@ class CompressedPagedCache(Cache):
             TypeError: If `model` is not a transformers model.
         """
         if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"load() takes the model that goes on with the cache, got {type(model).__name__}.")
+            inner = " (give the inner one: model.get_base_model())" if hasattr(model, "get_base_model") else ""
+            raise TypeError(f"load() takes the model that goes on with the cache, got {type(model).__name__}{inner}.")
         windows = layer_windows(model.config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
         loaded = load_cache(

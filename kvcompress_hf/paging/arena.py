@@ -304,7 +304,7 @@ class Arena:
     def _add(self, pages: int) -> int:
         """Adds a slab of at most that many pages, and returns how many it has."""
         count = min(pages, 1 << self.slab_shift)
-        index = self._insert(self.new_slab(count))  # makes `references` anew
+        index = self._insert(self.new_slab(count))  # this replaces self.references, so it comes first
         self.references[self._slab_ids(index)] = 0
         return count
 

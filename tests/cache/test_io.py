@@ -99,8 +99,9 @@ def goes_on_alike(model, cache, loaded, mask=None, steps=40):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("pads", [(), (0, 23)], ids=["full", "padded"])
-@pytest.mark.parametrize("recipe", list(kvc.presets()))
+@pytest.mark.parametrize(
+    ("recipe", "pads"), [*((name, (0, 23)) for name in kvc.presets()), ("lossless", ()), ("auto", ()), ("h2o", ())]
+)
 def test_a_loaded_cache_goes_on_with_the_very_same_logits(model, recipe, pads, tmp_path):
     cache, mask = filled(model, recipe, pads=pads)
     path = tmp_path / "cache.kvc.safetensors"
@@ -299,13 +300,16 @@ def test_layers_on_several_devices_get_stores_of_their_own(model, tmp_path, monk
 def test_a_device_map_says_where_layers_live():
     from accelerate import cpu_offload
 
-    from kvcompress_hf.io import layer_devices
+    from kvcompress_hf.io import layer_devices, model_identity
 
     model = LlamaForCausalLM(LlamaConfig(**_BASE))
     assert layer_devices(model, 2) == [torch.device("cpu")] * 2
+    identity = model_identity(model.config, model)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert next(model.parameters()).device.type == "meta"
     assert layer_devices(model, 2) == [torch.device("cpu")] * 2
+    offloaded = model_identity(model.config, model)  # weights that are elsewhere are not compared
+    assert set(offloaded.weights) == {-1} and identity.difference(offloaded) is None
 
 
 def test_memory_counts_mapped_pages_as_what_they_are(model, tmp_path):
@@ -524,9 +528,7 @@ def test_rows_tell_what_each_head_keeps(model):
         assert bool((row.positions.diff() > 0).all()) and int(row.positions.max()) == 619
         assert int(row.positions.min()) == (100 if row.sequence else 0)  # the sinks; padding is never kept
         assert f"layer {row.layer}, sequence {row.sequence}, head {row.head}" in str(row) and "KiB" in str(row)
-    memory = cache.memory()
-    pages = sum(row.pages for row in rows) * layout.page_bytes
-    assert pages == memory.payload + memory.metadata + memory.fields + memory.slack
+    assert sum(row.pages for row in rows) == cache._attention.stores[0].usage().pages
     plain = filled(model, "k8v4")[0].rows()
     assert plain[0].positions is None and plain[0].slots == {"k8v4": 300} and plain[0].tail == 20
 

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -25,13 +27,17 @@ def start(*command):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_two_processes_answer_as_one_does(tmp_path):
+def test_two_processes_answer_as_one_does(tmp_path, monkeypatch):
     script = EXAMPLES / "split_between_processes.py"
     arguments = ("--cpu", "--recipe", "lossless", "--prompts", 5, "--new-tokens", 8, "--output")
     launch = ("-m", "accelerate.commands.launch", "--num_processes", 2, "--multi_gpu", "--num_machines", 1)
     plain = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0)
     start(*launch, *plain, script, *arguments, tmp_path / "two")
-    start(script, *arguments, tmp_path / "one")
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments), str(tmp_path / "one")])
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        PartialState._reset_state()  # accelerate remembers for the whole process that it was told to use the CPU
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     assert [answer["process"] for answer in two] == [0, 0, 0, 1, 1] and len(one) == 5
     assert [answer["tokens"] for answer in two] == [answer["tokens"] for answer in one]
@@ -40,7 +46,7 @@ def test_two_processes_answer_as_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_the_long_document_is_asked_in_a_new_process():
-    text = start(EXAMPLES / "long_document.py", "--tokens", 500, "--tiny-tokens", 900, "--new-tokens", 6)
+    text = start(EXAMPLES / "long_document.py", "--tokens", 300, "--tiny-tokens", 600, "--new-tokens", 6)
     for which in ("tiny", "random"):
         assert re.search(rf"^{which} model, [0-9.]+ M parameters, [0-9,]+ tokens, auto at 0.125", text, re.MULTILINE)
         assert re.search(rf"^{which} model, new process: loaded [0-9,]+ tokens in", text, re.MULTILINE)

@@ -57,7 +57,7 @@ def question(tokenizer, text):
 QUESTIONS = ("\nWhat is the pass key? The pass key is", "\nWho was there?", " The moor was")
 
 
-@pytest.mark.parametrize("recipe", ["lossless", "k8v4", "auto", "roco"])
+@pytest.mark.parametrize("recipe", ["lossless", "auto", "roco"])
 def test_many_questions_leave_the_parent_as_it_was(model, tokenizer, context, recipe, counted, tmp_path):
     cache = kvc.prefill(model, context, recipe)
     assert sum(counted) == context.shape[1]
