@@ -323,6 +323,11 @@ class CompressedPagedCache(Cache):
         return self._attention.seen > 0
 
     @property
+    def dtypes(self) -> set[torch.dtype]:
+        """`set[torch.dtype]`: Dtypes in which keys and values arrived."""
+        return {store.geometry.dtype for store in self._attention.stores}
+
+    @property
     def batch_size(self) -> int:
         """`int`: Sequences held, -1 while empty."""
         return self._attention.batch or -1

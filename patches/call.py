@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from kvcompress_hf.errors import UnsupportedFeatureError
 
-__all__ = ["check_call"]
+__all__ = ["as_autocast", "check_call"]
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +61,24 @@ def check_call(module: nn.Module, dropout: float, kwargs: Mapping[str, Any]) -> 
             "output_attentions=True has no effect with a compressed cache: heads keep different numbers of tokens, so "
             "there is no rectangular attention matrix to return."
         )
+
+
+def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What autocast makes of queries, keys and values before stock attention; the cache's kernels are not known to it.
+
+    Args:
+        query (`Tensor`): `[batch, q_heads, tokens, head_dim]`.
+        key (`Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        value (`Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+
+    Returns:
+        `tuple[Tensor, Tensor, Tensor]`: The same, in the dtype of autocast where it is on.
+    """
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,7 @@ from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logit
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
 from kvcompress_hf.patches.llama import PagedLlamaAttention
 from kvcompress_hf.patches.mistral import PagedMistralAttention
-from kvcompress_hf.patches.support import check_model, check_transformers, text_config
+from kvcompress_hf.patches.support import check_model, check_transformers, text_config, unwrap
 from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
@@ -50,7 +50,7 @@ def patch(
     differ, or anything else fails, the model is left exactly as it was.
 
     Args:
-        model (`PreTrainedModel`): A decoder-only language model.
+        model (`PreTrainedModel`): A decoder-only language model, or a PEFT model around one.
         recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts; the default
             preset if left out.
         route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
@@ -79,20 +79,21 @@ def patch(
     resolved = resolve_recipe(recipe, **overrides)
     if route not in ("auto", "swap", "interface"):
         raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
-    record = record_of(model) if isinstance(model, nn.Module) else None
-    if record is not None and _is_intact(model, record) and route in ("auto", record.route):
+    inner = unwrap(model)
+    record = record_of(inner) if isinstance(inner, nn.Module) else None
+    if record is not None and _is_intact(inner, record) and route in ("auto", record.route):
         record.recipe = resolved
         return model
-    check_model(model)
+    check_model(inner)
     if record is not None:
-        unpatch(model)
-    with evaluating(model):
-        expected = stock_logits(model)
-        _install(model, PatchRecord(resolved, route=_choose_route(model, route)))
+        unpatch(inner)
+    with evaluating(inner):
+        expected = stock_logits(inner)
+        _install(inner, PatchRecord(resolved, route=_choose_route(inner, route)))
         try:
-            check_dry_run(model, expected)
+            check_dry_run(inner, expected)
         except BaseException:
-            unpatch(model)
+            unpatch(inner)
             raise
     return model
 
@@ -112,13 +113,14 @@ def unpatch(model: Model) -> Model:
     record = record_of(model)
     if record is None:
         return model
-    restore_originals(model, record.swapped)
+    inner = unwrap(model)
+    restore_originals(inner, record.swapped)
     for config, before, installed in record.implementations:
         # Whatever the user chose in the meantime stays.
         if config._attn_implementation == installed:
             config._attn_implementation_internal = before
-    unbind_methods(model, record)
-    del model.__dict__[RECORD]
+    unbind_methods(inner, record)
+    del inner.__dict__[RECORD]
     return model
 
 

@@ -80,7 +80,8 @@ def check_dry_run(model: PreTrainedModel, expected: list[Tensor]) -> None:
         raise UnsupportedModelError(
             f"{name} is not supported: of 3 tokens it stored {cache.get_seq_length()} in the compressed cache."
         )
-    tolerance = _TOLERANCE.get(model.dtype, 5e-2)
+    # Under autocast keys and values, and so the rounding, are coarser than the model's weights.
+    tolerance = max(_TOLERANCE.get(dtype, 5e-2) for dtype in {model.dtype, *cache.dtypes})
     for step, (ours, stock) in enumerate(zip(got, expected, strict=True)):
         scale = max(1.0, float(stock.nan_to_num().abs().max()))
         if not torch.allclose(ours, stock, rtol=0.0, atol=tolerance * scale, equal_nan=True):

@@ -19,7 +19,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.patches.speculation import BoundedCandidates
-from kvcompress_hf.patches.support import text_config
+from kvcompress_hf.patches.support import text_config, unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
@@ -69,7 +69,7 @@ def record_of(model: nn.Module) -> PatchRecord | None:
     Returns:
         `PatchRecord` or `None`: `None` if the model is not patched.
     """
-    return model.__dict__.get(RECORD)
+    return unwrap(model).__dict__.get(RECORD)
 
 
 def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:

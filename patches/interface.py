@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress_hf.errors import UnsupportedFeatureError
-from kvcompress_hf.patches.call import check_call
+from kvcompress_hf.patches.call import as_autocast, check_call
 
 __all__ = ["BASES", "PREFIX", "base_implementation", "interface_name", "register"]
 
@@ -112,9 +112,7 @@ def _attend(
     else:
         attend = functools.partial(handle.cache.attend_shared, getattr(module, "layer_idx", -1), handle.layer_idx)
     return attend(
-        query,
-        key,
-        value,
+        *as_autocast(query, key, value),
         attention_mask,
         scaling=scaling,
         dense=lambda: stock(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)[0],

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.patches.core import patched
 from kvcompress_hf.patches.generation import record_of
+from kvcompress_hf.patches.support import unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 
@@ -69,7 +70,9 @@ def prefill(
         positions = torch.arange(tokens, device=input_ids.device)[None]
     else:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    with patched(model, recipes[0]):
+    model = unwrap(model)
+    # The cache brings its recipe; that of the patch stays, for other threads may be generating.
+    with patched(model, recipes[0] if record is None else record.recipe):
         cache = CompressedPagedCache(model.config, recipes, prompt_tokens=tokens)
         cache.belongs_to(model)
         # Only the cache is wanted, not the logits of a whole prompt.

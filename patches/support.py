@@ -16,6 +16,7 @@ __all__ = [
     "check_transformers",
     "_reason_against_heads",
     "text_config",
+    "unwrap",
 ]
 
 TRANSFORMERS_FROM, TRANSFORMERS_BELOW = "5.23", "5.25"
@@ -49,6 +50,29 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)
 
 
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a PEFT one, which is what generates.
+
+    Args:
+        model (`Any`): Any model.
+
+    Returns:
+        `Any`: The model itself where nothing is around it.
+
+    Raises:
+        UnsupportedModelError: If a PEFT model brings keys and values of its own (prefix tuning).
+    """
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "peft_type", None) == "PREFIX_TUNING":
+            raise UnsupportedModelError(
+                f"The adapter {name!r} is a prefix tuning, which fills the cache with keys and values of its own "
+                "before the prompt; adapters that change weights (LoRA and its kin) or embeddings are supported."
+            )
+    return model.get_base_model()
+
+
 def check_model(model: Any) -> None:
     """Refuses, with the reason, every model whose config shows that its cache cannot be compressed here.
 
@@ -60,8 +84,7 @@ def check_model(model: Any) -> None:
         UnsupportedModelError: If it is not supported; the message says why.
     """
     if not isinstance(model, PreTrainedModel):
-        inner = " (patch the inner one: model.get_base_model())" if hasattr(model, "get_base_model") else ""
-        raise TypeError(f"patch() takes a transformers PreTrainedModel, got {type(model).__name__}{inner}.")
+        raise TypeError(f"patch() takes a transformers PreTrainedModel, got {type(model).__name__}.")
     reason = _reason_against(model)
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} ({model.config.model_type}) is not supported: {reason}.")

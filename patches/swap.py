@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedModelError
-from kvcompress_hf.patches.call import check_call
+from kvcompress_hf.patches.call import as_autocast, check_call
 
 __all__ = ["paged_attention", "paged_view", "restore_originals", "swap_modules"]
 
@@ -187,9 +187,7 @@ def _attend(
 
     return cache.attend(
         module.layer_idx,
-        query,
-        key,
-        value,
+        *as_autocast(query, key, value),
         attention_mask,
         scaling=module.scaling,
         dense=dense,

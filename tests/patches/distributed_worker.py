@@ -12,8 +12,31 @@ from kvcompress_hf import patch
 from kvcompress_hf.cache import CompressedPagedCache
 
 
+def split_prompts(folder: str) -> None:
+    """Data parallel: each process has the whole model and some of the prompts."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    saved = torch.load(os.path.join(folder, "expected.pt"))
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    for route in ("auto", "interface"):
+        model = patch(AutoModelForCausalLM.from_pretrained(folder).eval(), "lossless", route=route)
+        said = []
+        with state.split_between_processes(list(range(len(saved["tokens"])))) as rows:
+            assert 0 < len(rows) < len(saved["tokens"])
+            for row in rows:
+                one = {name: tensor[row : row + 1] for name, tensor in saved["inputs"].items()}
+                said.append(model.generate(**one, **saved["arguments"])[0].tolist())
+        assert gather_object(said) == saved["tokens"].tolist(), f"{route}: other tokens than in one process"
+    state.destroy_process_group()
+
+
 def main(folder: str, split: str) -> None:
     torch.set_num_threads(1)
+    if split == "prompts":
+        split_prompts(folder)
+        return
     saved = torch.load(os.path.join(folder, "expected.pt"))
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**{split: 2})).eval()
     for route in ("auto", "interface"):

@@ -117,3 +117,60 @@ def test_deepcopy_of_a_hooked_patched_model(build_model, run_generate):
     attention = twin.model.layers[0].self_attn
     assert attention.forward.args == (attention,)
     assert torch.equal(run_generate(twin, "padded", 24), expected)
+
+
+@pytest.mark.parametrize("mixed_precision", ("no", "bf16"))
+@pytest.mark.parametrize("patched_first", (False, True))
+@pytest.mark.parametrize(("family", "route"), [("llama", "swap"), ("qwen3", "interface")])
+def test_prepared_by_an_accelerator(family, route, patched_first, mixed_precision, build_model, run_generate):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=mixed_precision)
+    expected = run_generate(accelerator.prepare(build_model(family)), "padded", 12)
+    model = build_model(family)
+    if patched_first:
+        model = accelerator.prepare(patch(model, "lossless", route=route))
+    else:
+        model = patch(accelerator.prepare(model), "lossless", route=route)
+    out = run_generate(model, "padded", 12, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, CompressedPagedCache)
+    if mixed_precision == "no":
+        assert torch.equal(out.sequences, expected)
+    else:  # the cache holds what autocast made of keys and values, and rounds elsewhere
+        assert out.past_key_values.dtypes == {torch.bfloat16}
+        assert torch.equal(out.sequences[:, :42], expected[:, :42])
+    assert torch.equal(run_generate(unpatch(model), "padded", 12), expected)
+
+
+@pytest.mark.parametrize(("family", "route"), [("llama", "swap"), ("qwen3", "interface"), ("gemma3n", "interface")])
+def test_device_map_of_a_folder(family, route, build_model, run_generate, tmp_path):
+    """Layers on the cpu and on disk, as `device_map` places them; the hooks never try to move the cache."""
+    model = build_model(family)
+    expected = run_generate(model, "padded", 16)
+    model.save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name, child in model.model.named_children() if name != "layers"}
+    layers = len(model.model.layers)
+    places = {f"model.{name}": place for name, place in places.items()}
+    places |= {f"model.layers.{i}": "disk" if i == layers - 1 else "cpu" for i in range(layers)} | {"lm_head": "cpu"}
+    model = type(model).from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    patch(model, "lossless", route=route)
+    assert not hasattr(CompressedPagedCache, "to")
+    out = run_generate(model, "padded", 16, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected)
+    assert {arena.device.type for arena in out.past_key_values._attention.arenas} == {"cpu"}
+    unpatch(model)
+    assert torch.equal(run_generate(model, "padded", 16), expected)
+
+
+def test_hooks_do_not_move_the_cache(build_model, run_generate, dispatch, monkeypatch):
+    """accelerate moves whatever has a `to`; a cache that had one would be copied at every layer."""
+    calls = []
+    monkeypatch.setattr(CompressedPagedCache, "to", lambda self, *args, **kwargs: calls.append(args), raising=False)
+    model = build_model("llama")
+    expected = run_generate(model, "padded", 8)
+    dispatch(model)
+    patch(model, "lossless")
+    _check(model, lambda model, *_, **kwargs: run_generate(model, "padded", 8, **kwargs), expected)
+    assert calls == []

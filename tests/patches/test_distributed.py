@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism over two processes on the CPU."""
+"""Tensor, pipeline and data parallelism over two processes on the CPU."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("split", ("tp_size", "pp_size"))
+@pytest.mark.parametrize("split", ("tp_size", "pp_size", "prompts"))
 def test_split_model(split, build_model, padded, tmp_path):
     model = build_model("llama", num_hidden_layers=2)
     arguments = {"max_new_tokens": 16, "do_sample": False}
