@@ -23,7 +23,7 @@ from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
 from kvcompress_hf.planning.base import Plan
 from kvcompress_hf.planning.distortion import measure_distortion
 from kvcompress_hf.planning.pressure import under_pressure
-from kvcompress_hf.planning.run import Limits, cost_of_page, make_limits, make_view
+from kvcompress_hf.planning.run import Limits, cost_of_page, make_limits, make_view, prompt_on_top
 from kvcompress_hf.recipe import TIERS, Recipe
 
 _BEST = 0  # new slots enter the first tier
@@ -868,7 +868,8 @@ class PagedAttention:
             plan: Plan | None = recipe.plan
             if plan is None:
                 return
-            limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows])
+            on_top = prompt_on_top(recipe, self._prompt, padding[rows])
+            limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows], on_top=on_top)
             ruled.append((recipe, plan, rows, limits))
         self._planned = self.seen
         if not freeing and all(plan.headroom and limits.fits for _, plan, _, limits in ruled):

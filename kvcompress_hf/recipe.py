@@ -99,14 +99,19 @@ class Protect:
     Args:
         sinks (`int`): The first tokens of each sequence (padding does not count).
         recent (`int`): The newest tokens of each sequence.
+        prompt (`bool`): The whole prompt: everything up to the last tokens that came in one piece. The budget then is
+            for what is decoded after it, and the prompt comes on top.
     """
 
     sinks: int = 0
     recent: int = 0
+    prompt: bool = False
 
     def __post_init__(self) -> None:
         require_int("Protect", "sinks", self.sinks, 0)
         require_int("Protect", "recent", self.recent, 0)
+        if not isinstance(self.prompt, bool):
+            raise ValueError(f"Protect.prompt is {self.prompt!r}; it must be True or False.")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def make_limits(
     *,
     expected: torch.Tensor,
     held: torch.Tensor,
+    on_top: torch.Tensor,
 ) -> Limits:
     """Works out what the sequences of a recipe may hold.
 
@@ -68,6 +69,8 @@ def make_limits(
         aside (`Sequence[int]`): Bytes of each store per sequence that are not pages; they come out of byte budgets.
         expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
         held (`torch.Tensor`): `int64` `[batch]`, bytes of pages held now.
+        on_top (`torch.Tensor`): `int64` `[batch]`, tokens that come on top of the budget, see [`prompt_on_top`]; they
+            are allowed what they take in the first tier.
 
     Returns:
         `Limits`: The limits.
@@ -93,8 +96,25 @@ def make_limits(
         dense += group.rows * group.dense_slot_bytes * tokens
     allowed = None
     if recipe.budget is not None:
-        allowed = torch.tensor([allowed_bytes(recipe.budget, groups, int(count)) for count in expected])
+        allowed = torch.tensor([allowed_bytes(recipe.budget, groups, int(count)) for count in expected - on_top])
+        for group in groups:
+            tokens = on_top if group.window is None else on_top.clamp(max=group.window)
+            allowed += (tokens + group.slots_per_page - 1) // group.slots_per_page * group.page_bytes * group.rows
     return Limits(per_page, page_bytes, dense, held, allowed)
+
+
+def prompt_on_top(recipe: Recipe, prompt: int, padding: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each sequence come on top of the budget.
+
+    Args:
+        recipe (`Recipe`): Whether it protects the prompt.
+        prompt (`int`): Tokens of the prompt, padding included.
+        padding (`torch.Tensor`): `int64` `[batch]`, padding tokens before each sequence.
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch]`.
+    """
+    return (prompt - padding.cpu()).clamp(min=0) if recipe.protect.prompt else torch.zeros_like(padding.cpu())
 
 
 def make_view(
@@ -129,12 +149,15 @@ def make_view(
     sinks, recent = recipe.protect.sinks, recipe.protect.recent
     first = padding.to(device)[:, None, None]
     protected = slots.filled & ((slots.positions >= slots.seen - recent) | (slots.positions < first + sinks))
+    of_prompt = prompt_on_top(recipe, slots.prompt, padding)
+    if recipe.protect.prompt:
+        protected = protected | (slots.filled & (slots.positions < slots.prompt))
     allowed, page_bytes = limits.allowed_bytes, limits.page_bytes
     share = None
     if recipe.budget is not None and allowed is not None:
         allowed = (allowed * (1 - headroom)).long()
         if isinstance(recipe.budget.amount, int):
-            share = torch.full((len(allowed), page_bytes.numel()), recipe.budget.amount)
+            share = (recipe.budget.amount + of_prompt)[:, None].expand(-1, page_bytes.numel())
         else:
             # Every row gets the same bytes, in whole pages: a started page would cost as much as a full one.
             share = allowed[:, None] // page_bytes.numel() // page_bytes * limits.slots_per_page[:, 0]
