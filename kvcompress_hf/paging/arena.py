@@ -304,7 +304,8 @@ class Arena:
     def _add(self, pages: int) -> int:
         """Adds a slab of at most that many pages, and returns how many it has."""
         count = min(pages, 1 << self.slab_shift)
-        self.references[self._slab_ids(self._insert(self.new_slab(count)))] = 0
+        index = self._insert(self.new_slab(count))
+        self.references[self._slab_ids(index)] = 0
         return count
 
     def _lengthen(self, pages: int) -> int:
