@@ -177,14 +177,17 @@ def _prepare_cache(
 
 
 def _prefill(
-    model: PreTrainedModel, input_ids: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **kwargs: Any
+    model: PreTrainedModel,
+    input_ids: Any,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    **kwargs: Any,
 ) -> Any:
     """As the stock method; reads the prompt a second time where the recipe wants it."""
     cache = model_kwargs.get("past_key_values")
-    compressed = isinstance(cache, CompressedPagedCache)
-    before = cache.get_seq_length() if compressed else 0
+    before = cache.get_seq_length() if isinstance(cache, CompressedPagedCache) else 0
     outputs = _stock(model, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
-    if compressed and cache.awaits_second_reading:
+    if isinstance(cache, CompressedPagedCache) and cache.awaits_second_reading:
         new = cache.get_seq_length() - before
         ids = input_ids[:, -new:] if model_kwargs.get("inputs_embeds") is None else input_ids[:, :0]
         read_again(model, cache, ids, model_kwargs.get("attention_mask"))
