@@ -345,7 +345,7 @@ class Backend(abc.ABC):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
-        """Sums `probability ** power` over the queries, for every key and query head.
+        """Sums `probability ** power` over the queries, for every key and query head, or takes the largest.
 
         With all queries of a chunk these are its column scores (the sums of the attention matrix's columns).
         New keys are seen causally. No queries x keys matrix is kept in memory.
@@ -358,7 +358,7 @@ class Backend(abc.ABC):
             position: Logical position of query 0.
             key_position: Logical position of new key 0.
             scale: As in `decode_attention`.
-            power: 1 or 2.
+            power: 1 or 2; 0 for the largest probability that any query gives.
             exclude: A query at `i` adds to the score of a key at `j` only if `i - j >= exclude`. The softmax is
                 not affected. Packed slots without the field `"position"` are taken to be old enough.
             softcap: As in `decode_attention`.
@@ -371,7 +371,7 @@ class Backend(abc.ABC):
             The scores of packed slots, tail slots and new keys.
 
         Raises:
-            ValueError: A shape or dtype is wrong, or `power` is neither 1 nor 2.
+            ValueError: A shape or dtype is wrong, or `power` is not 0, 1 or 2.
         """
 
     def column_scores(

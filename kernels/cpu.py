@@ -22,6 +22,7 @@ from .types import Rows, Tail
 __all__ = ["CpuBackend"]
 
 CPU = torch.device("cpu")
+LARGEST = 5  # in KvcScores.powers: the sums take the largest probability instead
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -364,8 +365,8 @@ class CpuBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
-        if power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, got {power}")
+        if power not in (0, 1, 2):
+            raise ValueError(f"power must be 0, 1 or 2, got {power}")
         (scores,) = self._scores(
             (power,),
             q,
@@ -473,7 +474,7 @@ class CpuBackend(Backend):
             group=q_heads // kv_heads,
             n_q=n_q,
             n_k=n_k,
-            powers=sum(powers),
+            powers=sum(power or LARGEST for power in powers),
         )
         _fill_rows(c.rows, rows)
         _fill_tail(c.tail, tail)
@@ -482,7 +483,7 @@ class CpuBackend(Backend):
         _fill_strides(c, "k", k_new)
         c.query_valid, c.key_valid, c.sinks = map(_pointer, (query_valid, key_valid, sinks))
         for power, scores in zip(powers, results, strict=True):
-            sums = c.sum if power == 1 else c.square
+            sums = c.square if power == 2 else c.sum
             for tier, past in enumerate(scores.past):
                 sums.past[tier], c.past_stride[tier] = past.data_ptr(), past.stride(1)
             sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()

@@ -472,9 +472,9 @@ class ReferenceBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
-        if power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, got {power}")
-        both = self.column_scores(
+        if power not in (0, 1, 2):
+            raise ValueError(f"power must be 0, 1 or 2, got {power}")
+        scores = self._scores(
             q,
             k_new,
             rows,
@@ -489,7 +489,7 @@ class ReferenceBackend(Backend):
             query_valid=query_valid,
             key_valid=key_valid,
         )
-        return both[power - 1]
+        return scores[power]
 
     def column_scores(
         self,
@@ -508,6 +508,41 @@ class ReferenceBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> tuple[WindowScores, WindowScores]:
+        _, first, second = self._scores(
+            q,
+            k_new,
+            rows,
+            tail,
+            position=position,
+            key_position=key_position,
+            scale=scale,
+            exclude=exclude,
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            query_valid=query_valid,
+            key_valid=key_valid,
+        )
+        return first, second
+
+    def _scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
+        query_valid: Tensor | None,
+        key_valid: Tensor | None,
+    ) -> list[WindowScores]:
+        """The largest probability, the sum, and the sum of squares."""
         layout, device = rows.layout, q.device
         batch, kv_heads, n_k, _ = k_new.shape
         n_q = q.shape[2]
@@ -520,7 +555,7 @@ class ReferenceBackend(Backend):
         parts = [self._packed(rows, tier, batch) for tier in range(len(layout.tiers))]
         parts += [fresh] if tail is None else [self._tail(tail), fresh]
         sizes = [part.k.shape[2] for part in parts]
-        totals = torch.zeros(2, batch, q.shape[1], sum(sizes), dtype=self.compute, device=device)
+        totals = torch.zeros(3, batch, q.shape[1], sum(sizes), dtype=self.compute, device=device)
         for start in range(0, n_q, QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, n_q))
             query = torch.arange(position, position + n_q, device=device)[block]
@@ -536,10 +571,10 @@ class ReferenceBackend(Backend):
                 probability = torch.where(torch.cat(old_enough, -1), probability, 0.0)
             if query_valid is not None:
                 probability = probability * query_valid[:, None, None, block, None]
-            totals[0] += probability.sum(3).flatten(1, 2)
-            totals[1] += probability.square().sum(3).flatten(1, 2)
-        first, second = (_split_scores(total.float(), sizes, tail is not None) for total in totals)
-        return first, second
+            totals[0] = torch.maximum(totals[0], probability.amax(3).flatten(1, 2))
+            totals[1] += probability.sum(3).flatten(1, 2)
+            totals[2] += probability.square().sum(3).flatten(1, 2)
+        return [_split_scores(total.float(), sizes, tail is not None) for total in totals]
 
     def _check_block(
         self,

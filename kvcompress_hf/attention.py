@@ -6,8 +6,9 @@ attends to everything in one native call. When the last layer of a forward pass 
 recipe's plan is made over all layers at once, and pages that came free go back.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -183,6 +184,8 @@ class PagedAttention:
         self._before = _Before()
         self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
         self._waiting: list[Callable[[], None]] = []  # chunks that later layers read before they are stored
+        self._reading_again = False
+        self.awaits_second_reading = False  # the prompt is stored, and planned for once it has been read again
         self._room: int | None = None  # bytes of pages that the budget still allows, as of the last event
 
     # -- the door --------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ class PagedAttention:
         layer = self._layers[layer_idx]
         tokens = key.shape[2]
         position = layer.seen
-        if position == self.seen:
+        if position == self.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
         store = layer.store
         if store is None:
@@ -249,6 +252,8 @@ class PagedAttention:
         if position == 0 and self.recipe.centres_keys and softcap is None and sinks is None:
             store.settle_key_shift(layer.index, key.detach(), valid)
         key = store.centre(layer.index, key)
+        if self._reading_again:
+            return self._read_again(layer, store, query, key, value, mask, valid, scaling, softcap, window, sinks)
         if tokens == 1 and position:
             output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
         elif self._verifies(layer, mask, valid, tokens):
@@ -445,7 +450,10 @@ class PagedAttention:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`."""
+        """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`.
+
+        Tokens that are read again have none: what they look at goes to the fields of what is stored.
+        """
         started = time.perf_counter()
         store.reserve_tail(layer.tail_used)
         if store.arena.shared:
@@ -463,9 +471,71 @@ class PagedAttention:
             sinks=None if sinks is None else sinks.detach().float().contiguous(),
             valid=valid,
         )
-        fields = observer.observe(chunk)
+        fields: dict[str, torch.Tensor] = {}
+        if self._reading_again:
+            observer.observe_again(chunk)
+        else:
+            fields = observer.observe(chunk)
         self.statistics.seconds_planning += time.perf_counter() - started
         return fields
+
+    def _read_again(
+        self,
+        layer: _Layer,
+        store: PagedStore,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
+        store.reserve_tail(layer.tail_used)
+        allowed, bias = _split_mask(mask)
+        attended = store.backend.chunk_attention(
+            query.detach(),
+            key.detach(),
+            value.detach(),
+            store.rows(layer.index),
+            store.tail(layer.index),
+            position=layer.seen,
+            scale=scaling,
+            softcap=softcap,
+            window=window,
+            sinks=None if sinks is None else sinks.detach().float().contiguous(),
+            allowed=allowed,
+            bias=bias,
+        )
+        if self._observer is not None:
+            self._observe(self._observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+        return cast(torch.Tensor, attended)
+
+    @contextlib.contextmanager
+    def second_reading(self) -> Iterator[None]:
+        """While it lasts, tokens are attended to and observed, but not stored; then what was put off is planned."""
+        if any(layer.sharing is not None for layer in self._layers):
+            raise UnsupportedFeatureError(
+                f"The recipe {self.recipe.name!r} reads the prompt a second time, which is not available for models "
+                "whose layers share keys and values; take a recipe with another observer, such as 'auto'."
+            )
+        self._reading_again = True
+        try:
+            yield
+        finally:
+            self._reading_again = False
+        self.awaits_second_reading = False
+        if self.recipe.evicts and self.recipe.when.prefill:
+            started = time.perf_counter()
+            self._unfinished = True  # the plan of a prompt
+            self._plan()
+            self._unfinished = False
+            self._give_back()
+            self.statistics.seconds_planning += time.perf_counter() - started
+            self._note_peak()
 
     @staticmethod
     def _write_fields(
@@ -762,7 +832,15 @@ class PagedAttention:
         packed = time.perf_counter()
         self.statistics.seconds_packing += packed - started
         self._drop_outside_windows()
-        if self.recipe.evicts and (when.prefill if self._unfinished else self._due()):
+        if self._unfinished and self._observer is not None and self._observer.reads_again:
+            self.awaits_second_reading = True
+        elif self.recipe.evicts and (when.prefill if self._unfinished else self._due()):
+            if self.awaits_second_reading:
+                raise UnsupportedFeatureError(
+                    f"The recipe {self.recipe.name!r} reads the prompt a second time before it decides what to keep, "
+                    "and this cache was filled without: fill it by kvcompress_hf.prefill(model, input_ids, recipe) or "
+                    "by generate(input_ids), or take a recipe with another observer, such as 'auto'."
+                )
             self._plan()
         self._fade()
         self._unfinished = False
@@ -1092,7 +1170,7 @@ class PagedAttention:
         self.seen = self.batch = self._prompt = self._planned = self._faded = 0
         self._padding = None
         self._distortion = []
-        self._unfinished = False
+        self._unfinished = self.awaits_second_reading = False
         self._waiting.clear()
 
     def fork(self) -> "PagedAttention":
@@ -1105,6 +1183,7 @@ class PagedAttention:
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
         other._planned, other._faded = self._planned, self._faded
+        other.awaits_second_reading = self.awaits_second_reading
         other._distortion = list(self._distortion)
         other._padding = None if self._padding is None else self._padding.clone()
         other._arenas = dict(self._arenas)

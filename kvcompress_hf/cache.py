@@ -4,6 +4,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -341,6 +342,19 @@ class CompressedPagedCache(Cache):
     def stop_past_recording(self) -> None:
         """Commits what was held back; new tokens are no longer held back."""
         self._set_recording(False)
+
+    @property
+    def awaits_second_reading(self) -> bool:
+        """`bool`: Whether the prompt is to be read again before it is compressed (`ReconstructionScores`)."""
+        return self._attention.awaits_second_reading
+
+    def second_reading(self) -> AbstractContextManager[None]:
+        """While it lasts, tokens that the model is given are looked at and not stored; then the prompt is compressed.
+
+        Returns:
+            `AbstractContextManager`: For a `with` block around forward passes over tokens of the prompt.
+        """
+        return self._attention.second_reading()
 
     def tokens_until_packing(self) -> int:
         """How many more tokens fit into the tail before it is packed.

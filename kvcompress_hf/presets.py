@@ -5,6 +5,7 @@ from typing import Any
 
 from kvcompress_hf.importance.expected import ExpectedAttention
 from kvcompress_hf.importance.per_query import PersistenceScores
+from kvcompress_hf.importance.reconstruction import ReconstructionScores
 from kvcompress_hf.importance.running import RunningScores
 from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.importance.window import WindowScores
@@ -44,6 +45,17 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             tiers=("k8v4", "k4v4", "k4v2"),
         ),
         "rate-distortion: each slot in the tier where its importance buys the most per byte, one multiplier for all",
+    ),
+    "auto-kvzip": (
+        Recipe(
+            name="auto-kvzip",
+            observer=ReconstructionScores(score="square", value=True),
+            protect=Protect(sinks=4, recent=32),
+            budget=Budget(0.25),
+            plan=RateDistortion(kappa=1.0),
+            tiers=("k8v4", "k4v4", "k4v2"),
+        ),
+        "as auto, with scores from reading the prompt twice: for documents that are asked about later",
     ),
     "kv-compress": (
         Recipe(
@@ -167,6 +179,17 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             when=When(decode=False),
         ),
         "Ada-KV (arXiv 2407.11550) on SnapKV: the heads of a layer share its budget, each with a floor",
+    ),
+    "kvzip": (
+        Recipe(
+            name="kvzip",
+            observer=ReconstructionScores(),
+            protect=Protect(recent=32),
+            budget=Budget(0.25),
+            plan=LowestPlan(scope="sequence"),
+            when=When(decode=False),
+        ),
+        "KVzip (arXiv 2505.23416): what the model looks at when it reads the prompt again; for any later question",
     ),
     "expected-attention": (
         Recipe(

@@ -18,6 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates
 from kvcompress_hf.patches.support import text_config, unwrap
 from kvcompress_hf.presets import resolve_rows
@@ -83,6 +84,7 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         "_prepare_generation_config": _prepare_generation_config,
         "_prepare_cache_for_generation": _prepare_cache,
         "_get_candidate_generator": _get_candidate_generator,
+        "_prefill": _prefill,
     }
     if _may_drop_cache(model):
         methods["prepare_inputs_for_generation"] = _prepare_inputs
@@ -172,6 +174,24 @@ def _prepare_cache(
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
     record.last_run = cache.run_report
+
+
+def _prefill(
+    model: PreTrainedModel,
+    input_ids: Any,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> Any:
+    """As the stock method; reads the prompt a second time where the recipe wants it."""
+    cache = model_kwargs.get("past_key_values")
+    before = cache.get_seq_length() if isinstance(cache, CompressedPagedCache) else 0
+    outputs = _stock(model, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
+    if isinstance(cache, CompressedPagedCache) and cache.awaits_second_reading:
+        new = cache.get_seq_length() - before
+        ids = input_ids[:, -new:] if model_kwargs.get("inputs_embeds") is None else input_ids[:, :0]
+        read_again(model, cache, ids, model_kwargs.get("attention_mask"))
+    return outputs
 
 
 def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> CandidateGenerator:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.patches.core import patched
 from kvcompress_hf.patches.generation import record_of
+from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.support import unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
@@ -87,4 +88,6 @@ def prefill(
                 use_cache=True,
                 **extra,
             )
+        if cache.awaits_second_reading:
+            read_again(model, cache, input_ids, attention_mask)
     return cache

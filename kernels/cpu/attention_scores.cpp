@@ -1,4 +1,4 @@
-// scores(): sums over the queries of p and of p^2, for every key and query head. Logits are computed twice, first for
+// scores(): sums over the queries of p and of p^2, or the largest p, for every key and query head. Logits are computed twice, first for
 // the normalisers of all queries, then for the sums: no queries x keys matrix is ever in memory.
 #include "attention_block.h"
 #include "ops.h"
@@ -7,6 +7,7 @@ namespace kvc {
 namespace KVC_ISA {
 namespace {
 
+constexpr int kLargest = 4;      // in KvcScores::powers
 constexpr int kPieceTiles = 8;   // tiles per task of the second pass
 
 struct Worker {
@@ -139,6 +140,15 @@ struct Scores {
     }
   }
 
+  static void keep_largest(float* out, const float* s, float norm, int n) {
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, max(load(out + i), exp2(load(s + i) - all(norm))));
+    if (i == n) return;
+    const vf p = exp2(load(s + i) - all(norm));
+    for (int e = 0; i + e < n; ++e)
+      if (p[e] > out[i + e]) out[i + e] = p[e];
+  }
+
   void accumulate(int row, int from, int to, Worker& w) const {
     const int b = row / a->kv_heads, h0 = (row % a->kv_heads) * a->group;
     clear(row, from, to, w.tiles[0]);
@@ -148,7 +158,9 @@ struct Scores {
       visit(row, first, groups, from, to, a->exclude, w, [&](const Tile& t, int r, const float* s, float) {
         const int h = h0 + (first + r) % a->group;
         float *sum = destination(1, t, b, h), *square = destination(2, t, b, h);
-        if (sum && square) add<1, 1>(sum, square, s, norm[r], t.n);
+        if (a->powers & kLargest) {
+          if (sum) keep_largest(sum, s, norm[r], t.n);
+        } else if (sum && square) add<1, 1>(sum, square, s, norm[r], t.n);
         else if (sum) add<1, 0>(sum, square, s, norm[r], t.n);
         else if (square) add<0, 1>(sum, square, s, norm[r], t.n);
       });

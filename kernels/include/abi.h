@@ -77,7 +77,7 @@ typedef struct {  // one power's sums
   float* fresh;                           // [batch, q_heads, n_k]
 } KvcSums;
 
-typedef struct {  // sums over the queries of p and of p^2 for every key, per query head
+typedef struct {  // sums over the queries of p and of p^2, or the largest p, for every key, per query head
   KvcRows rows;
   KvcTail tail;
   const void *q, *k;                      // q [batch, q_heads, n_q, D]; k [batch, kv_heads, n_k, D]
@@ -90,7 +90,7 @@ typedef struct {  // sums over the queries of p and of p^2 for every key, per qu
   float scale, softcap;
   int32_t window, position_field, position, key_position;
   int32_t exclude;                        // a query at i scores key j only if i - j >= exclude (0 = all)
-  int32_t powers;                         // 1: sum is wanted, 2: square, 3: both
+  int32_t powers;                         // 1: sum is wanted, 2: square, 3: both, 5: the largest p instead of the sum
   int32_t batch, kv_heads, group, n_q, n_k;
 } KvcScores;
 

@@ -262,7 +262,7 @@ def _measure(
     prompts = [run.Prompt(model, prompt) for prompt in ids]
     for cell in cells:
         caches = [prompt.fill(cell.recipe, seed) for prompt in prompts]
-        ratios = [cache.memory().ratio for cache in caches]
+        ratios = [run.ratio_while_decoding(model, cache) for cache in caches]
         rows = []
         for j, (question, whole) in enumerate(zip(questions, full, strict=False)):
             cache = caches[0].fork() if unseen else caches[j]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import kvcompress_hf as kvc
+from kvcompress_hf.patches.second_reading import read_again
 
 from .suites import Question
 
@@ -41,6 +42,7 @@ class Prompt:
 
     def __init__(self, model: Any, ids: list[int]) -> None:
         self.model, self.length = model, len(ids)
+        self._ids = torch.tensor([ids], device=model.device)
         recorder = _Recorder(model.config)
         forward(model, ids, recorder, keep=1)
         self._calls = recorder.calls
@@ -56,12 +58,26 @@ class Prompt:
         cache = kvc.CompressedPagedCache(self.model.config, recipe, prompt_tokens=self.length)
         for args, kwargs in self._calls:
             cache.attend(*args, **kwargs, dense=_no_output)
+        if cache.awaits_second_reading:
+            read_again(self.model, cache, self._ids)
         return cache
 
 
 def _no_output() -> torch.Tensor:
     """Stands in for the attention output of a prompt, which is known already."""
     return torch.empty(0)
+
+
+def ratio_while_decoding(model: Any, cache: kvc.CompressedPagedCache) -> float:
+    """Measured bytes over dense bytes once a token has been decoded, so that the tail's room counts too.
+
+    Args:
+        model: the model, patched.
+        cache: holds a prompt; a fork decodes the token.
+    """
+    fork = cache.fork()
+    forward(model, [0], fork, keep=1)
+    return fork.memory().ratio
 
 
 def forward(model: Any, ids: list[int], cache: Any, keep: int) -> torch.Tensor:

@@ -49,22 +49,28 @@ class AttentionSeen:
         reduced = function(torch.where(self.filled[:, :, None], scores, 0.0), self.order())
         return torch.where(self.filled, reduced, 0.0)
 
-    def write(self, reduced: torch.Tensor, field: str, add: bool) -> torch.Tensor:
+    def write(self, reduced: torch.Tensor, field: str, add: bool, largest: bool = False) -> torch.Tensor:
         """Puts the reduced scores of what is stored into a field.
 
         Args:
             reduced (`torch.Tensor`): As from [`AttentionSeen.reduce`].
             field (`str`): Name of the field.
             add (`bool`): Add to what the field holds instead of replacing it.
+            largest (`bool`): Keep what the field holds where it is larger.
 
         Returns:
             `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the scores of the new tokens.
         """
-        return write_field_of_all(self.chunk, reduced, self.widths, field, add)
+        return write_field_of_all(self.chunk, reduced, self.widths, field, add, largest)
 
 
 def write_field_of_all(
-    chunk: Chunk, values: torch.Tensor, widths: Sequence[int], field: str, add: bool = False
+    chunk: Chunk,
+    values: torch.Tensor,
+    widths: Sequence[int],
+    field: str,
+    add: bool = False,
+    largest: bool = False,
 ) -> torch.Tensor:
     """Puts values for everything stored of a chunk's layer into a field.
 
@@ -75,22 +81,29 @@ def write_field_of_all(
         widths (`Sequence[int]`): How many of each.
         field (`str`): Name of the field.
         add (`bool`): Add to what the field holds instead of replacing it.
+        largest (`bool`): Keep what the field holds where it is larger.
 
     Returns:
         `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the values of the new tokens.
     """
+
+    def merge(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if largest:
+            return torch.maximum(old, new)
+        return old + new if add else new
+
     store, layer = chunk.store, chunk.layer
     rows, tail = store.rows(layer), store.tail(layer)
     *past, in_tail, fresh = values.split(list(widths), dim=-1)
     for tier, part in enumerate(past):
         if part.shape[-1]:
             stored = part.flatten(0, 1)
-            if add:
-                stored = stored + store.backend.read_field(rows, tier, field, part.shape[-1])
+            if add or largest:
+                stored = merge(store.backend.read_field(rows, tier, field, part.shape[-1]), stored)
             store.backend.write_field(rows, tier, field, stored.contiguous())
     if tail.fields is not None and in_tail.shape[-1]:
         target = tail.fields[store.layout.fields.index(field)].view(torch.float32)
-        target.copy_(target + in_tail if add else in_tail)
+        target.copy_(merge(target, in_tail))
     return fresh.contiguous()
 
 
@@ -100,7 +113,7 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
     Args:
         chunk (`Chunk`): The new tokens.
         observing (`int`): Number of queries at the end of the chunk that look.
-        power (`int`): Power of the probabilities, 1 or 2.
+        power (`int`): Power of the probabilities, 1 or 2; 0 for the largest instead of a sum.
         exclude (`int`): A query counts for a key only from this distance on.
 
     Returns:

@@ -108,6 +108,18 @@ class Observer(Part, abc.ABC):
         return False
 
     @property
+    def reads_again(self) -> int | None:
+        """`int` or `None`: Tokens of a chunk in which a prompt is read a second time before it is planned for."""
+        return None
+
+    def observe_again(self, chunk: Chunk) -> None:
+        """Looks at tokens of the prompt that are read a second time; updates the fields of what is stored.
+
+        Args:
+            chunk (`Chunk`): The tokens, as if they came next. They are not stored.
+        """
+
+    @property
     def scores_decoded(self) -> bool:
         """`bool`: Whether decoded tokens get a score, so that plans during decoding can judge them."""
         return True

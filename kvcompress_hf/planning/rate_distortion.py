@@ -181,7 +181,10 @@ class _Ladder:
             slots = counts[:, :, : tier + 1].sum(2)
             if step + 1 < len(steps):
                 slots = slots - self._passing(step + 1, steps[step + 1])[:, :, :tier].sum(2)
-            steps[step] = torch.maximum(steps[step], (slots <= room[:, :, tier]).sum(-1, keepdim=True) - 1)
+            lowered = (slots <= room[:, :, tier]).sum(-1, keepdim=True) - 1
+            if step:  # no further down than the cheaper tier reaches already: those behind are to be evicted
+                lowered = torch.minimum(lowered, steps[step - 1])
+            steps[step] = torch.maximum(steps[step], lowered)
         return torch.stack(steps, dim=2)
 
 

@@ -62,6 +62,13 @@ def test_both_powers_with_every_option(build_cache, backend, exact):
     check_both(cache, backend, exact, n_q=40, n_k=90, **options)
 
 
+@pytest.mark.parametrize("n_q, n_k", [(1, 1), (37, 100), (150, 150)])
+def test_the_largest_probability(build_cache, backend, exact, n_q, n_k):
+    cache = build_cache(backend, tiers=[(8, 4), (0, 0)], tail_lengths=(5, 33))
+    scores = check(cache, backend, exact, n_q=n_q, n_k=n_k, power=0)
+    assert max(float(part.max()) for part in [*scores.past, scores.fresh]) <= 1 + 1e-5
+
+
 @pytest.mark.parametrize("tier, dtype", [((8, 8), BF16), ((4, 4), F32), ((2, 2), F32), ((0, 0), F32), ((0, 0), BF16)])
 def test_every_tier(build_cache, backend, exact, tier, dtype):
     check(build_cache(backend, tiers=[tier], dtype=dtype), backend, exact)

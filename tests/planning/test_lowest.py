@@ -131,6 +131,7 @@ def test_the_cap_is_strict_and_nothing_protected_goes(rows, slots, capacity, uns
         allowed_bytes=None,
         allowed_slots=torch.full((2, rows), capacity),
         tokens=torch.tensor([slots, slots]),
+        dense_bytes=torch.tensor([slots, slots]),
         distortion=torch.zeros(1),
     )
     keep = (LowestPlan(scope=scope, protect_unsettled=unsettled).targets(view) >= 0) & filled

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kvcompress_hf.planning.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
 from kvcompress_hf.planning.kv_compress import PagePlan
-from kvcompress_hf.planning.rate_distortion import RateDistortion, lower_hull
+from kvcompress_hf.planning.rate_distortion import RateDistortion, _Ladder, lower_hull, solve
 
 TIERS = 3
 SLOTS_PER_PAGE = [16, 32, 64]
@@ -50,46 +51,90 @@ def test_budgets_hold_and_are_used(make_view, share):
     assert (held >= torch.minimum(view.allowed_bytes, best) * (0.97 if share > 0.05 else 0.8)).all()
 
 
-def test_at_one_slot_per_page_the_plan_is_the_exact_sort(make_view):
-    # With pages of one slot there is no rounding, and the best plan under one multiplier is a sort of all steps.
-    importance = heavy_tailed(1, 3, 200)
-    sizes = [4, 2, 1]  # bytes of a slot per tier, by slots per page of a page of 4 bytes
-    view = view_of(
-        make_view,
-        importance,
-        [600],
-        slots_per_page=torch.tensor([[1, 2, 4]] * 3),
-        page_bytes=torch.full((3,), 4),
-    )
-    plan = RateDistortion(kappa=1.0, small=0.0)
-    hull = lower_hull([float(s) for s in sizes], LOSS)
-    targets = plan._solve(_unrounded(view, sizes), importance, hull, torch.tensor([600]))
+def exact_steps(importance, hull, sizes):
+    """The oracle: every step up of every slot, the best first, as (worth, slot, tier, bytes)."""
     steps = []
     for i, score in enumerate(importance.flatten().tolist()):
         before = 0
         for tier, slope in hull:
             steps.append((score / slope, i, tier, sizes[tier] - before))
             before = sizes[tier]
-    spent, expected = 0, [-1] * importance.numel()
-    for _, i, tier, cost in sorted(steps, reverse=True):
-        if spent + cost > 600:
-            break
-        spent += cost
-        expected[i] = tier
-    assert targets.flatten().tolist() == expected
+    return sorted(steps, reverse=True)
 
 
-class _unrounded:
-    """A view whose bytes are counted by slot."""
+@pytest.mark.parametrize("allowed", [40, 150, 600, 1500])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_at_one_slot_per_page_the_plan_is_the_exact_sort_to_within_a_bin(make_view, allowed, seed):
+    # With pages of one slot there is no rounding, and the best plan under one multiplier is a sort of all steps.
+    importance = heavy_tailed(1, 3, 200, seed=seed)
+    sizes = [4, 2, 1]  # bytes of a slot per tier, by slots per page of a page of 4 bytes
+    view = view_of(
+        make_view,
+        importance,
+        [allowed * 4],  # of three tiers the cheapest slot takes a whole page here
+        slots_per_page=torch.ones(3, 3, dtype=torch.int64),
+        page_bytes=torch.full((3,), 4),
+    )
+    # One tier: the number of slots is exact, and no evicted one lies more than a bin above a stored one.
+    single = dict(slots_per_page=torch.ones(3, 1, dtype=torch.int64), distortion=torch.tensor([0.0]))
+    kept = RateDistortion().targets(view_of(make_view, importance, [allowed * 4], page_bytes=view.page_bytes, **single))
+    stored, gone = importance[kept >= 0], importance[kept < 0]
+    assert 0 <= min(allowed, importance.numel()) - stored.numel() <= 2
+    assert not gone.numel() or gone.max() <= stored.min() * 2 ** (2 / BINS_PER_OCTAVE)
+    # Several tiers: the thresholds are those of the sort cut at the bytes that the plan spends, to within a bin.
+    hull = lower_hull([float(size) for size in sizes], LOSS)
+    counts = SlotCounts.of(view, bins_below_top(importance))
+    ladder = _Ladder(view, counts, hull)
+    for cut in (30, 100, 300):
+        worth = exact_steps(importance, hull, sizes)[cut][0] * hull[0][1]  # least importance stored at all
+        depth = bins_below_top(torch.cat([importance.flatten(), torch.tensor([worth])]).view(1, 1, -1))[0, 0, -1]
+        slots = ladder.occupancy(ladder.at(depth.long().view(1, 1, 1)))[..., 0].sum(1)[0]
+        for step, (tier, slope) in enumerate(hull):
+            better = hull[step + 1][1] if step + 1 < len(hull) else float("inf")
+            in_tier = [
+                ((importance >= worth * slope / hull[0][1] * f) & (importance < worth * better / hull[0][1] * f)).sum()
+                for f in (2 ** (-2 / BINS_PER_OCTAVE), 1.0, 2 ** (2 / BINS_PER_OCTAVE))
+            ]
+            assert min(in_tier) - 8 <= slots[tier] <= max(in_tier) + 8
 
-    def __init__(self, view, sizes):
-        self._view, self._sizes = view, torch.tensor([0, *reversed(sizes)])
 
-    def __getattr__(self, name):
-        return getattr(self._view, name)
+def test_counts_are_those_of_every_slot(make_view):
+    generator = torch.Generator().manual_seed(3)
+    importance = heavy_tailed(2, 5, 300)
+    tier = torch.randint(0, 3, (300,), generator=generator).sort().values
+    filled = torch.rand(importance.shape, generator=generator) < 0.8
+    protected = filled & (torch.rand(importance.shape, generator=generator) < 0.1)
+    view = view_of(make_view, importance, [1, 1], tier=tier, filled=filled, protected=protected)
+    depth = bins_below_top(torch.where(filled, importance, 0.0))
+    counts = SlotCounts.of(view, depth)
+    for k in (0, 1, 50, 200, BINS):
+        for t in range(TIERS):
+            below = filled & (depth < k) & (tier == t)
+            assert torch.equal(counts.free[:, :, t, k], (below & ~protected).sum(-1, dtype=torch.int32))
+            assert torch.equal(counts.protected[:, :, t, k], (below & protected).sum(-1, dtype=torch.int32))
 
-    def bytes_of(self, targets):
-        return self._sizes[torch.where(targets < 0, 0, 3 - targets)].sum((1, 2))
+
+def test_bins_follow_the_order_of_scores():
+    scores = torch.cat([heavy_tailed(500), torch.tensor([0.0, -0.0, 1e-38])]).sort().values.view(1, 1, -1)
+    depth = bins_below_top(scores)
+    assert (depth.diff() <= 0).all() and depth[0, 0, -1] == 0 and depth[0, 0, 0] == BINS - 1
+    assert torch.equal(bins_below_top(scores[..., 3:] * 2.0**9), bins_below_top(scores[..., 3:]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_bytes_foreseen_are_those_of_the_targets(make_view, seed):
+    generator = torch.Generator().manual_seed(seed)
+    importance = heavy_tailed(1, 7, 900, seed=seed)
+    tier = torch.randint(0, 3, (900,), generator=generator).sort().values
+    filled = torch.rand(importance.shape, generator=generator) < 0.9
+    protected = filled & (torch.rand(importance.shape, generator=generator) < 0.05)
+    allowed = int(torch.randint(20_000, 200_000, (1,), generator=generator))
+    view = view_of(make_view, importance, [allowed], tier=tier, filled=filled, protected=protected)
+    plan, hull = RateDistortion(), lower_hull([64.0, 32.0, 16.0], [loss / 64 for loss in LOSS])
+    counts = SlotCounts.of(view, bins_below_top(torch.where(filled, importance, 0.0)))
+    foreseen = _Ladder(view, counts, hull).row_bytes(solve(view, counts, hull)[..., None]).sum()
+    targets = plan._targets(view, bins_below_top(torch.where(filled, importance, 0.0)), counts, hull)
+    assert foreseen == view.bytes_of(targets) <= allowed
 
 
 def test_permuting_heads_permutes_the_plan_and_scaling_scores_changes_nothing(make_view):
@@ -111,13 +156,16 @@ def test_several_sequences_equal_each_alone(make_view):
 
 def test_more_bytes_never_lower_a_slot_before_pages_are_filled(make_view):
     importance = heavy_tailed(1, 4, 600)
-    plan = RateDistortion(small=0.0)
     hull = lower_hull([64.0, 32.0, 16.0], [loss / 64 for loss in LOSS])
-    worth = torch.tensor([0, 3, 2, 1])  # evicted, then tiers 0, 1, 2
     previous = None
+    counts = SlotCounts.of(view_of(make_view, importance, [1]), bins_below_top(importance))
     for allowed in (8_000, 16_000, 32_000, 64_000, 150_000):
-        targets = plan._solve(view_of(make_view, importance, [allowed]), importance, hull, torch.tensor([allowed]))
-        rank = worth[targets + 1]
+        view = view_of(make_view, importance, [allowed])
+        held = _Ladder(view, counts, hull)
+        candidates = torch.arange(BINS)
+        best = candidates[held.row_bytes(held.at(candidates[None, None])).sum(1)[0] <= allowed].max()
+        thresholds = held.at(best.view(1, 1, 1))[..., 0]
+        rank = (bins_below_top(importance)[..., None, :] < thresholds[..., None]).sum(2)
         assert previous is None or (rank >= previous).all()
         previous = rank
 
