@@ -18,7 +18,7 @@ from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..types import Rows, Tail
 from .launch import KvcWidths, Launcher
-from .plan import GeneralDecodePlan
+from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
 
 __all__ = ["CudaBackend"]
 
@@ -245,7 +245,8 @@ class CudaBackend(Backend):
         fill_tail(c.tail, tail)
         c.sinks = pointer(sinks)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
-        return GeneralDecodePlan(self.launcher, c, rows, tail, sinks)
+        kind = TensorCoreDecodePlan if fits_tensor_cores(layout) else GeneralDecodePlan
+        return kind(self.launcher, c, rows, tail, sinks)
 
     def chunk_attention(
         self,

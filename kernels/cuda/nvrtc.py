@@ -15,10 +15,12 @@ __all__ = ["SOURCES", "Compiled", "KernelResources", "NvrtcError", "compile_sour
 
 FOLDER = Path(__file__).parent
 INCLUDE_DIR = FOLDER.parent / "include"
-#: Translation units and the options each needs beyond the common ones.
+HEAD_DIMS = (64, 128, 256)  # of the tensor-core decode
+#: Translation units: the file of each, and the options it needs beyond the common ones.
 SOURCES: dict[str, tuple[str, ...]] = {
-    "storage": ("--fmad=false",),  # codes must be those of quantize.py, bit for bit
-    "attention": (),
+    "storage": ("storage.cu", "--fmad=false"),  # codes must be those of quantize.py, bit for bit
+    "attention": ("attention.cu",),
+    **{f"decode{dim}": ("decode.cu", f"-DKVC_HEAD_DIM={dim}") for dim in HEAD_DIMS},
 }
 HEADERS = ("abi.h", "page_layout.h", "parameters.h", "pages.cuh", "primitives.cuh")
 #: NVRTC brings no headers; this is all of <stdint.h> that the sources use.
@@ -114,7 +116,7 @@ def source_texts() -> dict[str, str]:
         The texts of the `.cu` files and their headers.
     """
     texts = {"stdint.h": STDINT}
-    for name in (*HEADERS, *(f"{unit}.cu" for unit in SOURCES)):
+    for name in (*HEADERS, *(file for file, *_ in SOURCES.values())):
         path = FOLDER / name
         texts[name] = (path if path.exists() else INCLUDE_DIR / name).read_text()
     return texts
@@ -137,11 +139,12 @@ def compile_source(unit: str, arch: str) -> Compiled:
     headers = {name: text for name, text in texts.items() if not name.endswith(".cu")}
     names = (ctypes.c_char_p * len(headers))(*(name.encode() for name in headers))
     bodies = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
-    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *SOURCES[unit]]
+    file, *extra = SOURCES[unit]
+    options = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *extra]
     program = ctypes.c_void_p()
     _check(
         library.nvrtcCreateProgram(
-            ctypes.byref(program), texts[f"{unit}.cu"].encode(), f"{unit}.cu".encode(), len(headers), bodies, names
+            ctypes.byref(program), texts[file].encode(), file.encode(), len(headers), bodies, names
         )
     )
     try:
@@ -150,7 +153,7 @@ def compile_source(unit: str, arch: str) -> Compiled:
         log = _read(program, "ProgramLog").decode(errors="replace").rstrip("\0")
         if status:
             reason = library.nvrtcGetErrorString(status).decode()
-            raise NvrtcError(f"NVRTC {nvrtc_version()} cannot compile {unit}.cu for {arch}: {reason}\n{log}")
+            raise NvrtcError(f"NVRTC {nvrtc_version()} cannot compile {unit} for {arch}: {reason}\n{log[:2000]}")
         return Compiled(_read(program, "CUBIN"), _resources(log))
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

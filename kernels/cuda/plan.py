@@ -10,14 +10,23 @@ from torch import Tensor
 from .. import abi, checks
 from ..arguments import fill_strides
 from ..backend import DecodePlan
-from ..layout import DTYPES
+from ..layout import DTYPES, PageLayout
 from ..types import Rows, Tail
-from .launch import KvcWidths, Launcher
+from .launch import KvcWidths, KvcWorkspace, Launcher
+from .nvrtc import HEAD_DIMS
 
-__all__ = ["GeneralDecodePlan"]
+__all__ = ["GeneralDecodePlan", "TensorCoreDecodePlan", "fits_tensor_cores"]
 
 THREADS = 128
 TILE = 16
+TIERS = ((0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))  # of the tensor-core decode
+BLOCKS_PER_MULTIPROCESSOR = 2
+
+
+def fits_tensor_cores(layout: PageLayout) -> bool:
+    """Whether `decode.cu` takes a layout; `attention.cu` takes every one."""
+    known = all((tier.key_bits, tier.value_bits) in TIERS for tier in layout.tiers)
+    return known and layout.head_dim in HEAD_DIMS and layout.dtype in (torch.float16, torch.bfloat16)
 
 
 class CudaDecodePlan(DecodePlan):
@@ -113,5 +122,47 @@ class GeneralDecodePlan(CudaDecodePlan):
         self._launcher.launch("kvc_chunk", blocks, THREADS, (layout.c, chunk, ctypes.c_void_p()), self._device)
         if valid is not None:
             out.masked_fill_(~valid.view(-1, 1, 1, 1), 0)
+        self._statistics()
+        return out
+
+
+class TensorCoreDecodePlan(CudaDecodePlan):
+    """The layouts of `fits_tensor_cores`: append, attention and merge in the one kernel of `decode.cu`."""
+
+    def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
+        super().__init__(launcher, c, rows, tail, sinks)
+        head_dim, device = self._layout.head_dim, self._device
+        self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}"
+        self._blocks = launcher.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+        partial = torch.empty(2 * self._blocks, TILE, head_dim + 2, device=device)
+        arrived = torch.zeros(rows.count * -(-c.group // TILE) + 1, dtype=torch.int32, device=device)
+        self._workspace = (partial, arrived)
+        at = partial.data_ptr()
+        sums = 2 * self._blocks * TILE * partial.element_size()
+        self._pointers = KvcWorkspace(
+            at, at + sums * head_dim, at + sums * (head_dim + 1), arrived.data_ptr(), self._lse.data_ptr()
+        )
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        position: int,
+        valid: Tensor | None = None,
+        append: bool = True,
+    ) -> Tensor:
+        self._prepare(q, k, v, valid, append)
+        c, layout = self._c, self._layout
+        c.position, c.append = position, append
+        c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
+        if append and k is not None and v is not None:
+            c.k, (c.k_b, c.k_h, *_) = k.data_ptr(), k.stride()
+            c.v, (c.v_b, c.v_h, *_) = v.data_ptr(), v.stride()
+        c.valid = None if valid is None else valid.data_ptr()
+        out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
+        c.out = out.data_ptr()
+        if self._rows.count:
+            self._launcher.launch(self._kernel, self._blocks, THREADS, (layout.c, c, self._pointers), self._device)
         self._statistics()
         return out
