@@ -87,6 +87,14 @@ KVC_DEVICE void copy_words(void* to, const void* from, int bytes, int me, int co
   for (int i = me; i < bytes / 4; i += count) t[i] = f[i];
 }
 
+// Native elements from `from`[at ..]; sources may lie at odd addresses.
+KVC_DEVICE void copy_elements(void* to, const void* from, int64_t at, int n, int bytes, int me, int count) {
+  for (int i = me; i < n; i += count) {
+    if (bytes == 4) static_cast<uint32_t*>(to)[i] = static_cast<const uint32_t*>(from)[at + i];
+    else static_cast<uint16_t*>(to)[i] = static_cast<const uint16_t*>(from)[at + i];
+  }
+}
+
 }  // namespace
 
 // Grid: rows x slots / kWarps; `slots` is the most that any row gets.
@@ -109,9 +117,13 @@ kvc_pack(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcPack a, int32_t slots,
     const bool key = part == 0;
     const void* from = key ? a.k : a.v;
     const int64_t at = key ? b * a.k_b + h * a.k_h + token * a.k_t : b * a.v_b + h * a.v_h + token * a.v_t;
+    const Half to = half_of(layout, tier, page, inside, key);
+    if (!to.bits) {
+      copy_elements(to.row, from, at, layout.head_dim, element_bytes(layout.dtype), lane, 32);
+      continue;
+    }
     for (int d = lane; d < layout.head_dim; d += 32) scratch.x[d] = load_element(from, at + d, layout.dtype);
     __syncwarp();
-    const Half to = half_of(layout, tier, page, inside, key);
     clamped_here |= store_half(layout, to, key && tier.rotate_keys, scratch);
   }
   if (lane < a.n_fields) {
@@ -213,21 +225,13 @@ KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_append(KVC_PARAMETER KvcAppend 
   }
   const int64_t slot = a.tail.length[b] + before;
   if (slot >= a.tail.capacity) return;  // the caller has checked; never write outside
-  const int bytes = a.head_dim * element_bytes(a.dtype), element = element_bytes(a.dtype);
+  const int element = element_bytes(a.dtype);
   for (int h = 0; h < a.kv_heads; h++) {
     const int64_t row = static_cast<int64_t>(b) * a.kv_heads + h;
-    const int64_t at = (row * a.tail.capacity + slot) * bytes;
-    const uint8_t* k = static_cast<const uint8_t*>(a.k) + (b * a.k_b + h * a.k_h + t * a.k_t) * element;
-    const uint8_t* v = static_cast<const uint8_t*>(a.v) + (b * a.v_b + h * a.v_h + t * a.v_t) * element;
-    for (int i = threadIdx.x; i < bytes / element; i += blockDim.x) {  // rows of the source may lie at odd addresses
-      if (element == 4) {
-        reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.tail.k) + at)[i] = reinterpret_cast<const uint32_t*>(k)[i];
-        reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.tail.v) + at)[i] = reinterpret_cast<const uint32_t*>(v)[i];
-      } else {
-        reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(a.tail.k) + at)[i] = reinterpret_cast<const uint16_t*>(k)[i];
-        reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(a.tail.v) + at)[i] = reinterpret_cast<const uint16_t*>(v)[i];
-      }
-    }
+    const int64_t to = (row * a.tail.capacity + slot) * a.head_dim * element;
+    const int64_t k = b * a.k_b + h * a.k_h + t * a.k_t, v = b * a.v_b + h * a.v_h + t * a.v_t;
+    copy_elements(static_cast<uint8_t*>(a.tail.k) + to, a.k, k, a.head_dim, element, threadIdx.x, blockDim.x);
+    copy_elements(static_cast<uint8_t*>(a.tail.v) + to, a.v, v, a.head_dim, element, threadIdx.x, blockDim.x);
   }
   const int64_t fields = a.tail.fields ? a.n_fields * a.kv_heads : 0;
   for (int64_t i = threadIdx.x; i < fields; i += blockDim.x) {
