@@ -102,20 +102,28 @@ struct Where {  // 16 slots of a section
   int fresh;                                  // which of them is the new token; -1 = none
 };
 
+// Parts in which a block's words are loaded: all at once, or half by half where registers would not do.
+template <int kDim, int kKeyBits, int kValueBits>
+constexpr int kParts = kDim == 256 && kKeyBits + kValueBits >= 8 ? 2 : 1;
+
 template <int kDim, int kKeyBits, int kValueBits>
 struct Loaded {
-  uint32_t k[2][KeyRow<kDim, kKeyBits>::kWords];      // slots g and g + 8
-  uint32_t v[4][ValueRow<kDim, kValueBits>::kWords];  // slots 2t, 2t + 1, 2t + 8, 2t + 9
+  static constexpr int kKeyWords = KeyRow<kDim, kKeyBits>::kWords / kParts<kDim, kKeyBits, kValueBits>;
+  static constexpr int kValueWords = ValueRow<kDim, kValueBits>::kWords / kParts<kDim, kKeyBits, kValueBits>;
+  uint32_t k[2][kKeyWords];    // slots g and g + 8
+  uint32_t v[4][kValueWords];  // slots 2t, 2t + 1, 2t + 8, 2t + 9
   uint32_t key_scale[2], key_offset[2], value_scale[2], value_offset[2];  // fp16 pairs of slots 2t and 2t + 8
 
-  KVC_DEVICE_METHOD void load_keys(const Where& at, int g, int t) {
+  KVC_DEVICE_METHOD void load_keys(const Where& at, int g, int t, int part) {
     using Key = KeyRow<kDim, kKeyBits>;
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
       // Behind the last slot in use anything may lie: the last one is read again and then not counted.
       const uint8_t* row = at.k + least(8 * i + g, at.n - 1) * Key::kBytes;
       KVC_UNROLL
-      for (int w = 0; w < Key::kWords; w += Key::kPiece / 4) load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(t, w));
+      for (int w = 0; w < kKeyWords; w += Key::kPiece / 4) {
+        load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(t, part * kKeyWords + w));
+      }
     }
     KVC_UNROLL
     for (int i = 0; i < 2 && kKeyBits != kNative; i++) {
@@ -124,12 +132,13 @@ struct Loaded {
       key_offset[i] = *reinterpret_cast<const uint32_t*>(params + at.param_stride);
     }
   }
-  KVC_DEVICE_METHOD void load_values(const Where& at, int g, int t) {
+  KVC_DEVICE_METHOD void load_values(const Where& at, int g, int t, int part) {
+    constexpr int bytes = ValueRow<kDim, kValueBits>::kPiece / kParts<kDim, kKeyBits, kValueBits>;
     using Value = ValueRow<kDim, kValueBits>;
     KVC_UNROLL
     for (int i = 0; i < 4; i++) {
       const uint8_t* row = at.v + least(2 * t + i % 2 + i / 2 * 8, at.n - 1) * Value::kBytes;
-      load_bytes<Value::kPiece>(v[i], row + g * Value::kPiece);
+      load_bytes<bytes>(v[i], row + g * Value::kPiece + part * bytes);
     }
     KVC_UNROLL
     for (int i = 0; i < 2 && kValueBits != kNative; i++) {
@@ -174,12 +183,13 @@ struct Logits {  // one k-step of queries x keys
   template <int kStep>
   KVC_DEVICE_METHOD void step() const {
     constexpr int pairs = KeyRow<kDim, kKeyBits>::kPairs, p0 = 2 * kStep, p1 = 2 * kStep + 1;
+    constexpr int words = Loaded<kDim, kKeyBits, kValueBits>::kKeyWords;
     const uint4 q = queries[kStep * 32 + thread_lane()];
     const uint32_t a[4] = {q.x, q.y, q.z, q.w};
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
-      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(now.k[i][p0 / pairs]),
-                                               key_pair<kKeyBits, p1 % pairs>(now.k[i][p1 / pairs]));
+      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(now.k[i][p0 / pairs % words]),
+                                               key_pair<kKeyBits, p1 % pairs>(now.k[i][p1 / pairs % words]));
     }
   }
 };
@@ -192,7 +202,8 @@ struct Outputs {  // eight dimensions of probabilities x values
 
   template <int kTile>
   KVC_DEVICE_METHOD void step() const {
-    constexpr int per_word = ValueRow<kDim, kValueBits>::kPerWord, w = kTile / per_word, c = kTile % per_word;
+    constexpr int per_word = ValueRow<kDim, kValueBits>::kPerWord, c = kTile % per_word;
+    constexpr int w = kTile / per_word % Loaded<kDim, kKeyBits, kValueBits>::kValueWords;
     multiply<kBfloat && kValueBits == kNative>(o[kTile], p, value_pair<kValueBits, c>(now.v[0][w], now.v[1][w]),
                                                value_pair<kValueBits, c>(now.v[2][w], now.v[3][w]));
   }
@@ -228,8 +239,14 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
   float c[2][4];
   KVC_UNROLL
   for (int i = 0; i < 2; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
-  Repeat<0, kDim / 16>::run(Logits<kDim, kKeyBits, kValueBits, kBfloat>{now, step.queries, c});
-  if (!values_loaded) now.load_values(at, g, t);  // in the registers that the keys leave
+  constexpr int parts = kParts<kDim, kKeyBits, kValueBits>, steps = kDim / 16 / parts, tiles = kDim / 8 / parts;
+  const Logits<kDim, kKeyBits, kValueBits, kBfloat> logits{now, step.queries, c};
+  Repeat<0, steps>::run(logits);
+  if (parts > 1) {
+    now.load_keys(at, g, t, 1);
+    Repeat<steps, parts * steps>::run(logits);
+  }
+  if (!values_loaded) now.load_values(at, g, t, 0);  // in the registers that the keys leave
 
   float high[2] = {run.top[0], run.top[1]};
   float scale[2][2], zero[2][2];  // of values
@@ -299,7 +316,12 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
       p[2 * i + m] = kBfloat && kValueBits == kNative ? pack_bfloats(p0, p1) : pack_halves(p0, p1);
     }
   }
-  Repeat<0, kDim / 8>::run(Outputs<kDim, kKeyBits, kValueBits, kBfloat>{now, p, run.o});
+  const Outputs<kDim, kKeyBits, kValueBits, kBfloat> outputs{now, p, run.o};
+  Repeat<0, tiles>::run(outputs);
+  if (parts > 1) {
+    now.load_values(at, g, t, 1);
+    Repeat<tiles, parts * tiles>::run(outputs);
+  }
 }
 
 template <int kDim>
@@ -445,28 +467,28 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
   using Registers = Loaded<kDim, kKeyBits, kValueBits>;
   // Where they fit, the next block's words are under way while this one is worked on.
   constexpr int words = 2 * KeyRow<kDim, kKeyBits>::kWords + 4 * ValueRow<kDim, kValueBits>::kWords;
-  constexpr bool ahead = kDim <= 128 && words <= 24, together = words <= 64;
+  constexpr bool ahead = kDim <= 128 && words <= 24, together = words <= (kDim <= 128 ? 64 : 32);
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
   stage_queries<kDim, kKeyBits, kBfloat>(shared);
   int block = from + thread_warp();
   if (block < until) {
     Where at = locate<kDim>(task, r, tier, block);
     Registers now;
-    if (ahead) now.load_keys(at, g, t), now.load_values(at, g, t);
+    if (ahead) now.load_keys(at, g, t, 0), now.load_values(at, g, t, 0);
     for (; block < until; block += kWarps) {
       if (ahead) {
         Registers next = now;
         Where next_at = at;
         if (block + kWarps < until) {
           next_at = locate<kDim>(task, r, tier, block + kWarps);
-          next.load_keys(next_at, g, t), next.load_values(next_at, g, t);
+          next.load_keys(next_at, g, t, 0), next.load_values(next_at, g, t, 0);
         }
         attend<kDim, kKeyBits, kValueBits, kBfloat>(run, now, at, step, true);
         now = next, at = next_at;
       } else {
         at = locate<kDim>(task, r, tier, block);
-        now.load_keys(at, g, t);
-        if (together) now.load_values(at, g, t);
+        now.load_keys(at, g, t, 0);
+        if (together) now.load_values(at, g, t, 0);
         attend<kDim, kKeyBits, kValueBits, kBfloat>(run, now, at, step, together);
       }
     }

@@ -42,7 +42,7 @@ def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
         return library
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-w"]
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0" if sanitize else "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-w"]
     command += ["-fsanitize=address"] if sanitize else []
     command += [f"-I{place}" for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include")]
     command += [str(FOLDER / "shim.cpp"), "-o", str(unfinished)]
