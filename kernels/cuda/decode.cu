@@ -25,14 +25,15 @@ constexpr float kLeastScale = 5.9604644775390625e-8f;  // 2^-24, the least fp16 
 
 constexpr uint32_t kHalf1024 = 0x64006400u;  // 1024 in both halves: its low mantissa bits take a code as it is
 
-// (1024 + code * 4^k) -> code, in both halves; k = 0, 1, 2, 3.
-template <int kShift>
+// Codes that lie at bit 2 * kShift of both halves -> (code - kMiddle) in fp16, exactly: 1024 + 4^kShift * code, divided
+// and brought down by one instruction.
+template <int kShift, int kMiddle>
 KVC_DEVICE uint32_t codes_to_halves(uint32_t masked) {
+  constexpr uint32_t both = 0x00010001u;
+  constexpr uint32_t down = (static_cast<uint32_t>(25 - 2 * kShift) << 10) + (kMiddle << 2 * kShift);
   const uint32_t biased = masked | kHalf1024;
-  if (kShift == 0) return half2_subtract(biased, kHalf1024);
-  if (kShift == 1) return half2_fma(biased, 0x34003400u, 0xdc00dc00u);  // / 4 - 256
-  if (kShift == 2) return half2_fma(biased, 0x2c002c00u, 0xd400d400u);  // / 16 - 64
-  return half2_fma(biased, 0x24002400u, 0xcc00cc00u);                   // / 64 - 16
+  if (kShift == 0) return half2_subtract(biased, down * both);
+  return half2_fma(biased, (static_cast<uint32_t>(15 - 2 * kShift) << 10) * both, (down | 0x8000u) * both);
 }
 
 // Codes r and r + 16 / kBits of a word, as a register of two fp16; a native word is one already.
@@ -40,19 +41,23 @@ template <int kBits, int r>
 KVC_DEVICE uint32_t key_pair(uint32_t word) {
   if (kBits == kNative) return word;
   if (kBits == 8) return half2_subtract(select_bytes(word, 0x64646464u, r ? 0x4341 : 0x4240), kHalf1024);
-  if (kBits == 4) return codes_to_halves<r % 2 * 2>((r < 2 ? word : word >> 8) & (r % 2 ? 0x00f000f0u : 0x000f000fu));
-  return codes_to_halves<r % 4>((r < 4 ? word : word >> 8) & (0x00030003u << 2 * (r % 4)));
+  if (kBits == 4) return codes_to_halves<r % 2 * 2, 0>((r < 2 ? word : word >> 8) & (r % 2 ? 0x00f000f0u : 0x000f000fu));
+  return codes_to_halves<r % 4, 0>((r < 4 ? word : word >> 8) & (0x00030003u << 2 * (r % 4)));
 }
 
-// Code c of two words of different slots, as a register of two fp16 (native: element c).
+// What is taken off value codes, so that rounding a probability costs no more than it would with the values themselves.
+template <int kBits>
+constexpr int kMiddle = kBits == 8 ? 128 : kBits == 4 ? 8 : kBits == 2 ? 2 : 0;
+
+// Code c of two words of different slots, less the middle, as a register of two fp16 (native: element c).
 template <int kBits, int c>
 KVC_DEVICE uint32_t value_pair(uint32_t a, uint32_t b) {
   if (kBits == kNative) return select_bytes(a, b, c ? 0x7632 : 0x5410);
   constexpr int byte = c * kBits / 8;
   const uint32_t both = select_bytes(a, b, byte | (byte + 4) << 8);  // code bytes in bits 0..7 and 16..23
-  if (kBits == 8) return codes_to_halves<0>(both & 0x00ff00ffu);
-  if (kBits == 4) return codes_to_halves<c % 2 * 2>(both & (c % 2 ? 0x00f000f0u : 0x000f000fu));
-  return codes_to_halves<c % 4>(both & (0x00030003u << 2 * (c % 4)));
+  if (kBits == 8) return codes_to_halves<0, kMiddle<kBits>>(both & 0x00ff00ffu);
+  if (kBits == 4) return codes_to_halves<c % 2 * 2, kMiddle<kBits>>(both & (c % 2 ? 0x00f000f0u : 0x000f000fu));
+  return codes_to_halves<c % 4, kMiddle<kBits>>(both & (0x00030003u << 2 * (c % 4)));
 }
 
 template <int kBytes>
@@ -104,7 +109,7 @@ struct Where {  // 16 slots of a section
 
 // Parts in which a block's words are loaded: all at once, or half by half where registers would not do.
 template <int kDim, int kKeyBits, int kValueBits>
-constexpr int kParts = kDim == 256 && kKeyBits + kValueBits >= 8 ? 2 : 1;
+constexpr int kParts = kDim == 256 && kKeyBits + kValueBits >= 16 ? 2 : 1;
 
 template <int kDim, int kKeyBits, int kValueBits>
 struct Loaded {
@@ -263,7 +268,7 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
       float level = 0.f;
       if (kValueBits != kNative) {
         scale[i][e] = slot < at.n ? half_of_pair(now.value_scale[i], e) : 0.f;
-        zero[i][e] = slot < at.n ? half_of_pair(now.value_offset[i], e) : 0.f;
+        zero[i][e] = slot < at.n ? half_of_pair(now.value_offset[i], e) + kMiddle<kValueBits> * scale[i][e] : 0.f;
         level = fast_log2(scale[i][e] > kLeastScale ? scale[i][e] : kLeastScale);
       }
       const float key_scale = kKeyBits == kNative ? step.factor : half_of_pair(now.key_scale[i], e) * step.factor;
