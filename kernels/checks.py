@@ -154,8 +154,10 @@ def check_pack(
         if least < 0 or most > available:
             raise ValueError(f"counts must be between 0 and {available}, got {least} to {most}")
         if index is not None and most:
-            used = index if least == available else index.masked_fill(
-                torch.arange(available, device=device) >= counts.unsqueeze(-1), 0
+            used = (
+                index
+                if least == available
+                else index.masked_fill(torch.arange(available, device=device) >= counts.unsqueeze(-1), 0)
             )
             low, high = (int(x) for x in used.aminmax())
             if low < 0 or high >= tokens:

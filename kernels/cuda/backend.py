@@ -17,7 +17,7 @@ from ..arguments import fill_rows, fill_strides, fill_tail, pointer, position_fi
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..types import Rows, Tail
-from .launch import KvcWidths, Launcher
+from .launch import Launcher
 from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
 
 __all__ = ["CudaBackend"]
@@ -376,7 +376,7 @@ class CudaBackend(Backend):
         c = abi.KvcScores(
             position_field=position_field(layout, window is not None or exclude > 0), exclude=exclude, power=power
         )
-        for name, _ in abi.KvcScores._fields_:
+        for name in (field[0] for field in abi.KvcScores._fields_):
             if hasattr(first, name) and name != "position_field":
                 setattr(c, name, getattr(first, name))
         c.query_valid, c.key_valid = pointer(query_valid), pointer(key_valid)

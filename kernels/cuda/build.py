@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash
 from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
 
-__all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems"]
+__all__ = ["NVRTC_VERSION", "REGISTERS", "SPILLS", "main", "problems"]
 
 NVRTC_VERSION = (13, 0)
-#: Most registers per thread; a kernel's blocks per multiprocessor follow from them.
-REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 168, "decode128": 255, "decode256": 255}
+#: Most registers per thread: 168 leave room for three blocks of 128 threads on a multiprocessor, 255 for two.
+REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 216, "decode128": 255, "decode256": 255}
+#: Bytes that may be spilled, where that is not none: 256 dimensions of 16 heads take 128 registers by themselves.
+SPILLS: dict[str, int] = {"decode256": 512}
 
 
 def problems(unit: str, kernels: Sequence[KernelResources]) -> list[str]:
@@ -39,7 +41,7 @@ def problems(unit: str, kernels: Sequence[KernelResources]) -> list[str]:
     for name in sorted(names ^ set(KERNELS[unit])):
         found.append(f"{name} is {'not listed' if name in names else 'missing'} in {unit}")
     for kernel in kernels:
-        if kernel.spill_bytes:
+        if kernel.spill_bytes > SPILLS.get(unit, 0):
             found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes")
         if kernel.registers > REGISTERS[unit]:
             found.append(f"{kernel.name} takes {kernel.registers} registers, more than {REGISTERS[unit]}")

@@ -14,7 +14,7 @@ import torch
 
 from .images import KERNELS, architecture_of, device_code
 
-__all__ = ["CudaLauncher", "DriverError", "launcher_for", "load_driver"]
+__all__ = ["CudaLauncher", "DriverError", "driver_version", "launcher_for", "load_driver"]
 
 LEAST_CAPABILITY = (8, 0)  # bf16 and m16n8k16
 SHIPPED_CUDA = 13000  # the driver interface that shipped cubins need at least
@@ -50,6 +50,19 @@ def load_driver(path: str = "libcuda.so.1") -> ctypes.CDLL:
     except AttributeError as error:
         raise DriverError(f"the CUDA driver is too old, CUDA 12 is needed: {error}") from error
     return driver
+
+
+def driver_version() -> str:
+    """The CUDA version that the driver offers, such as `"13.0"`.
+
+    Raises:
+        DriverError: There is no driver.
+    """
+    version = c_int()
+    status = load_driver().cuDriverGetVersion(byref(version))
+    if status:
+        raise DriverError(f"cuDriverGetVersion failed ({status})")
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 class CudaLauncher:

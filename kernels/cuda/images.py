@@ -10,7 +10,16 @@ from pathlib import Path
 
 from .nvrtc import HEAD_DIMS, SOURCES, compile_source, nvrtc_version, source_texts
 
-__all__ = ["ARCHITECTURES", "CUBIN_DIR", "KERNELS", "architecture_of", "device_code", "shipped", "source_hash"]
+__all__ = [
+    "ARCHITECTURES",
+    "CUBIN_DIR",
+    "KERNELS",
+    "architecture_of",
+    "device_code",
+    "shipped",
+    "shipped_architectures",
+    "source_hash",
+]
 
 CUBIN_DIR = Path(__file__).parent / "cubin"
 MANIFEST = "manifest.json"
@@ -77,6 +86,11 @@ def shipped(unit: str, arch: str) -> bytes | None:
     if manifest.get("sources") != source_hash() or known != hashlib.sha256(code).hexdigest():
         return None
     return code
+
+
+def shipped_architectures() -> list[str]:
+    """The architectures that the package brings all its device code for."""
+    return [arch for arch in ARCHITECTURES.values() if all(shipped(unit, arch) is not None for unit in SOURCES)]
 
 
 def _cache_dir() -> Path:

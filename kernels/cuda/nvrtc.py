@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-
 __all__ = ["SOURCES", "Compiled", "KernelResources", "NvrtcError", "compile_source", "nvrtc_version", "source_texts"]
 
 FOLDER = Path(__file__).parent

@@ -115,7 +115,9 @@ class GeneralDecodePlan(CudaDecodePlan):
             self._launcher.launch("kvc_advance", c.batch, 32, (new,), self._device)
         out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
         chunk = abi.KvcChunk(n_q=1, n_k=0, out=out.data_ptr(), lse=self._lse.data_ptr(), q_t=0)
-        shared = "rows tail q q_b q_h out_b out_h sinks scale softcap window position_field position batch kv_heads group"
+        shared = (
+            "rows tail q q_b q_h out_b out_h sinks scale softcap window position_field position batch kv_heads group"
+        )
         for name in shared.split():
             setattr(chunk, name, getattr(c, name))
         blocks = c.batch * c.kv_heads * -(-c.group // TILE)

@@ -35,14 +35,25 @@ def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
     Raises:
         ShimError: There is no g++, or it refused the sources.
     """
-    sources = [path for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include") for path in place.iterdir()]
+    sources = [
+        path for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include") for path in place.iterdir()
+    ]
     newest = max(path.stat().st_mtime_ns for path in sources if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
     library = folder / f"libkvc_shim{'_asan' if sanitize else ''}.so"
     if library.exists() and library.stat().st_mtime_ns > newest:
         return library
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0" if sanitize else "-O1", "-g1", "-fPIC", "-shared", "-ffp-contract=off", "-w"]
+    command = [
+        os.environ.get("CXX", "g++"),
+        "-std=c++17",
+        "-O0" if sanitize else "-O1",
+        "-g1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-w",
+    ]
     command += ["-fsanitize=address"] if sanitize else []
     command += [f"-I{place}" for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include")]
     command += [str(FOLDER / "shim.cpp"), "-o", str(unfinished)]

@@ -1,6 +1,6 @@
 """Runs every CUDA kernel once on a library built with AddressSanitizer; `test_sanitizer.py` starts it.
 
-    python sanitized.py <library> [broken]
+python sanitized.py <library> [broken]
 """
 
 import sys

@@ -27,7 +27,9 @@ def test_decode_on_tensor_cores(make_twins, shim, exact, close, tier, head_dim, 
     decode(twins, shim, exact, close)
 
 
-@pytest.mark.parametrize("lengths", [[[1, 0, 16, 17], [0, 0, 33, 5]], [[0] * 4] * 2, [[700, 3, 0, 64], [64, 900, 0, 1]]])
+@pytest.mark.parametrize(
+    "lengths", [[[1, 0, 16, 17], [0, 0, 33, 5]], [[0] * 4] * 2, [[700, 3, 0, 64], [64, 900, 0, 1]]]
+)
 @pytest.mark.parametrize("tail_lengths", [(0, 16), (20, 3)])
 def test_rows_of_any_length(make_twins, backend, exact, close, lengths, tail_lengths):
     twins = make_twins(tiers=[(8, 4), (4, 2)], head_dim=128, lengths=lengths, tail_lengths=tail_lengths)
@@ -44,7 +46,13 @@ def test_groups(make_twins, backend, exact, close, group):
 
 @pytest.mark.parametrize(
     "head_dim, dtype, tiers",
-    [(16, F32, TIERS[:4]), (80, BF16, TIERS[2:]), (96, F16, [(8, 2), (2, 8)]), (64, F32, [(4, 8)]), (256, F32, TIERS[:2])],
+    [
+        (16, F32, TIERS[:4]),
+        (80, BF16, TIERS[2:]),
+        (96, F16, [(8, 2), (2, 8)]),
+        (64, F32, [(4, 8)]),
+        (256, F32, TIERS[:2]),
+    ],
 )
 def test_decode_of_other_shapes(make_twins, backend, exact, close, head_dim, dtype, tiers):
     twins = make_twins(tiers=tiers, head_dim=head_dim, dtype=dtype, most=40)
@@ -73,7 +81,9 @@ def test_options(make_twins, shim, exact, close, head_dim, options):
 
 @pytest.mark.parametrize("head_dim, group", [(64, 6), (128, 20), (48, 2)])
 def test_statistics(make_twins, backend, exact, close, head_dim, group):
-    twins = make_twins(tiers=[(8, 4), (4, 4)], head_dim=head_dim, group=group, lengths=[[130, 80, 0, 31], [64, 17, 0, 1]])
+    twins = make_twins(
+        tiers=[(8, 4), (4, 4)], head_dim=head_dim, group=group, lengths=[[130, 80, 0, 31], [64, 17, 0, 1]]
+    )
     for step in range(2):
         options = dict(sum_field="sum", square_field="square", window=200, position=350 + step)
         decode(twins, backend, exact, close, **options)

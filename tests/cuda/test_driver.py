@@ -17,7 +17,9 @@ STREAM = types.SimpleNamespace(cuda_stream=0)
 @pytest.fixture
 def elf(monkeypatch):
     """Device code that the pretended driver takes."""
-    monkeypatch.setattr(driver, "device_code", lambda unit, arch, use_shipped: (b"\177ELF" + unit.encode(), f"{arch} code"))
+    monkeypatch.setattr(
+        driver, "device_code", lambda unit, arch, use_shipped: (b"\177ELF" + unit.encode(), f"{arch} code")
+    )
 
 
 @pytest.fixture

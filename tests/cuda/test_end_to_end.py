@@ -1,4 +1,4 @@
-"""The whole package on the CUDA backend, for a tiny model, on the CPU: generate, padding, eviction, tiers, statistics."""
+"""The whole package on the CUDA backend, for a tiny model, on the CPU: padding, beams, eviction, tiers, statistics."""
 
 from __future__ import annotations
 
@@ -69,7 +69,14 @@ def test_lossless_gives_the_tokens_of_the_stock_model(build_model, on_shim, dtyp
 
 
 @pytest.mark.parametrize(
-    "preset, changes", [("kv-compress", {"budget": 0.5}), ("leankv", {}), ("roco", {"budget": 24}), ("k4v2", {}), ("auto", {"budget": 0.3})]
+    "preset, changes",
+    [
+        ("kv-compress", {"budget": 0.5}),
+        ("leankv", {}),
+        ("roco", {"budget": 24}),
+        ("k4v2", {}),
+        ("auto", {"budget": 0.3}),
+    ],
 )
 def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim, preset, changes):
     model = build_model(torch.float32)

@@ -56,7 +56,9 @@ def test_pack_move_retier_read(make_twins, backend, exact, head_dim, tiers, dtyp
     for tier in range(len(tiers)):
         for width in (0, 3, 70):
             for got, wanted in zip(
-                backend.read_slots(twins.rows, tier, width), exact.read_slots(twins.expected_rows, tier, width), strict=True
+                backend.read_slots(twins.rows, tier, width),
+                exact.read_slots(twins.expected_rows, tier, width),
+                strict=True,
             ):
                 torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
             for name in twins.rows.layout.fields:
