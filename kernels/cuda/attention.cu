@@ -196,13 +196,13 @@ KVC_KERNEL __launch_bounds__(kThreads, 1) kvc_chunk(KVC_PARAMETER KvcLayout layo
   }
 }
 
-// Adds up probability ^ power over the queries, given their log-sum-exp. Grid: batch x kv_heads x tiles of 16 slots,
+// Adds up probabilities and their squares over the queries, given their log-sum-exp. Grid: batch x kv_heads x tiles of 16 slots,
 // `tiles` of them: those of each tier for `width` slots, then the tail's, then the new tokens'.
 KVC_KERNEL __launch_bounds__(kThreads, 1)
 kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const float* lse, int32_t tiles) {
   __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
   __shared__ float tile[kBlock][kPitch];
-  __shared__ float sums[kRows][kBlock + 1];
+  __shared__ float sums[2][kRows][kBlock + 1];
   const int row = blockIdx.x / tiles, b = row / a.kv_heads, h = row % a.kv_heads;
   const Keys keys{layout, a.rows, a.tail, a.k, nullptr, a.k_b, a.k_h, a.k_t, 0, 0, 0,
                   a.n_k, a.key_position, a.position_field, b, h, row};
@@ -233,7 +233,7 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
   const int64_t heads = static_cast<int64_t>(a.kv_heads) * a.group;
   for (int g = 0; g < a.group; g++) {
     const int64_t head = static_cast<int64_t>(h) * a.group + g;
-    float total[2] = {0.f, 0.f};
+    float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};  // of probabilities and of squares, for each slot
     for (int start = 0; start < a.n_q; start += kRows) {
       __syncthreads();  // the queries before are done with
       for (int i = threadIdx.x; i < kRows * head_dim; i += kThreads) {
@@ -258,19 +258,21 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
         if (!counts) continue;
         const float x = capped(dot(q[m], tile[part + 8 * i], head_dim) * a.scale, a.softcap);
         const float probability = expf(x - norm);
-        total[i] += a.power == 2 ? probability * probability : probability;
+        total[0][i] += probability, total[1][i] += probability * probability;
       }
     }
-    sums[m][part] = total[0], sums[m][part + 8] = total[1];
+    KVC_UNROLL
+    for (int power = 0; power < 2; power++) sums[power][m][part] = total[power][0], sums[power][m][part + 8] = total[power][1];
     __syncthreads();
-    if (threadIdx.x < n) {
+    const int power = threadIdx.x / kBlock, s = threadIdx.x % kBlock;
+    if (power < 2 && s < n && (a.powers >> power & 1)) {
       float sum = 0;
-      for (int i = 0; i < kRows; i++) sum += sums[i][threadIdx.x];
-      const int slot = first + threadIdx.x;
-      const int64_t at = b * heads + head;
-      if (section == kFresh) a.fresh[at * a.n_k + slot] = sum;
-      else if (section == kTail) a.tail_out[at * a.tail.capacity + slot] = sum;
-      else a.past[section][at * a.past_stride[section] + slot] = sum;
+      for (int i = 0; i < kRows; i++) sum += sums[power][i][s];
+      const KvcSums& to = power ? a.square : a.sum;
+      const int64_t at = b * heads + head, slot = first + s;
+      if (section == kFresh) to.fresh[at * a.n_k + slot] = sum;
+      else if (section == kTail) to.tail[at * a.tail.capacity + slot] = sum;
+      else to.past[section][at * a.past_stride[section] + slot] = sum;
     }
   }
 }

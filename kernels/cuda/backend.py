@@ -39,6 +39,8 @@ class CudaBackend(Backend):
         launcher: Where kernels run.
     """
 
+    page_order = "canonical"
+
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
         self.name = launcher.name
@@ -347,46 +349,89 @@ class CudaBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
-        layout = rows.layout
-        device = self._device(k_new)
         if power not in (1, 2):
             raise ValueError(f"power must be 1 or 2, got {power}")
+        masks = (query_valid, key_valid)
+        options = (position, key_position, scale, softcap, window, sinks)
+        (scores,) = self._scores((power,), q, k_new, rows, tail, exclude, masks, options)
+        return scores
+
+    def column_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> tuple[WindowScores, WindowScores]:
+        masks = (query_valid, key_valid)
+        options = (position, key_position, scale, softcap, window, sinks)
+        first, second = self._scores((1, 2), q, k_new, rows, tail, exclude, masks, options)
+        return first, second
+
+    def _scores(
+        self,
+        powers: Sequence[int],
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        exclude: int,
+        masks: tuple[Tensor | None, Tensor | None],
+        options: tuple[int, int, float, float | None, int | None, Tensor | None],
+    ) -> list[WindowScores]:
+        layout = rows.layout
+        device = self._device(k_new)
+        *_, softcap, window, sinks = options
         checks.check_block(q, k_new, rows, tail, device)
         checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
         batch, kv_heads, n_k, _ = k_new.shape
         q_heads, n_q = q.shape[1:3]
-        if query_valid is not None:
-            checks.check_tensor("query_valid", query_valid, (batch, n_q), torch.bool, device, contiguous=False)
-            query_valid = query_valid.contiguous()
-        if key_valid is not None:
-            checks.check_tensor("key_valid", key_valid, (batch, n_k), torch.bool, device, contiguous=False)
-            key_valid = key_valid.contiguous()
+        for name, mask, n in (("query_valid", masks[0], n_q), ("key_valid", masks[1], n_k)):
+            if mask is not None:
+                checks.check_tensor(name, mask, (batch, n), torch.bool, device, contiguous=False)
+        query_valid, key_valid = (None if mask is None else mask.contiguous() for mask in masks)
         capacity = 0 if tail is None else tail.capacity
         widths = [rows.width(tier) for tier in range(len(layout.tiers))]
-        scores = WindowScores(
-            [torch.zeros(batch, q_heads, width, device=device) for width in widths],
-            torch.zeros(batch, q_heads, capacity, device=device),
-            torch.zeros(batch, q_heads, n_k, device=device),
-        )
+        results = [
+            WindowScores(
+                [torch.zeros(batch, q_heads, width, device=device) for width in widths],
+                torch.zeros(batch, q_heads, capacity, device=device),
+                torch.zeros(batch, q_heads, n_k, device=device),
+            )
+            for _ in powers
+        ]
         # First every query's log-sum-exp, then the sums key by key.
         lse = torch.empty(batch, q_heads, n_q, device=device)
-        first = self._chunk_arguments(q, k_new, rows, tail, position, key_position, scale, softcap, window, sinks)
+        first = self._chunk_arguments(q, k_new, rows, tail, *options)
         first.lse = lse.data_ptr()
         self._launch_chunk(first, layout, device, key_valid)
-        c = abi.KvcScores(
-            position_field=position_field(layout, window is not None or exclude > 0), exclude=exclude, power=power
-        )
+        c = abi.KvcScores(exclude=exclude, powers=sum(powers))
         for name in (field[0] for field in abi.KvcScores._fields_):
-            if hasattr(first, name) and name != "position_field":
+            if hasattr(first, name):
                 setattr(c, name, getattr(first, name))
+        c.position_field = position_field(layout, window is not None or exclude > 0)
         c.query_valid, c.key_valid = pointer(query_valid), pointer(key_valid)
-        for tier, past in enumerate(scores.past):
-            c.past[tier], c.past_stride[tier] = past.data_ptr(), widths[tier]  # its stride, and 0 for an empty one
-        c.tail_out, c.fresh = pointer(scores.tail), pointer(scores.fresh)
+        for power, scores in zip(powers, results, strict=True):
+            sums = c.sum if power == 1 else c.square
+            for tier, past in enumerate(scores.past):
+                sums.past[tier] = past.data_ptr()
+            sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()
+        for tier, width in enumerate(widths):
+            c.past_stride[tier] = width  # and 0 for an empty tier, whatever torch says
         tiles = sum(blocks_for(width, TILE) for width in (*widths, capacity, n_k))
         blocks = batch * kv_heads * tiles if n_q else 0
         self._launch("kvc_scores", blocks, device, layout.c, c, _address(lse), ctypes.c_int32(tiles))
-        return scores
+        return results
 
 
 def _address(tensor: Tensor | None) -> ctypes.c_void_p:

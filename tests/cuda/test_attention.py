@@ -188,7 +188,7 @@ def test_chunk(make_twins, backend, exact, close, options, shape):
 def test_window_scores(make_twins, backend, exact, options, shape):
     options = dict(options)
     twins = make_twins(**shape)
-    heads, n_q = twins.kv_heads * twins.group, options.pop("n_q", 18)
+    heads, n_q, power = twins.kv_heads * twins.group, options.pop("n_q", 18), options.pop("power", 2)
     n_k = options.pop("n_k", n_q)
     if options.pop("padding", False):
         options["query_valid"], options["key_valid"] = torch.rand(2, n_q) < 0.6, torch.rand(2, n_k) < 0.6
@@ -196,11 +196,10 @@ def test_window_scores(make_twins, backend, exact, options, shape):
         options["sinks"] = torch.linspace(-3, 3, heads)
     q, k = twins.randn(heads, n_q), twins.randn(twins.kv_heads, n_k)
     options = dict(position=1000, key_position=1000 + n_q - n_k, scale=0.1) | options
-    actual = backend.window_scores(q, k, twins.rows, twins.tail, **options)
-    expected = exact.window_scores(q, k, twins.expected_rows, twins.expected_tail, **options)
-    for got, wanted in [
-        *zip(actual.past, expected.past, strict=True),
-        (actual.tail, expected.tail),
-        (actual.fresh, expected.fresh),
-    ]:
-        torch.testing.assert_close(got, wanted, rtol=3e-3, atol=1e-6)
+    expected = exact.column_scores(q, k, twins.expected_rows, twins.expected_tail, **options)
+    both = backend.column_scores(q, k, twins.rows, twins.tail, **options)
+    one = backend.window_scores(q, k, twins.rows, twins.tail, power=power, **options)
+    for actual, wanted in [*zip(both, expected, strict=True), (one, expected[power - 1])]:
+        parts = [*zip(actual.past, wanted.past, strict=True), (actual.tail, wanted.tail), (actual.fresh, wanted.fresh)]
+        for got, exactly in parts:
+            torch.testing.assert_close(got, exactly, rtol=3e-3, atol=1e-6)
