@@ -10,8 +10,6 @@ from torch import Tensor
 from .layout import DTYPES, POSITION, PageLayout
 from .types import Rows, Tail
 
-CPU = torch.device("cpu")
-
 
 def check_tensor(
     name: str,
@@ -61,7 +59,7 @@ def check_rows(rows: Rows, device: torch.device, kv_heads: int | None = None) ->
         check_tensor("a slab", slab, (None, layout.page_bytes), torch.uint8, device)
         if slab.shape[0] > 1 and slab.stride(0) != layout.page_bytes:
             raise ValueError(f"slabs must be contiguous, got strides {slab.stride()}")
-    check_tensor("slab_addresses", rows.slab_addresses, (len(rows.slabs),), torch.int64, CPU)
+    check_tensor("slab_addresses", rows.slab_addresses, (len(rows.slabs),), torch.int64, device)
     if not 0 <= rows.slab_shift < 31:
         raise ValueError(f"slab_shift must be between 0 and 30, got {rows.slab_shift}")
     if kv_heads is not None and (kv_heads == 0 or count % kv_heads):
@@ -170,8 +168,10 @@ def check_pack(
         if least < 0 or most > available:
             raise ValueError(f"counts must be between 0 and {available}, got {least} to {most}")
         if index is not None and most:
-            used = index if least == available else index.masked_fill(
-                torch.arange(available, device=device) >= counts.unsqueeze(-1), 0
+            used = (
+                index
+                if least == available
+                else index.masked_fill(torch.arange(available, device=device) >= counts.unsqueeze(-1), 0)
             )
             low, high = (int(x) for x in used.aminmax())
             if low < 0 or high >= tokens:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import abi, checks
+from .arguments import fill_rows, fill_strides, fill_tail, pointer, position_field
 from .backend import Backend, DecodePlan, WindowScores
-from .layout import DTYPES, POSITION, PageLayout
+from .layout import DTYPES, PageLayout
 from .library import load_library
 from .types import Rows, Tail
 
@@ -31,42 +32,6 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(
         library.kvc_isa_name(i).decode() for i in range(library.kvc_isa_count()) if library.kvc_isa_available(i)
     )
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _fill_rows(c: abi.KvcRows, rows: Rows) -> None:
-    c.layout = ctypes.addressof(rows.layout.c)
-    c.slabs = rows.slab_addresses.data_ptr()
-    c.slab_shift = rows.slab_shift
-    c.rows = rows.count
-    for tier, (table, length) in enumerate(zip(rows.tables, rows.lengths, strict=True)):
-        c.table[tier] = table.data_ptr()
-        c.table_stride[tier] = table.stride(0)
-        c.length[tier] = length.data_ptr()
-
-
-def _fill_tail(c: abi.KvcTail, tail: Tail | None) -> None:
-    if tail is None:
-        return  # all zero: no tail
-    c.k, c.v = tail.k.data_ptr(), tail.v.data_ptr()
-    c.length, c.position = tail.lengths.data_ptr(), tail.positions.data_ptr()
-    c.fields = _pointer(tail.fields)
-    c.capacity = tail.capacity
-
-
-def _fill_strides(c: ctypes.Structure, name: str, tensor: Tensor) -> None:
-    """Sets `<name>_b`, `<name>_h` and `<name>_t` of a `[batch, heads, tokens, head_dim]` tensor."""
-    b, h, t, _ = tensor.stride()
-    setattr(c, f"{name}_b", b)
-    setattr(c, f"{name}_h", h)
-    setattr(c, f"{name}_t", t)
-
-
-def _position_field(layout: PageLayout, needed: bool) -> int:
-    return layout.fields.index(POSITION) if needed and POSITION in layout.fields else -1
 
 
 class CpuBackend(Backend):
@@ -105,10 +70,10 @@ class CpuBackend(Backend):
         batch, kv_heads, n_k, head_dim = k.shape
         valid = None if valid is None else valid.contiguous()
         c = abi.KvcAppend(position=position, batch=batch, kv_heads=kv_heads, n_k=n_k, head_dim=head_dim)
-        _fill_tail(c.tail, tail)
-        c.k, c.v, c.valid = k.data_ptr(), v.data_ptr(), _pointer(valid)
-        _fill_strides(c, "k", k)
-        _fill_strides(c, "v", v)
+        fill_tail(c.tail, tail)
+        c.k, c.v, c.valid = k.data_ptr(), v.data_ptr(), pointer(valid)
+        fill_strides(c, "k", k)
+        fill_strides(c, "v", v)
         c.dtype = DTYPES[k.dtype]
         c.n_fields = 0 if tail.fields is None else tail.fields.shape[0]
         self._call("append", c)
@@ -127,10 +92,10 @@ class CpuBackend(Backend):
         checks.check_pack(rows, tier, k, v, counts, index, fields, CPU)
         layout = rows.layout
         c = abi.KvcPack(tier=tier, batch=k.shape[0], kv_heads=k.shape[1], n_fields=len(layout.fields))
-        _fill_rows(c.rows, rows)
+        fill_rows(c.rows, rows)
         c.k, c.v = k.data_ptr(), v.data_ptr()
-        _fill_strides(c, "k", k)
-        _fill_strides(c, "v", v)
+        fill_strides(c, "k", k)
+        fill_strides(c, "v", v)
         if index is not None:
             index = index if index.stride(2) == 1 else index.contiguous()
             c.index, c.index_b, c.index_h = index.data_ptr(), index.stride(0), index.stride(1)
@@ -146,7 +111,7 @@ class CpuBackend(Backend):
         checks.check_rows(rows, CPU)
         checks.check_slots(rows, tier, row, CPU, dst=dst, src=src)
         c = abi.KvcMove(tier=tier, n=row.shape[0])
-        _fill_rows(c.rows, rows)
+        fill_rows(c.rows, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         self._call("move", c)
 
@@ -155,14 +120,14 @@ class CpuBackend(Backend):
         checks.check_slots(rows, src_tier, row, CPU, src=src)
         checks.check_slots(rows, dst_tier, row, CPU, dst=dst)
         c = abi.KvcRetier(src_tier=src_tier, dst_tier=dst_tier, n=row.shape[0])
-        _fill_rows(c.rows, rows)
+        fill_rows(c.rows, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         self._call("retier", c)
         return c.overflow
 
     def _fields(self, rows: Rows, tier: int, field: str, values: Tensor, write: bool) -> None:
         c = abi.KvcFields(tier=tier, field=rows.layout.field_index(field), write=write, stride=values.shape[1])
-        _fill_rows(c.rows, rows)
+        fill_rows(c.rows, rows)
         c.values = values.data_ptr()
         self._call("fields", c)
 
@@ -185,7 +150,7 @@ class CpuBackend(Backend):
         checks.check_width(rows, tier, width)
         k, v = (torch.zeros(rows.count, width, rows.layout.head_dim) for _ in range(2))
         c = abi.KvcDense(tier=tier, stride=width)
-        _fill_rows(c.rows, rows)
+        fill_rows(c.rows, rows)
         c.k, c.v = k.data_ptr(), v.data_ptr()
         self._call("dense", c)
         return k, v
@@ -277,16 +242,16 @@ class CpuBackend(Backend):
             scale=scale,
             softcap=softcap or 0.0,
             window=window or 0,
-            position_field=_position_field(layout, window is not None),
+            position_field=position_field(layout, window is not None),
             batch=batch,
             kv_heads=kv_heads,
             group=q_heads // kv_heads,
             sum_field=-1 if sum_field is None else layout.field_index(sum_field),
             square_field=-1 if square_field is None else layout.field_index(square_field),
         )
-        _fill_rows(c.rows, rows)
-        _fill_tail(c.tail, tail)
-        c.sinks = _pointer(sinks)
+        fill_rows(c.rows, rows)
+        fill_tail(c.tail, tail)
+        c.sinks = pointer(sinks)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
         return _CpuDecodePlan(self._library.kvc_decode, self._isa, c, rows, tail, sinks)
 
@@ -328,7 +293,7 @@ class CpuBackend(Backend):
                 scale=scale,
                 softcap=softcap or 0.0,
                 window=window or 0,
-                position_field=_position_field(layout, window is not None),
+                position_field=position_field(layout, window is not None),
                 position=position,
                 key_position=position if key_position is None else key_position,
                 batch=batch,
@@ -337,12 +302,12 @@ class CpuBackend(Backend):
                 n_q=n_q,
                 n_k=n_k,
             )
-            _fill_rows(c.rows, rows)
-            _fill_tail(c.tail, tail)
+            fill_rows(c.rows, rows)
+            fill_tail(c.tail, tail)
             c.q, c.k, c.v = q.data_ptr(), k_new.data_ptr(), v_new.data_ptr()
             for name, tensor in (("q", q), ("k", k_new), ("v", v_new)):
-                _fill_strides(c, name, tensor)
-            c.out, c.lse, c.allowed, c.bias, c.sinks = map(_pointer, (out, lse, allowed, bias, sinks))
+                fill_strides(c, name, tensor)
+            c.out, c.lse, c.allowed, c.bias, c.sinks = map(pointer, (out, lse, allowed, bias, sinks))
             c.out_b, c.out_t, c.out_h, _ = out.stride()
             self._call("chunk", c)
         return out if lse is None else (out, lse)
@@ -465,7 +430,7 @@ class CpuBackend(Backend):
             scale=scale,
             softcap=softcap or 0.0,
             window=window or 0,
-            position_field=_position_field(layout, window is not None or exclude > 0),
+            position_field=position_field(layout, window is not None or exclude > 0),
             position=position,
             key_position=key_position,
             exclude=exclude,
@@ -476,12 +441,12 @@ class CpuBackend(Backend):
             n_k=n_k,
             powers=sum(power or LARGEST for power in powers),
         )
-        _fill_rows(c.rows, rows)
-        _fill_tail(c.tail, tail)
+        fill_rows(c.rows, rows)
+        fill_tail(c.tail, tail)
         c.q, c.k = q.data_ptr(), k_new.data_ptr()
-        _fill_strides(c, "q", q)
-        _fill_strides(c, "k", k_new)
-        c.query_valid, c.key_valid, c.sinks = map(_pointer, (query_valid, key_valid, sinks))
+        fill_strides(c, "q", q)
+        fill_strides(c, "k", k_new)
+        c.query_valid, c.key_valid, c.sinks = map(pointer, (query_valid, key_valid, sinks))
         for power, scores in zip(powers, results, strict=True):
             sums = c.square if power == 2 else c.sum
             for tier, past in enumerate(scores.past):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 
 from .backend import Backend
 from .cpu import CpuBackend
+from .cuda import CudaBackend, DriverError, NvrtcError, launcher_for
 from .reference import ReferenceBackend
 
 __all__ = ["get_backend"]
@@ -21,13 +23,27 @@ def get_backend(device: torch.device | str) -> Backend:
 
     Returns:
         A backend; its `name` and `reason` say which one and why. Backends hold no state, so one instance serves
-        every cache.
+        every cache. Where the CUDA kernels cannot be used, a warning says why and plain torch does the work.
     """
-    return _backend_for(torch.device(device).type)
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _backend_for(device.type, None)
+    return _backend_for(device.type, torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
-def _backend_for(device_type: str) -> Backend:
+def _backend_for(device_type: str, index: int | None) -> Backend:
     if device_type == "cpu":
         return CpuBackend()
+    if device_type == "cuda":
+        if index is None:
+            return ReferenceBackend(reason="PyTorch sees no CUDA device")
+        if torch.version.cuda is None:
+            return ReferenceBackend(reason="this PyTorch is not built for CUDA")
+        try:
+            return CudaBackend(launcher_for(index))
+        except (DriverError, NvrtcError) as error:
+            reason = f"the CUDA kernels cannot be used: {error}"
+            warnings.warn(f"kvcompress_hf falls back to plain torch on cuda:{index}, which is slow; {reason}")
+            return ReferenceBackend(reason=reason)
     return ReferenceBackend(reason=f"there is no native backend for {device_type} tensors")

@@ -19,7 +19,7 @@ class Rows:
     Args:
         layout: The layout of the pages.
         slabs: Page storage, each `uint8 [pages, page_bytes]`.
-        slab_addresses: `int64 [n_slabs]` (on the CPU): the address of each slab's first byte.
+        slab_addresses: `int64 [n_slabs]`, on the device of the slabs: the address of each slab's first byte.
         slab_shift: A page id is `slab << slab_shift | page inside the slab`.
         tables: Per tier `int32 [rows, cap]`: the page ids of each row, in slot order. The last dimension is contiguous.
         lengths: Per tier `int32 [rows]`: slots in use. Table entries beyond them are never read.

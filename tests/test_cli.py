@@ -16,6 +16,7 @@ def test_presets_and_doctor_say_what_there_is(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "cpu" in out and "transformers" in out
+    assert "cuda driver" in out and "NVRTC" in out and "backend on cuda" in out
 
 
 def test_generate_prints_text_and_memory(capsys):

@@ -44,10 +44,10 @@ def version_of(distribution: str) -> str:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """Print versions and, per device, the backend and the reason it was chosen."""
+    """Print versions, what the CUDA kernels depend on, and per device the backend and the reason it was chosen."""
     import torch
 
-    from kvcompress_hf.kernels import get_backend
+    from kvcompress_hf.kernels import cuda, get_backend
 
     rows = [
         ["python", platform.python_version()],
@@ -69,10 +69,17 @@ def run_doctor(args: argparse.Namespace) -> int:
         note = f"   (supported: {needs.removeprefix('transformers')})" if name == "transformers" and needs else ""
         rows.append([name, version_of(name) + note])
     rows.append(["torch threads", str(torch.get_num_threads())])
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    for device in devices:
-        backend = get_backend(device)
-        rows.append([f"backend on {device}", f"{backend.name}: {backend.reason}"])
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    rows.append(["torch is built", built])
+    rows += [[what, text] for what, text in cuda.describe()]
+    backend = get_backend("cpu")
+    rows.append(["backend on cpu", f"{backend.name}: {backend.reason}"])
+    if not torch.cuda.is_available():
+        rows.append(["backend on cuda", "none: PyTorch sees no CUDA device"])
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append([f"cuda:{index}", f"{properties.name}, compute capability {properties.major}.{properties.minor}"])
+        backend = get_backend(torch.device("cuda", index))
+        rows.append([f"backend on cuda:{index}", f"{backend.name}: {backend.reason}"])
     print(columns(rows))
     return 0

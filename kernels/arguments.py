@@ -1,0 +1,53 @@
+"""Fills the argument structs of `include/abi.h` from tensors, for the backends that take them."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from . import abi
+from .layout import POSITION, PageLayout
+from .types import Rows, Tail
+
+__all__ = ["fill_rows", "fill_strides", "fill_tail", "pointer", "position_field"]
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first element; `None` for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def fill_rows(c: abi.KvcRows, rows: Rows) -> None:
+    """Sets everything in a `KvcRows`."""
+    c.layout = ctypes.addressof(rows.layout.c)
+    c.slabs = rows.slab_addresses.data_ptr()
+    c.slab_shift = rows.slab_shift
+    c.rows = rows.count
+    for tier, (table, length) in enumerate(zip(rows.tables, rows.lengths, strict=True)):
+        c.table[tier] = table.data_ptr()
+        c.table_stride[tier] = table.stride(0)
+        c.length[tier] = length.data_ptr()
+
+
+def fill_tail(c: abi.KvcTail, tail: Tail | None) -> None:
+    """Sets everything in a `KvcTail`; without a tail it stays all zero."""
+    if tail is None:
+        return
+    c.k, c.v = tail.k.data_ptr(), tail.v.data_ptr()
+    c.length, c.position = tail.lengths.data_ptr(), tail.positions.data_ptr()
+    c.fields = pointer(tail.fields)
+    c.capacity = tail.capacity
+
+
+def fill_strides(c: ctypes.Structure, name: str, tensor: Tensor) -> None:
+    """Sets `<name>_b`, `<name>_h` and `<name>_t` of a `[batch, heads, tokens, head_dim]` tensor."""
+    b, h, t, _ = tensor.stride()
+    setattr(c, f"{name}_b", b)
+    setattr(c, f"{name}_h", h)
+    setattr(c, f"{name}_t", t)
+
+
+def position_field(layout: PageLayout, needed: bool) -> int:
+    """Index of the field with positions, or -1 where there is none or it is not needed."""
+    return layout.fields.index(POSITION) if needed and POSITION in layout.fields else -1

@@ -1,0 +1,438 @@
+"""The CUDA backend: arguments checked here, kernels started through a `Launcher`.
+
+Kernels take the structs of `include/abi.h` by value, filled as for the CPU; pages are in canonical order. Nothing in a
+decoding step waits for the device, unless the tail may be full.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import abi, checks
+from ..arguments import fill_rows, fill_strides, fill_tail, pointer, position_field
+from ..backend import Backend, DecodePlan, WindowScores
+from ..layout import DTYPES, PageLayout
+from ..types import Rows, Tail
+from .launch import Launcher
+from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
+
+__all__ = ["CudaBackend"]
+
+WARPS = 4  # of a block, one slot each
+THREADS = 32 * WARPS
+TILE = 16  # query rows, or slots, that a block of the attention kernels works on
+
+
+def blocks_for(items: int, each: int) -> int:
+    """Blocks needed for `items`, `each` per block."""
+    return -(-items // each)
+
+
+class CudaBackend(Backend):
+    """The operations on CUDA tensors. Holds no state of a cache; see `Backend` for the operations.
+
+    Args:
+        launcher: Where kernels run.
+    """
+
+    page_order = "canonical"
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.name = launcher.name
+        self.reason = launcher.reason
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        if tensor.device.type != self.launcher.device_type:
+            raise ValueError(f"{self.name} works on {self.launcher.device_type} tensors, got one on {tensor.device}")
+        return tensor.device
+
+    def _launch(self, kernel: str, blocks: int, device: torch.device, *arguments: ctypes._CData) -> None:
+        self.launcher.launch(kernel, blocks, THREADS, arguments, device)
+
+    # ------------------------------------------------------------------------------------------ storage
+    def append(self, tail: Tail, k: Tensor, v: Tensor, position: int, valid: Tensor | None = None) -> None:
+        device = self._device(tail.k)
+        checks.check_append(tail, k, v, valid, device)
+        valid = None if valid is None else valid.contiguous()
+        batch, kv_heads, n_k, head_dim = k.shape
+        c = abi.KvcAppend(position=position, batch=batch, kv_heads=kv_heads, n_k=n_k, head_dim=head_dim)
+        fill_tail(c.tail, tail)
+        c.k, c.v, c.valid = k.data_ptr(), v.data_ptr(), pointer(valid)
+        fill_strides(c, "k", k)
+        fill_strides(c, "v", v)
+        c.dtype = DTYPES[k.dtype]
+        c.n_fields = 0 if tail.fields is None else tail.fields.shape[0]
+        self._launch("kvc_append", batch * n_k, device, c)
+        self.launcher.launch("kvc_advance", batch if n_k else 0, 32, (c,), device)
+
+    def pack(
+        self,
+        rows: Rows,
+        tier: int,
+        k: Tensor,
+        v: Tensor,
+        counts: Tensor,
+        index: Tensor | None = None,
+        fields: Mapping[str, Tensor] | None = None,
+    ) -> int:
+        fields = fields or {}
+        device = self._device(k)
+        checks.check_pack(rows, tier, k, v, counts, index, fields, device)
+        layout = rows.layout
+        c = abi.KvcPack(tier=tier, batch=k.shape[0], kv_heads=k.shape[1], n_fields=len(layout.fields))
+        fill_rows(c.rows, rows)
+        c.k, c.v = k.data_ptr(), v.data_ptr()
+        fill_strides(c, "k", k)
+        fill_strides(c, "v", v)
+        if index is not None:
+            index = index if index.stride(2) == 1 else index.contiguous()
+            c.index, c.index_b, c.index_h = index.data_ptr(), index.stride(0), index.stride(1)
+        c.count, c.count_b, c.count_h = counts.data_ptr(), counts.stride(0), counts.stride(1)
+        ordered = [fields[name] for name in layout.fields]
+        ordered = [values if values.stride(2) == 1 else values.contiguous() for values in ordered]  # kept alive
+        for i, values in enumerate(ordered):
+            c.field[i], c.field_b[i], c.field_h[i] = values.data_ptr(), values.stride(0), values.stride(1)
+        most = int(counts.max()) if counts.numel() else 0
+        overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        blocks = rows.count * blocks_for(most, WARPS)
+        self._launch("kvc_pack", blocks, device, layout.c, c, ctypes.c_int32(most), _address(overflow))
+        return 0 if layout.tiers[tier].native else int(overflow)
+
+    def move(self, rows: Rows, tier: int, row: Tensor, dst: Tensor, src: Tensor) -> None:
+        device = self._device(row)
+        checks.check_rows(rows, device)
+        checks.check_slots(rows, tier, row, device, dst=dst, src=src)
+        c = abi.KvcMove(tier=tier, n=row.shape[0])
+        fill_rows(c.rows, rows)
+        c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
+        self._launch("kvc_move", blocks_for(row.shape[0], WARPS), device, rows.layout.c, c)
+
+    def retier(self, rows: Rows, row: Tensor, src_tier: int, src: Tensor, dst_tier: int, dst: Tensor) -> int:
+        device = self._device(row)
+        checks.check_rows(rows, device)
+        checks.check_slots(rows, src_tier, row, device, src=src)
+        checks.check_slots(rows, dst_tier, row, device, dst=dst)
+        c = abi.KvcRetier(src_tier=src_tier, dst_tier=dst_tier, n=row.shape[0])
+        fill_rows(c.rows, rows)
+        c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
+        overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        blocks = blocks_for(row.shape[0], WARPS)
+        self._launch("kvc_retier", blocks, device, rows.layout.c, c, _address(overflow))
+        return 0 if rows.layout.tiers[dst_tier].native else int(overflow)
+
+    def _fields(self, rows: Rows, tier: int, field: str, values: Tensor, write: bool) -> None:
+        c = abi.KvcFields(tier=tier, field=rows.layout.field_index(field), write=write, stride=values.shape[1])
+        fill_rows(c.rows, rows)
+        c.values = values.data_ptr()
+        blocks = rows.count * blocks_for(values.shape[1], THREADS)
+        self._launch("kvc_fields", blocks, values.device, rows.layout.c, c)
+
+    def read_field(self, rows: Rows, tier: int, field: str, width: int) -> Tensor:
+        device = self._device(rows.lengths[0])
+        checks.check_rows(rows, device)
+        checks.check_width(rows, tier, width)
+        values = torch.zeros(rows.count, width, dtype=rows.layout.field_dtype(field), device=device)
+        self._fields(rows, tier, field, values, write=False)
+        return values
+
+    def write_field(self, rows: Rows, tier: int, field: str, values: Tensor) -> None:
+        device = self._device(rows.lengths[0])
+        checks.check_rows(rows, device)
+        shape = (rows.count, None)
+        checks.check_tensor("values", values, shape, rows.layout.field_dtype(field), device, contiguous=False)
+        checks.check_width(rows, tier, values.shape[1])
+        self._fields(rows, tier, field, values.contiguous(), write=True)
+
+    def read_slots(self, rows: Rows, tier: int, width: int) -> tuple[Tensor, Tensor]:
+        device = self._device(rows.lengths[0])
+        checks.check_rows(rows, device)
+        checks.check_width(rows, tier, width)
+        k, v = (torch.zeros(rows.count, width, rows.layout.head_dim, device=device) for _ in range(2))
+        c = abi.KvcDense(tier=tier, stride=width)
+        fill_rows(c.rows, rows)
+        c.k, c.v = k.data_ptr(), v.data_ptr()
+        self._launch("kvc_dense", rows.count * blocks_for(width, WARPS), device, rows.layout.c, c)
+        return k, v
+
+    def copy_pages(
+        self, slabs: Sequence[Tensor], slab_addresses: Tensor, slab_shift: int, dst: Tensor, src: Tensor
+    ) -> None:
+        device = self._device(src)
+        checks.check_page_ids(slabs, slab_shift, dst, src, device)
+        checks.check_tensor("slab_addresses", slab_addresses, (len(slabs),), torch.int64, device)
+        if src.numel() == 0:
+            return
+        c = abi.KvcCopy(page_bytes=slabs[0].shape[1], slab_shift=slab_shift, n=src.shape[0])
+        c.slabs, c.dst, c.src = slab_addresses.data_ptr(), dst.data_ptr(), src.data_ptr()
+        self._launch("kvc_copy", src.shape[0], device, c)
+
+    def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
+        checks.check_pages(layout, tier, pages, self._device(pages))
+        return pages.clone()  # pages are in that order already (pages.cuh says why)
+
+    def from_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
+        return self.to_canonical(layout, tier, pages)
+
+    # ---------------------------------------------------------------------------------------- attention
+    def decode_attention(
+        self,
+        q: Tensor,
+        k_new: Tensor | None,
+        v_new: Tensor | None,
+        rows: Rows,
+        tail: Tail,
+        *,
+        position: int,
+        scale: float,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        valid: Tensor | None = None,
+        append: bool = True,
+        sum_field: str | None = None,
+        square_field: str | None = None,
+    ) -> Tensor:
+        checks.check_query(q, tail.k.shape[1], rows.layout, self._device(tail.k))
+        plan = self.plan_decode(
+            rows,
+            tail,
+            scale=scale,
+            q_heads=q.shape[1],
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            sum_field=sum_field,
+            square_field=square_field,
+        )
+        return plan.run(q, k_new, v_new, position, valid, append)
+
+    def plan_decode(
+        self,
+        rows: Rows,
+        tail: Tail,
+        *,
+        scale: float,
+        q_heads: int,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        sum_field: str | None = None,
+        square_field: str | None = None,
+    ) -> DecodePlan:
+        layout = rows.layout
+        batch, kv_heads = tail.k.shape[:2]
+        device = self._device(tail.k)
+        checks.check_rows(rows, device, kv_heads)
+        checks.check_tail(tail, layout, batch, kv_heads, device)
+        checks.check_heads(rows, batch, kv_heads, q_heads)
+        checks.check_attention(layout, q_heads, rows, softcap, window, sinks, device)
+        checks.check_accumulators(layout, tail, sum_field, square_field)
+        c = abi.KvcDecode(
+            scale=scale,
+            softcap=softcap or 0.0,
+            window=window or 0,
+            position_field=position_field(layout, window is not None),
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            sum_field=-1 if sum_field is None else layout.field_index(sum_field),
+            square_field=-1 if square_field is None else layout.field_index(square_field),
+        )
+        fill_rows(c.rows, rows)
+        fill_tail(c.tail, tail)
+        c.sinks = pointer(sinks)
+        c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
+        kind = TensorCoreDecodePlan if fits_tensor_cores(layout) else GeneralDecodePlan
+        return kind(self.launcher, c, rows, tail, sinks)
+
+    def chunk_attention(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        v_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int | None = None,
+        scale: float,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        allowed: Tensor | None = None,
+        bias: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        layout = rows.layout
+        device = self._device(k_new)
+        checks.check_block(q, k_new, rows, tail, device)
+        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
+        checks.check_tensor("v_new", v_new, k_new.shape, layout.dtype, device)
+        batch, _, n_k, head_dim = k_new.shape
+        q_heads, n_q = q.shape[1:3]
+        if allowed is not None:
+            checks.check_tensor("allowed", allowed, (batch, n_q, n_k), torch.bool, device, contiguous=False)
+            allowed = allowed.contiguous()
+        if bias is not None:
+            checks.check_tensor("bias", bias, (batch, n_q, n_k), torch.float32, device, contiguous=False)
+            bias = bias.contiguous()
+        out = torch.empty(batch, n_q, q_heads, head_dim, dtype=layout.dtype, device=device)
+        lse = torch.empty(batch, q_heads, n_q, device=device) if return_lse else None
+        c = self._chunk_arguments(q, k_new, rows, tail, position, key_position, scale, softcap, window, sinks)
+        c.v, c.out = v_new.data_ptr(), out.data_ptr()
+        fill_strides(c, "v", v_new)
+        c.lse, c.allowed, c.bias = map(pointer, (lse, allowed, bias))
+        c.out_b, c.out_t, c.out_h, _ = out.stride()
+        self._launch_chunk(c, layout, device, None)
+        return out if lse is None else (out, lse)
+
+    @staticmethod
+    def _chunk_arguments(
+        q: Tensor,
+        k: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        position: int,
+        key_position: int | None,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> abi.KvcChunk:
+        batch, kv_heads, n_k, _ = k.shape
+        c = abi.KvcChunk(
+            scale=scale,
+            softcap=softcap or 0.0,
+            window=window or 0,
+            position_field=position_field(rows.layout, window is not None),
+            position=position,
+            key_position=position if key_position is None else key_position,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q.shape[1] // kv_heads,
+            n_q=q.shape[2],
+            n_k=n_k,
+        )
+        fill_rows(c.rows, rows)
+        fill_tail(c.tail, tail)
+        c.q, c.k, c.sinks = q.data_ptr(), k.data_ptr(), pointer(sinks)
+        fill_strides(c, "q", q)
+        fill_strides(c, "k", k)
+        return c
+
+    def _launch_chunk(
+        self, c: abi.KvcChunk, layout: PageLayout, device: torch.device, key_valid: Tensor | None
+    ) -> None:
+        blocks = c.batch * c.kv_heads * blocks_for(c.n_q * c.group, TILE)
+        self._launch("kvc_chunk", blocks, device, layout.c, c, _address(key_valid))
+
+    def window_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        power: int = 2,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> WindowScores:
+        if power not in (1, 2):
+            raise ValueError(f"power must be 1 or 2, got {power}")
+        masks = (query_valid, key_valid)
+        options = (position, key_position, scale, softcap, window, sinks)
+        (scores,) = self._scores((power,), q, k_new, rows, tail, exclude, masks, options)
+        return scores
+
+    def column_scores(
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        *,
+        position: int,
+        key_position: int,
+        scale: float,
+        exclude: int = 0,
+        softcap: float | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        query_valid: Tensor | None = None,
+        key_valid: Tensor | None = None,
+    ) -> tuple[WindowScores, WindowScores]:
+        masks = (query_valid, key_valid)
+        options = (position, key_position, scale, softcap, window, sinks)
+        first, second = self._scores((1, 2), q, k_new, rows, tail, exclude, masks, options)
+        return first, second
+
+    def _scores(
+        self,
+        powers: Sequence[int],
+        q: Tensor,
+        k_new: Tensor,
+        rows: Rows,
+        tail: Tail | None,
+        exclude: int,
+        masks: tuple[Tensor | None, Tensor | None],
+        options: tuple[int, int, float, float | None, int | None, Tensor | None],
+    ) -> list[WindowScores]:
+        layout = rows.layout
+        device = self._device(k_new)
+        *_, softcap, window, sinks = options
+        checks.check_block(q, k_new, rows, tail, device)
+        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
+        batch, kv_heads, n_k, _ = k_new.shape
+        q_heads, n_q = q.shape[1:3]
+        for name, mask, n in (("query_valid", masks[0], n_q), ("key_valid", masks[1], n_k)):
+            if mask is not None:
+                checks.check_tensor(name, mask, (batch, n), torch.bool, device, contiguous=False)
+        query_valid, key_valid = (None if mask is None else mask.contiguous() for mask in masks)
+        capacity = 0 if tail is None else tail.capacity
+        widths = [rows.width(tier) for tier in range(len(layout.tiers))]
+        results = [
+            WindowScores(
+                [torch.zeros(batch, q_heads, width, device=device) for width in widths],
+                torch.zeros(batch, q_heads, capacity, device=device),
+                torch.zeros(batch, q_heads, n_k, device=device),
+            )
+            for _ in powers
+        ]
+        # First every query's log-sum-exp, then the sums key by key.
+        lse = torch.empty(batch, q_heads, n_q, device=device)
+        first = self._chunk_arguments(q, k_new, rows, tail, *options)
+        first.lse = lse.data_ptr()
+        self._launch_chunk(first, layout, device, key_valid)
+        c = abi.KvcScores(exclude=exclude, powers=sum(powers))
+        for name in (field[0] for field in abi.KvcScores._fields_):
+            if hasattr(first, name):
+                setattr(c, name, getattr(first, name))
+        c.position_field = position_field(layout, window is not None or exclude > 0)
+        c.query_valid, c.key_valid = pointer(query_valid), pointer(key_valid)
+        for power, scores in zip(powers, results, strict=True):
+            sums = c.sum if power == 1 else c.square
+            for tier, past in enumerate(scores.past):
+                sums.past[tier] = past.data_ptr()
+            sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()
+        for tier, width in enumerate(widths):
+            c.past_stride[tier] = width  # and 0 for an empty tier, whatever torch says
+        tiles = sum(blocks_for(width, TILE) for width in (*widths, capacity, n_k))
+        blocks = batch * kv_heads * tiles if n_q else 0
+        self._launch("kvc_scores", blocks, device, layout.c, c, _address(lse), ctypes.c_int32(tiles))
+        return results
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(pointer(tensor))

@@ -1,0 +1,96 @@
+"""Compiles every kernel for every architecture, without a GPU, and holds them to their registers.
+
+    python -m kvcompress_hf.kernels.cuda.build            # report, check and write the cubins for a wheel
+    python -m kvcompress_hf.kernels.cuda.build --check    # report and check only
+
+Needs `pip install nvidia-cuda-nvrtc` in the version named below: cubins of CUDA 13.0 load on every driver of CUDA 13.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+
+from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash
+from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
+
+__all__ = ["NVRTC_VERSION", "REGISTERS", "SPILLS", "main", "problems"]
+
+NVRTC_VERSION = (13, 0)
+#: Most registers per thread: 168 leave room for three blocks of 128 threads on a multiprocessor, 255 for two.
+REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 216, "decode128": 255, "decode256": 255}
+#: Bytes that may be spilled, where that is not none: 256 dimensions of 16 heads take 128 registers by themselves.
+SPILLS: dict[str, int] = {"decode256": 512}
+
+
+def problems(unit: str, kernels: Sequence[KernelResources]) -> list[str]:
+    """What is wrong with a compiled unit.
+
+    Args:
+        unit: A name in `SOURCES`.
+        kernels: What the assembler reported.
+
+    Returns:
+        One line per fault: spills, more registers than `REGISTERS` allows, a kernel missing or unknown.
+    """
+    found = []
+    names = {kernel.name for kernel in kernels}
+    for name in sorted(names ^ set(KERNELS[unit])):
+        found.append(f"{name} is {'not listed' if name in names else 'missing'} in {unit}")
+    for kernel in kernels:
+        if kernel.spill_bytes > SPILLS.get(unit, 0):
+            found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes")
+        if kernel.registers > REGISTERS[unit]:
+            found.append(f"{kernel.name} takes {kernel.registers} registers, more than {REGISTERS[unit]}")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments; `None` takes them from the command line.
+
+    Returns:
+        0, or 1 where a kernel has a fault.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES.values()), help="architectures")
+    parser.add_argument("--unit", nargs="+", default=list(SOURCES), choices=list(SOURCES), help="translation units")
+    args = parser.parse_args(argv)
+    if not args.check and nvrtc_version() != NVRTC_VERSION:
+        parser.error(f"cubins are built with NVRTC {NVRTC_VERSION}, this is {nvrtc_version()}")
+    faults, cubins = [], {}
+    for arch in args.arch:
+        for unit in args.unit:
+            compiled = compile_source(unit, arch)
+            for kernel in compiled.kernels:
+                sys.stdout.write(
+                    f"{arch:8} {kernel.name:22} {kernel.registers:4} registers {kernel.spill_bytes:5} bytes spilled "
+                    f"{kernel.shared_bytes:6} bytes shared\n"
+                )
+            sys.stdout.flush()
+            faults += [f"{arch}: {line}" for line in problems(unit, compiled.kernels)]
+            cubins[f"{unit}.{arch}"] = compiled.cubin
+    for fault in faults:
+        sys.stderr.write(f"{fault}\n")
+    if faults:
+        return 1
+    if not args.check:
+        CUBIN_DIR.mkdir(exist_ok=True)
+        for old in CUBIN_DIR.glob("*.cubin"):
+            old.unlink()
+        for name, code in cubins.items():
+            (CUBIN_DIR / f"{name}.cubin").write_bytes(code)
+        hashes = {name: {"sha256": hashlib.sha256(code).hexdigest()} for name, code in cubins.items()}
+        manifest = {"sources": source_hash(), "nvrtc": list(NVRTC_VERSION), "cubins": hashes}
+        (CUBIN_DIR / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+// Arguments that only the CUDA kernels take, beside the structs of abi.h. Kernels get both by value; the host
+// pointer `layout` inside KvcRows means nothing on a GPU, so the layout itself is passed along.
+#ifndef KVC_CUDA_PARAMETERS_H
+#define KVC_CUDA_PARAMETERS_H
+#include "abi.h"
+
+typedef struct {
+  int32_t width[KVC_MAX_TIERS];  // slots of each tier that are gone over
+  int32_t tiles;                 // 16-slot tiles of one row: all tiers' and the tail's
+} KvcWidths;
+
+typedef struct {         // memory of the tensor-core decode, kept by a plan between steps
+  float* partial;        // [2 * blocks][16][head_dim] sums of rows that several blocks share
+  float* partial_max;    // [2 * blocks][16] their largest logit, in powers of two
+  float* partial_sum;    // [2 * blocks][16]
+  int32_t* arrived;      // [rows x head tiles + 1] blocks that are done with a row, then with everything; zero between steps
+  float* lse;            // [batch, q_heads] log-sum-exp of this step
+} KvcWorkspace;
+#endif

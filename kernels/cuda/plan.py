@@ -1,0 +1,170 @@
+"""Decoding steps on CUDA: everything that stays the same between steps is prepared once."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .. import abi, checks
+from ..arguments import fill_strides
+from ..backend import DecodePlan
+from ..layout import DTYPES, PageLayout
+from ..types import Rows, Tail
+from .launch import KvcWidths, KvcWorkspace, Launcher
+from .nvrtc import HEAD_DIMS
+
+__all__ = ["GeneralDecodePlan", "TensorCoreDecodePlan", "fits_tensor_cores"]
+
+THREADS = 128
+TILE = 16
+TIERS = ((0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))  # of the tensor-core decode
+BLOCKS_PER_MULTIPROCESSOR = 2
+
+
+def fits_tensor_cores(layout: PageLayout) -> bool:
+    """Whether `decode.cu` takes a layout; `attention.cu` takes every one."""
+    known = all((tier.key_bits, tier.value_bits) in TIERS for tier in layout.tiers)
+    return known and layout.head_dim in HEAD_DIMS and layout.dtype in (torch.float16, torch.bfloat16)
+
+
+class CudaDecodePlan(DecodePlan):
+    """What the plans have in common: the checks of a step, and room in the tail.
+
+    Args:
+        launcher: Where kernels run.
+        c: All arguments that do not change between steps.
+        rows: The packed slots.
+        tail: The tail.
+        sinks: The extra logits, kept alive.
+    """
+
+    def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
+        self._launcher, self._c, self._rows, self._tail, self._sinks = launcher, c, rows, tail, sinks
+        self._kept = (*rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)
+        self._kept_tail = (tail.lengths, tail.positions, tail.fields)  # the struct holds bare addresses of all these
+        self._device = tail.k.device
+        self._layout = rows.layout
+        batch, kv_heads, head_dim = c.batch, c.kv_heads, rows.layout.head_dim
+        self._q_heads = kv_heads * c.group
+        self._q_shape = torch.Size((batch, self._q_heads, 1, head_dim))
+        self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
+        self._used = tail.capacity  # no row of the tail holds more; lengths are on the device
+        self._widths = KvcWidths()
+        slots = 0
+        for tier, table in enumerate(rows.tables):
+            self._widths.width[tier] = table.shape[1] * rows.layout.tiers[tier].slots
+            slots += -(-self._widths.width[tier] // TILE)
+        self._widths.tiles = slots + -(-tail.capacity // TILE)
+        self._lse = torch.empty(batch, self._q_heads, device=self._device)
+
+    def _prepare(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> None:
+        dtype = self._layout.dtype
+        if q.shape != self._q_shape or q.dtype is not dtype or q.device != self._device or q.stride(3) != 1:
+            checks.check_tensor("q", q, self._q_shape, dtype, self._device)
+        if append:
+            if k is None or v is None:
+                raise ValueError("k and v are needed unless append is False")
+            for name, x in (("k", k), ("v", v)):
+                if x.shape != self._k_shape or x.dtype is not dtype or x.device != self._device or x.stride(3) != 1:
+                    checks.check_tensor(name, x, self._k_shape, dtype, self._device)
+        if valid is not None:
+            checks.check_tensor("valid", valid, self._q_shape[:1], torch.bool, self._device)
+        if not append:
+            return
+        if self._used >= self._tail.capacity:  # the tail may have been packed since: look
+            checks.check_room(self._tail, 1, None if valid is None else valid.unsqueeze(1))
+            self._used = int(self._tail.lengths.max())
+        self._used += 1
+
+    def _statistics(self) -> None:
+        c = self._c
+        if c.sum_field < 0 and c.square_field < 0:
+            return
+        lse = ctypes.c_void_p(self._lse.data_ptr())
+        blocks = self._rows.count * self._widths.tiles
+        self._launcher.launch("kvc_statistics", blocks, THREADS, (self._layout.c, c, lse, self._widths), self._device)
+
+
+class GeneralDecodePlan(CudaDecodePlan):
+    """Any head_dim and dtype: append, then the kernels of `attention.cu`."""
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        position: int,
+        valid: Tensor | None = None,
+        append: bool = True,
+    ) -> Tensor:
+        self._prepare(q, k, v, valid, append)
+        c, layout = self._c, self._layout
+        c.position = position
+        c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
+        c.valid = None if valid is None else valid.data_ptr()
+        if append and k is not None and v is not None:
+            new = abi.KvcAppend(position=position, batch=c.batch, kv_heads=c.kv_heads, n_k=1, head_dim=layout.head_dim)
+            new.tail, new.k, new.v, new.valid = c.tail, k.data_ptr(), v.data_ptr(), c.valid
+            fill_strides(new, "k", k)
+            fill_strides(new, "v", v)
+            new.dtype = DTYPES[layout.dtype]
+            new.n_fields = 0 if self._tail.fields is None else self._tail.fields.shape[0]
+            self._launcher.launch("kvc_append", c.batch, THREADS, (new,), self._device)
+            self._launcher.launch("kvc_advance", c.batch, 32, (new,), self._device)
+        out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
+        chunk = abi.KvcChunk(n_q=1, n_k=0, out=out.data_ptr(), lse=self._lse.data_ptr(), q_t=0)
+        shared = (
+            "rows tail q q_b q_h out_b out_h sinks scale softcap window position_field position batch kv_heads group"
+        )
+        for name in shared.split():
+            setattr(chunk, name, getattr(c, name))
+        blocks = c.batch * c.kv_heads * -(-c.group // TILE)
+        self._launcher.launch("kvc_chunk", blocks, THREADS, (layout.c, chunk, ctypes.c_void_p()), self._device)
+        if valid is not None:
+            out.masked_fill_(~valid.view(-1, 1, 1, 1), 0)
+        self._statistics()
+        return out
+
+
+class TensorCoreDecodePlan(CudaDecodePlan):
+    """The layouts of `fits_tensor_cores`: append, attention and merge in the one kernel of `decode.cu`."""
+
+    def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
+        super().__init__(launcher, c, rows, tail, sinks)
+        head_dim, device = self._layout.head_dim, self._device
+        self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}"
+        self._blocks = launcher.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+        partial = torch.empty(2 * self._blocks, TILE, head_dim + 2, device=device)
+        arrived = torch.zeros(rows.count * -(-c.group // TILE) + 1, dtype=torch.int32, device=device)
+        self._workspace = (partial, arrived)
+        at = partial.data_ptr()
+        sums = 2 * self._blocks * TILE * partial.element_size()
+        self._pointers = KvcWorkspace(
+            at, at + sums * head_dim, at + sums * (head_dim + 1), arrived.data_ptr(), self._lse.data_ptr()
+        )
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        position: int,
+        valid: Tensor | None = None,
+        append: bool = True,
+    ) -> Tensor:
+        self._prepare(q, k, v, valid, append)
+        c, layout = self._c, self._layout
+        c.position, c.append = position, append
+        c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
+        if append and k is not None and v is not None:
+            c.k, (c.k_b, c.k_h, *_) = k.data_ptr(), k.stride()
+            c.v, (c.v_b, c.v_h, *_) = v.data_ptr(), v.stride()
+        c.valid = None if valid is None else valid.data_ptr()
+        out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
+        c.out = out.data_ptr()
+        if self._rows.count:
+            self._launcher.launch(self._kernel, self._blocks, THREADS, (layout.c, c, self._pointers), self._device)
+        self._statistics()
+        return out

@@ -1,0 +1,83 @@
+// The few things that are not plain C++: PTX on a GPU, C++ under the host shim. No CUDA header is needed or used.
+#ifndef KVC_PRIMITIVES_CUH
+#define KVC_PRIMITIVES_CUH
+#include <stdint.h>
+
+#ifdef KVC_HOST_SHIM
+#include "cuda_shim.h"
+#else
+#define KVC_KERNEL extern "C" __global__ void
+#define KVC_DEVICE __device__ __forceinline__
+#define KVC_DEVICE_METHOD __device__ __forceinline__
+#define KVC_PARAMETER const __grid_constant__
+#define KVC_UNROLL _Pragma("unroll")
+
+KVC_DEVICE float half_to_float(uint16_t h) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+}
+KVC_DEVICE uint16_t float_to_half(float x) {  // to nearest, half to even
+  uint16_t h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
+// Two numbers in one register, a in the low half.
+KVC_DEVICE uint32_t pack_halves(float a, float b) {
+  uint32_t h;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+  return h;
+}
+KVC_DEVICE uint32_t pack_bfloats(float a, float b) {
+  uint32_t h;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+  return h;
+}
+KVC_DEVICE uint32_t half2_subtract(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+KVC_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+KVC_DEVICE float fast_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+KVC_DEVICE float fast_log2(float x) {
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+// c[16 x 8] += a[16 x 16] * b[16 x 8]; fragments as in the PTX manual, mma.m16n8k16.
+KVC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+KVC_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+KVC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+KVC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
+KVC_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
+#endif
+
+KVC_DEVICE float bfloat_to_float(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+KVC_DEVICE uint16_t float_to_bfloat(float x) {  // to nearest, half to even
+  const uint32_t bits = float_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+KVC_DEVICE int thread_lane() { return threadIdx.x & 31; }
+KVC_DEVICE int thread_warp() { return threadIdx.x >> 5; }
+KVC_DEVICE int least(int a, int b) { return a < b ? a : b; }
+KVC_DEVICE int most(int a, int b) { return a > b ? a : b; }
+#endif

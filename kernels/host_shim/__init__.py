@@ -1,0 +1,124 @@
+"""Test only: runs the `.cu` files of `kernels/cuda` on the CPU (`cuda_shim.h`). Not part of the wheel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ..cuda.backend import CudaBackend
+
+__all__ = ["ORDERS", "ShimError", "ShimLauncher", "build_shim", "shim_backend"]
+
+FOLDER = Path(__file__).parent
+ORDERS = ("ascending", "descending", "shuffled")
+
+
+class ShimError(RuntimeError):
+    """Threads of a block wait for each other for ever, or the shim could not be built."""
+
+
+def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
+    """Compiles shim and kernels into one library, unless that has been done already.
+
+    Args:
+        folder: Where the library goes.
+        sanitize: Whether to compile with AddressSanitizer.
+
+    Returns:
+        The library.
+
+    Raises:
+        ShimError: There is no g++, or it refused the sources.
+    """
+    sources = [
+        path for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include") for path in place.iterdir()
+    ]
+    newest = max(path.stat().st_mtime_ns for path in sources if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
+    library = folder / f"libkvc_shim{'_asan' if sanitize else ''}.so"
+    if library.exists() and library.stat().st_mtime_ns > newest:
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    command = [
+        os.environ.get("CXX", "g++"),
+        "-std=c++17",
+        "-O0" if sanitize else "-O1",
+        "-g1",
+        "-fPIC",
+        "-shared",
+        "-ffp-contract=off",
+        "-w",
+    ]
+    command += ["-fsanitize=address"] if sanitize else []
+    command += [f"-I{place}" for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include")]
+    command += [str(FOLDER / "shim.cpp"), "-o", str(unfinished)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ShimError(f"the host shim needs a C++ compiler: {command[0]} was not found") from error
+    if result.returncode:
+        raise ShimError(f"the host shim does not compile:\n{result.stderr[-4000:]}")
+    unfinished.replace(library)
+    return library
+
+
+class ShimLauncher:
+    """A `Launcher` for tensors on the CPU.
+
+    Args:
+        library: What `build_shim` made.
+        order: Schedule of the threads: one of `ORDERS`.
+
+    Raises:
+        ValueError: There is no such order.
+    """
+
+    device_type = "cpu"
+    multiprocessors = 3  # few, and odd, so that rows are split in the middle
+
+    def __init__(self, library: Path, order: str = "ascending") -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+        self.name = f"cuda-shim-{order}"
+        self.reason = "the CUDA kernels on the CPU, for tests"
+        self._order = ORDERS.index(order)
+        self._library = _load(library)
+
+    def launch(
+        self, kernel: str, grid: int, block: int, arguments: tuple[ctypes._CData, ...], device: torch.device
+    ) -> None:
+        """See `Launcher`.
+
+        Raises:
+            ShimError: A barrier was not reached by all threads, or there is no such kernel.
+        """
+        if grid == 0:
+            return
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        status = self._library.kvc_shim_launch(kernel.encode(), self._order, grid, block, pointers)
+        if status:
+            why = {1: "its threads wait for each other for ever", 2: "too many threads", 3: "there is no such kernel"}
+            raise ShimError(f"{kernel}: {why[status]}")
+
+
+@functools.cache
+def _load(library: Path) -> ctypes.PyDLL:
+    return ctypes.PyDLL(str(library))  # keeps the GIL: the shim is not made for several threads
+
+
+def shim_backend(library: Path, order: str = "ascending") -> CudaBackend:
+    """A `CudaBackend` that runs on the CPU.
+
+    Args:
+        library: What `build_shim` made.
+        order: Schedule of the threads: one of `ORDERS`.
+
+    Returns:
+        The backend.
+    """
+    return CudaBackend(ShimLauncher(library, order))

@@ -1,0 +1,323 @@
+// Runs device-only CUDA C++ on the CPU, for tests: one fiber per CUDA thread, blocks one after another.
+//
+// A fiber runs until it meets a barrier, so threads are interleaved only there; `order` turns that into three
+// schedules (ascending, descending, shuffled), which between them show most missing barriers. Shared memory is
+// poisoned before each block. Nothing here says anything about speed.
+#ifndef KVC_CUDA_SHIM_H
+#define KVC_CUDA_SHIM_H
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <random>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define KVC_KERNEL extern "C" void
+#define KVC_DEVICE static inline
+#define KVC_DEVICE_METHOD inline
+#define KVC_PARAMETER const
+#define KVC_UNROLL
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// Plain statics: blocks run one after another. A section of their own, so that they can be poisoned.
+#define __shared__ static __attribute__((section("kvc_shared")))
+
+struct uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct dim3 { uint32_t x, y, z; };
+
+namespace shim {
+
+enum Wait { kReady, kBlockBarrier, kWarpBarrier };
+
+struct Fiber {
+  ucontext_t start;
+  void* stack_pointer;
+  char* stack;
+  bool done;
+  Wait wait;
+  uint32_t mask;  // lanes the warp barrier is for
+};
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr int kMostThreads = 1024;
+
+inline std::vector<Fiber> fibers;
+inline int current, threads, order;
+inline dim3 block_index, grid_size;
+inline uint64_t exchange[kMostThreads][8];  // what lanes show each other
+inline void (*body)(void*);
+inline void* body_data;
+inline void* scheduler;
+
+#if defined(__x86_64__)
+// swapcontext asks the kernel for the signal mask at every switch; this is forty times faster.
+extern "C" void kvc_shim_switch(void** save, void* to);
+asm(R"(
+.text
+.p2align 4
+.globl kvc_shim_switch
+.hidden kvc_shim_switch
+.type kvc_shim_switch, @function
+kvc_shim_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size kvc_shim_switch, .-kvc_shim_switch
+)");
+inline void to_scheduler() { kvc_shim_switch(&fibers[current].stack_pointer, scheduler); }
+inline void to_fiber(Fiber& f) { kvc_shim_switch(&scheduler, f.stack_pointer); }
+#else
+inline ucontext_t scheduler_context;
+inline void to_scheduler() { swapcontext(&fibers[current].start, &scheduler_context); }
+inline void to_fiber(Fiber& f) { swapcontext(&scheduler_context, &f.start); }
+#endif
+
+inline void run_fiber() {
+  body(body_data);
+  fibers[current].done = true;
+  to_scheduler();
+  abort();
+}
+
+inline void prepare(Fiber& f) {
+  if (!f.stack) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) abort();
+    f.stack = static_cast<char*>(stack);
+  }
+  f.done = false, f.wait = kReady;
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(f.stack + kStackBytes - 64);
+  *--top = nullptr;  // the stack is 8 bytes off 16 on entry, as after a call
+  *--top = reinterpret_cast<void*>(run_fiber);
+  for (int i = 0; i < 6; i++) *--top = nullptr;
+  f.stack_pointer = top;
+#else
+  getcontext(&f.start);
+  f.start.uc_stack.ss_sp = f.stack;
+  f.start.uc_stack.ss_size = kStackBytes;
+  f.start.uc_link = nullptr;
+  makecontext(&f.start, run_fiber, 0);
+#endif
+}
+
+inline void wait_for(Wait why, uint32_t mask) {
+  fibers[current].wait = why, fibers[current].mask = mask;
+  to_scheduler();
+}
+
+// Lets go of warps whose named lanes have all arrived (or ended), and of the block when all its threads have.
+inline bool release() {
+  bool released = false, all = true;
+  for (int first = 0; first < threads; first += 32) {
+    uint32_t arrived = 0, live = 0, named = 0;
+    for (int lane = 0; lane < 32 && first + lane < threads; lane++) {
+      const Fiber& f = fibers[first + lane];
+      if (f.done) continue;
+      live |= 1u << lane;
+      all &= f.wait == kBlockBarrier;
+      if (f.wait == kWarpBarrier) arrived |= 1u << lane, named |= f.mask;
+    }
+    if (!arrived || (named & live & ~arrived)) continue;
+    for (int lane = 0; lane < 32; lane++) {
+      if (arrived >> lane & 1) fibers[first + lane].wait = kReady;
+    }
+    released = true;
+  }
+  if (!all) return released;
+  for (int i = 0; i < threads; i++) fibers[i].wait = kReady;
+  return true;
+}
+
+// False when threads wait for each other for ever: a barrier that not all of them reach.
+inline bool run_block(std::mt19937& random) {
+  std::vector<int> turn(threads);
+  for (int i = 0; i < threads; i++) {
+    prepare(fibers[i]);
+    turn[i] = order == 1 ? threads - 1 - i : i;
+  }
+  for (int alive = threads; alive;) {
+    if (order == 2) std::shuffle(turn.begin(), turn.end(), random);
+    bool ran = false;
+    for (int i : turn) {
+      Fiber& f = fibers[i];
+      if (f.done || f.wait != kReady) continue;
+      ran = true, current = i;
+      to_fiber(f);
+      alive -= f.done;
+    }
+    if (alive && !release() && !ran) return false;
+  }
+  return true;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** p, std::index_sequence<I...>) {
+  kernel(*static_cast<std::remove_const_t<A>*>(p[I])...);
+}
+
+extern "C" char __start_kvc_shared[], __stop_kvc_shared[];
+
+template <class... A>
+int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, void** parameters) {
+  struct Call {
+    void (*kernel)(A...);
+    void** parameters;
+  } data{kernel, parameters};
+  if (block > kMostThreads) return 2;
+  if (fibers.size() < block) fibers.resize(block);
+  threads = static_cast<int>(block);
+  grid_size = {grid, 1, 1};
+  body = [](void* d) {
+    Call* c = static_cast<Call*>(d);
+    call(c->kernel, c->parameters, std::index_sequence_for<A...>());
+  };
+  body_data = &data;
+  std::mt19937 random(7);
+  for (uint32_t i = 0; i < grid; i++) {
+    block_index = {order == 1 ? grid - 1 - i : i, 0, 0};
+    memset(__start_kvc_shared, 0xff, static_cast<size_t>(__stop_kvc_shared - __start_kvc_shared));
+    if (!run_block(random)) return 1;
+  }
+  return 0;
+}
+
+}  // namespace shim
+
+#define threadIdx (dim3{static_cast<uint32_t>(shim::current), 0, 0})
+#define blockIdx (shim::block_index)
+#define blockDim (dim3{static_cast<uint32_t>(shim::threads), 1, 1})
+#define gridDim (shim::grid_size)
+
+static inline void __syncthreads() { shim::wait_for(shim::kBlockBarrier, 0); }
+static inline void __syncwarp(uint32_t mask = 0xffffffffu) { shim::wait_for(shim::kWarpBarrier, mask); }
+static inline void __threadfence() {}
+
+template <class T>
+static inline T __shfl_sync(uint32_t mask, T value, int from) {
+  const int first = shim::current & ~31;
+  memcpy(&shim::exchange[shim::current][0], &value, sizeof(T));
+  __syncwarp(mask);
+  T result;
+  memcpy(&result, &shim::exchange[first + (from & 31)][0], sizeof(T));
+  __syncwarp(mask);
+  return result;
+}
+template <class T>
+static inline T __shfl_xor_sync(uint32_t mask, T value, int bits) {
+  return __shfl_sync(mask, value, (shim::current & 31) ^ bits);
+}
+static inline int __any_sync(uint32_t mask, int predicate) {
+  const int first = shim::current & ~31;
+  shim::exchange[shim::current][0] = predicate != 0;
+  __syncwarp(mask);
+  int any = 0;
+  for (int lane = 0; lane < 32; lane++) any |= (mask >> lane & 1) && shim::exchange[first + lane][0];
+  __syncwarp(mask);
+  return any;
+}
+template <class T>
+static inline T atomicAdd(T* at, T add) {
+  const T before = *at;
+  *at = before + add;
+  return before;
+}
+
+KVC_DEVICE uint32_t float_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+KVC_DEVICE float bits_float(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+KVC_DEVICE float infinity() { return bits_float(0x7f800000u); }
+
+// IEEE half in plain integers: the compiler's own type needs newer processors than the shim does.
+KVC_DEVICE float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = h >> 10 & 31u, fraction = h & 1023u;
+  if (exponent == 31) return bits_float(sign | 0x7f800000u | fraction << 13);
+  if (exponent == 0) return bits_float(sign | float_bits(static_cast<float>(fraction) * 5.9604644775390625e-8f));
+  return bits_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+KVC_DEVICE uint16_t float_to_half(float x) {
+  const uint32_t bits = float_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded fraction in the low bits
+    return static_cast<uint16_t>(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
+KVC_DEVICE uint32_t pack_halves(float a, float b) {
+  return float_to_half(a) | static_cast<uint32_t>(float_to_half(b)) << 16;
+}
+KVC_DEVICE uint32_t pack_bfloats(float a, float b) {
+  const auto round = [](float x) { return (float_bits(x) + 0x7fffu + (float_bits(x) >> 16 & 1u)) >> 16; };
+  return round(a) | round(b) << 16;
+}
+KVC_DEVICE uint32_t half2_subtract(uint32_t a, uint32_t b) {
+  return pack_halves(half_to_float(a & 0xffffu) - half_to_float(b & 0xffffu),
+                     half_to_float(a >> 16) - half_to_float(b >> 16));
+}
+KVC_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  return pack_halves(half_to_float(a & 0xffffu) * half_to_float(b & 0xffffu) + half_to_float(c & 0xffffu),
+                     half_to_float(a >> 16) * half_to_float(b >> 16) + half_to_float(c >> 16));
+}
+KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++) result |= static_cast<uint32_t>(bytes >> (8 * (selector >> 4 * i & 7u)) & 255u) << 8 * i;
+  return result;
+}
+KVC_DEVICE float fast_exp2(float x) { return exp2f(x); }
+KVC_DEVICE float fast_log2(float x) { return log2f(x); }
+
+namespace shim {
+inline float first(uint32_t pair, bool bfloat) {
+  return bfloat ? bits_float(pair << 16) : half_to_float(static_cast<uint16_t>(pair));
+}
+// m16n8k16 by the documented fragment layout. Each lane unpacks its own fragments once for all others.
+inline float a_tile[kMostThreads / 32][16][16], b_tile[kMostThreads / 32][8][16];
+
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat) {
+  const int warp = current >> 5, lane = current & 31, g = lane >> 2, t = lane & 3;
+  auto& at = a_tile[warp];
+  auto& bt = b_tile[warp];
+  for (int i = 0; i < 4; i++) {
+    for (int j = 0; j < 2; j++) at[g + 8 * (i & 1)][2 * t + j + 8 * (i >> 1)] = first(a[i] >> 16 * j, bfloat);
+  }
+  for (int j = 0; j < 2; j++) bt[g][2 * t + j] = first(b0 >> 16 * j, bfloat);
+  for (int j = 0; j < 2; j++) bt[g][2 * t + j + 8] = first(b1 >> 16 * j, bfloat);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    const float *x = at[g + 8 * (i >> 1)], *y = bt[2 * t + (i & 1)];
+    float sum = 0;
+    for (int k = 0; k < 16; k++) sum += x[k] * y[k];
+    c[i] += sum;
+  }
+  __syncwarp();
+}
+}  // namespace shim
+
+KVC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  shim::mma(c, a, b0, b1, false);
+}
+KVC_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  shim::mma(c, a, b0, b1, true);
+}
+#endif

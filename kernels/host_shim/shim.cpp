@@ -1,0 +1,74 @@
+// All kernels in one library, to be launched by name.
+#define KVC_HOST_SHIM 1  // kernels see the shim in place of PTX
+#include "pages.cuh"     // outside the namespaces below
+
+namespace storage {
+#include "storage.cu"
+}
+namespace attention {
+#include "attention.cu"
+}
+
+#define KVC_HEAD_DIM 64
+namespace decode64 {
+#include "decode.cu"
+}
+#undef KVC_HEAD_DIM
+#define KVC_HEAD_DIM 128
+namespace decode128 {
+#include "decode.cu"
+}
+#undef KVC_HEAD_DIM
+#define KVC_HEAD_DIM 256
+namespace decode256 {
+#include "decode.cu"
+}
+
+extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint32_t block, void** parameters) {
+  shim::order = order;
+#define KVC_LAUNCH(place, kernel) \
+  if (strcmp(name, #kernel) == 0) return shim::launch(place::kernel, grid, block, parameters);
+  KVC_LAUNCH(storage, kvc_pack)
+  KVC_LAUNCH(storage, kvc_move)
+  KVC_LAUNCH(storage, kvc_retier)
+  KVC_LAUNCH(storage, kvc_fields)
+  KVC_LAUNCH(storage, kvc_dense)
+  KVC_LAUNCH(storage, kvc_copy)
+  KVC_LAUNCH(storage, kvc_append)
+  KVC_LAUNCH(storage, kvc_advance)
+  KVC_LAUNCH(attention, kvc_chunk)
+  KVC_LAUNCH(attention, kvc_scores)
+  KVC_LAUNCH(attention, kvc_statistics)
+  KVC_LAUNCH(decode64, kvc_decode_64_f16)
+  KVC_LAUNCH(decode64, kvc_decode_64_bf16)
+  KVC_LAUNCH(decode128, kvc_decode_128_f16)
+  KVC_LAUNCH(decode128, kvc_decode_128_bf16)
+  KVC_LAUNCH(decode256, kvc_decode_256_f16)
+  KVC_LAUNCH(decode256, kvc_decode_256_bf16)
+#undef KVC_LAUNCH
+  return 3;
+}
+
+// The part of the driver's interface that driver.py calls, for the test of its calls: handles are the kernels' names.
+extern "C" int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+extern "C" int cuGetErrorString(int error, const char** text) {
+  *text = error == 209 ? "no kernel image is available for execution on the device" : "launch failed";
+  return 0;
+}
+extern "C" int cuLibraryLoadData(const char** library, const void* code, void*, void**, unsigned, void*, void**, unsigned) {
+  *library = "a library";
+  return memcmp(code, "\177ELF", 4) ? 209 : 0;
+}
+extern "C" int cuLibraryGetKernel(char** kernel, const char*, const char* name) {
+  *kernel = strdup(name);
+  return 0;
+}
+extern "C" int cuLaunchKernel(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                              unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
+                              void** extra) {
+  if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || stream || extra) return 1;
+  return kvc_shim_launch(kernel, 0, grid_x, block_x, parameters) ? 719 : 0;
+}

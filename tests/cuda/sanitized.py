@@ -1,0 +1,46 @@
+"""Runs every CUDA kernel once on a library built with AddressSanitizer; `test_sanitizer.py` starts it.
+
+python sanitized.py <library> [broken]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import _make
+
+from kvcompress_hf.kernels.host_shim import shim_backend
+
+backend = shim_backend(Path(sys.argv[1]), "shuffled")
+for head_dim, dtype, tiers in [
+    (64, torch.float16, [(8, 4), (4, 2), (0, 0)]),
+    (128, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
+    (256, torch.float16, [(0, 0), (8, 4)]),
+    (80, torch.float32, [(0, 0), (8, 2)]),
+]:
+    twins = _make(tiers=tiers, head_dim=head_dim, dtype=dtype, group=3, capacity=9, tail_lengths=(5, 0))
+    rows, tail = twins.rows, twins.tail
+    k, v, q = twins.randn(2, 7).clone(), twins.randn(2, 7).clone(), twins.randn(6, 7).clone()
+    counts = torch.tensor([[7, 0], [3, 7]], dtype=torch.int32)
+    fields = {name: torch.zeros(2, 2, 7).to(rows.layout.field_dtype(name)) for name in rows.layout.fields}
+    row, src, dst = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [6, 5], [0, 0]))
+    for tier in range(len(tiers)):
+        backend.pack(rows, tier, k, v, counts, None, fields)
+        rows.lengths[tier] += counts.flatten()
+        backend.move(rows, tier, row, dst, src)
+        backend.retier(rows, row, tier, src, (tier + 1) % len(tiers), dst)
+        backend.read_slots(rows, tier, 50)
+        backend.write_field(rows, tier, "sum", torch.zeros(4, 50))
+    pages = rows.tables[0].flatten()
+    backend.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, pages[:1], pages[1:2])
+    backend.chunk_attention(q, k, v, rows, tail, position=900, scale=0.1, return_lse=True)
+    backend.window_scores(q, k, rows, tail, position=900, key_position=900, scale=0.1, exclude=2, window=99)
+    backend.append(tail, k[:, :, :3], v[:, :, :3], 900)
+    token = (x[:, :, :1] for x in (q, k, v))
+    statistics = dict(sum_field="sum", square_field="square")
+    backend.decode_attention(*token, rows, tail, position=903, scale=0.1, window=800, **statistics)
+    if "broken" in sys.argv:
+        rows.slab_addresses += 2 * rows.layout.page_bytes  # reaches behind the slabs
+        for tier in range(len(tiers)):
+            backend.read_slots(rows, tier, 50)
+sys.stdout.write("clean\n")

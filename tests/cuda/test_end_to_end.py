@@ -1,0 +1,90 @@
+"""The whole package on the CUDA backend, for a tiny model, on the CPU: padding, beams, eviction, tiers, statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvcompress_hf as kvc
+from kvcompress_hf import kernels
+
+
+@pytest.fixture(scope="module")
+def build_model():
+    def build(dtype: torch.dtype, head_dim: int = 64) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=101,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=head_dim,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=None,
+            initializer_range=0.5,  # far from uniform, so that tokens tell
+        )
+        return LlamaForCausalLM(config).eval().to(dtype)
+
+    return build
+
+
+@pytest.fixture
+def on_shim(monkeypatch, shim):
+    """Caches made from here on use the CUDA backend."""
+    monkeypatch.setattr(kernels, "get_backend", lambda device: shim)
+    return shim
+
+
+def generate(model, **options):
+    ids = torch.randint(3, 101, (2, 50), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :9], mask[0, :9] = 0, 0  # left padding
+    with torch.no_grad():
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=24, do_sample=False, return_dict_in_generate=True, **options
+        )
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, options",
+    [
+        (torch.float32, 64, {}),
+        (torch.float32, 48, {"num_beams": 2}),
+        (torch.bfloat16, 64, {}),  # tensor cores; equal here, though rounding may part two near candidates
+        (torch.float16, 128, {}),
+    ],
+    ids=str,
+)
+def test_lossless_gives_the_tokens_of_the_stock_model(build_model, on_shim, dtype, head_dim, options):
+    model = build_model(dtype, head_dim)
+    stock = generate(model, **options).sequences
+    with kvc.patched(model, "lossless"):
+        result = generate(model, **options)
+    assert torch.equal(result.sequences, stock)
+    assert all(store.backend is on_shim for store in result.past_key_values._attention.stores)
+
+
+@pytest.mark.parametrize(
+    "preset, changes",
+    [
+        ("kv-compress", {"budget": 0.5}),
+        ("leankv", {}),
+        ("roco", {"budget": 24}),
+        ("k4v2", {}),
+        ("auto", {"budget": 0.3}),
+    ],
+)
+def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim, preset, changes):
+    model = build_model(torch.float32)
+    results = []
+    for backend in (shim, kernels.ReferenceBackend()):
+        monkeypatch.setattr(kernels, "get_backend", lambda device, backend=backend: backend)
+        with kvc.patched(model, preset, **changes):
+            results.append(generate(model))
+    got, wanted = results
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert got.past_key_values.memory() == wanted.past_key_values.memory()

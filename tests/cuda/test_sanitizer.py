@@ -1,0 +1,50 @@
+"""The CUDA kernels under AddressSanitizer: nothing is read or written outside the tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvcompress_hf.kernels.host_shim import ShimError, build_shim
+
+SCRIPT = Path(__file__).parent / "sanitized.py"
+FOLDER = Path(__file__).parents[2] / "build" / "host_shim"
+
+
+@pytest.fixture(scope="module")
+def library():
+    try:
+        return build_shim(FOLDER, sanitize=True)
+    except ShimError as error:
+        if "was not found" in str(error) or "asan" in str(error):
+            pytest.skip(f"no compiler with AddressSanitizer: {error}")
+        raise
+
+
+def run(library: Path, *arguments: str) -> subprocess.CompletedProcess:
+    compiler = os.environ.get("CXX", "g++")
+    runtime = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), str(library), *arguments],
+        env=os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_no_kernel_leaves_its_tensors(library):
+    result = run(library)
+    assert result.returncode == 0 and "clean" in result.stdout, result.stderr[:2000]
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_is_named(library):
+    result = run(library, "broken")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr and "storage.cu" in result.stderr
