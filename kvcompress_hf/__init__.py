@@ -3,8 +3,8 @@
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.importance.expected import ExpectedAttention
-from kvcompress_hf.importance.reconstruction import ReconstructionScores
 from kvcompress_hf.importance.per_query import GroupMeanScores, PersistenceScores
+from kvcompress_hf.importance.reconstruction import ReconstructionScores
 from kvcompress_hf.importance.running import RunningScores
 from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.importance.window import WindowScores
