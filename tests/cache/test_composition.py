@@ -142,7 +142,9 @@ def test_combinations_run_and_keep_their_budget(part, states):
             if planned:  # right after a plan, the cap holds
                 check_budget(cache, recipe, max(seen, PROMPT), case)
         expected = {"continual": 2 + STEPS // 8, "once": 2, "late": 2}[case[4]]
-        assert cache.run_report.statistics.plans == expected, case
+        plans = cache.run_report.statistics.plans
+        # Rate-distortion plans only when the budget is exceeded.
+        assert plans == expected or (recipe.plan.headroom and plans < expected), case
 
 
 def states_of(tokens, seed=3):
@@ -165,7 +167,7 @@ def test_presets_keep_their_budget_after_every_event(preset, budget, states):
         if planned:
             events += 1
             check_budget(cache, recipe, max(seen, PROMPT), preset)
-    assert events > 2 or preset not in DECODING
+    assert events > 2 or preset not in DECODING or recipe.plan.headroom
 
 
 @pytest.mark.parametrize("preset", DECODING)
@@ -215,7 +217,11 @@ def check_budget(cache, recipe, tokens, case):
             if recipe.plan.scope == "head" and not recipe.plan.pyramid:
                 assert int(slots.max()) <= amount, case
         else:
-            # Whole pages of the best tier: ceil(C x rows / b).
-            assert held <= -(-amount * slots.numel() // store.layout.tiers[0].slots) * store.layout.page_bytes, case
+            # Whole pages of the best tier: ceil(C x rows / b). Slots only move down, so at sizes this small a row
+            # of a rate-distortion plan may need a page more for the tiers that it has started.
+            most = -(-amount * slots.numel() // store.layout.tiers[0].slots)
+            if isinstance(recipe.plan, kvc.RateDistortion) and len(recipe.tiers) > 1:
+                most += slots.numel()
+            assert held <= most * store.layout.page_bytes, case
     else:
         assert held <= (parse_bytes(amount) if isinstance(amount, str) else amount * tokens * DENSE), case
