@@ -73,7 +73,7 @@ class Backend(abc.ABC):
     """The operations on pages and the tail.
 
     Attributes:
-        name: Short name: `"cpu-avx512vnni"`, `"cpu-avx2"`, `"cpu-scalar"` or `"reference"`.
+        name: Short name: `"cpu-avx512vnni"`, `"cpu-avx2"`, `"cpu-scalar"`, `"cuda-sm_90a"` or `"reference"`.
         reason: Why this backend was picked, in a few words.
         page_order: Inner order of its pages: `"canonical"`, `"cpu"` (`include/page_layout.h`), or `"private"` for an
             order that does not go to files.

@@ -13,6 +13,7 @@
 // The *inner order* of keys and values is the backend's own; sizes and section offsets are the same for all.
 // Canonical order (files, reference.py, tests): row-major [slots][head_dim]; codes packed little end first
 // within a byte (code i of a row sits in byte i*bits/8, at bit (i*bits)%8).
+// CUDA order: the canonical one.
 // CPU order (AVX512, AVX2 and scalar share it); m = 8 / bits codes per byte:
 //   keys,   quantised  [slots/16][head_dim/(4m)][16 slots][4 bytes]: byte e of slot t in block i holds, at bit
 //                      j*bits, the code of dim 4*(m*i + j) + e                (one dpbusd = 16 slots x 4 dims)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -90,7 +90,8 @@ def generate_in(model: PreTrainedModel, mode: str) -> Tensor:
     arguments = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        return model.generate(**(arguments | MODES[mode]()))
+        tokens: Tensor = cast(Any, model).generate(**(arguments | MODES[mode]()))
+        return tokens
 
 
 def examine(family: str, modes: Iterable[str] = tuple(MODES)) -> Finding:

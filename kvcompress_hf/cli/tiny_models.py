@@ -298,7 +298,7 @@ def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedCon
     for name, spec in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
         if getattr(spec, "model_type", None):
             parts[name] = CONFIG_MAPPING[spec.model_type]
-    return {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    return {name: part for name, part in parts.items() if hasattr(part, "__dataclass_fields__")}
 
 
 def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
