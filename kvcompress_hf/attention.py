@@ -21,7 +21,7 @@ from kvcompress_hf.importance.base import Chunk, Observer
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
 from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
-from kvcompress_hf.planning.base import Plan
+from kvcompress_hf.planning.base import EVICT, Plan
 from kvcompress_hf.planning.distortion import measure_distortion
 from kvcompress_hf.planning.pressure import under_pressure
 from kvcompress_hf.planning.run import Limits, cost_of_page, make_limits, make_view, prompt_on_top
@@ -103,6 +103,7 @@ class _Before:
     tail_used: list[int] = field(default_factory=list)
     held: int = 0
     padding: torch.Tensor | None = None
+    distortion: dict[int, torch.Tensor] = field(default_factory=dict)
     stores: dict[Geometry, Snapshot] | None = None
 
 
@@ -122,7 +123,8 @@ class AttentionState:
         groups (`list[int]`): Query heads per KV head of each layer.
         tail_used (`list[int]`): Most slots any sequence has in the tail, per layer.
         padding (`torch.Tensor`, *optional*): `int64` `[batch]`.
-        distortion (`torch.Tensor`, *optional*): Measured losses, float32 `[heads, tiers]`.
+        distortion (`torch.Tensor`, *optional*): Measured losses, float32 `[batch, heads of all layers, tiers]`, NaN for
+            sequences that had only padding so far.
     """
 
     seen: int = 0
@@ -166,7 +168,7 @@ class PagedAttention:
         self._observer: Observer | None = self.recipe.observer
         plans: list[Plan | None] = [recipe.plan for recipe in recipes]
         self._needs_distortion = any(plan is not None and plan.needs_distortion for plan in plans)
-        self._distortion: list[torch.Tensor] = []  # per measured layer, float32 [kv_heads, tiers]
+        self._distortion: dict[int, torch.Tensor] = {}  # by measured layer, float32 [batch, kv_heads, tiers]
         self._prompt = 0  # tokens that came in chunks; what follows was decoded one by one
         self._planned = 0  # tokens seen at the last plan
         self._faded = 0  # tokens seen when statistics last faded
@@ -479,6 +481,25 @@ class PagedAttention:
         self.statistics.seconds_planning += time.perf_counter() - started
         return fields
 
+    def _measure(
+        self,
+        layer: _Layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        valid: torch.Tensor | None,
+    ) -> None:
+        """Measures what tiers lose on the first tokens of every sequence."""
+        number = next(i for i, each in enumerate(self._layers) if each is layer)
+        known = self._distortion.get(number)
+        if known is not None and not bool(known.isnan().any()):
+            return
+        padding = None if valid is None else (~valid).sum(1)
+        tiers = [TIERS[name] for name in self.recipe.tiers]
+        measured = measure_distortion(query, key, value, scaling, tiers, padding)
+        self._distortion[number] = measured if known is None else torch.where(known.isnan(), measured, known)
+
     def _read_again(
         self,
         layer: _Layer,
@@ -601,9 +622,8 @@ class PagedAttention:
             fields = self._observe(
                 self._observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks
             )
-            if self._needs_distortion and position == 0:
-                tiers = [TIERS[name] for name in self.recipe.tiers]
-                self._distortion.append(measure_distortion(query.detach(), key, value, scaling, tiers))
+            if self._needs_distortion:
+                self._measure(layer, query.detach(), key, value, scaling, valid)
         if layer.sharing == "store" and tokens > 1:
             # The layers that read it must see what was there before and the new tokens apart, as this one did.
             self._waiting.append(partial(self._store, layer, store, key, value, valid, fields, position))
@@ -780,6 +800,7 @@ class PagedAttention:
             tail_used=[layer.tail_used for layer in self._layers],
             held=max(len(layer.held) for layer in self._layers),
             padding=self._padding,
+            distortion=dict(self._distortion),
             # A decoded token only goes to the tail, from where it can be taken back without a copy of the lengths.
             stores=None if decoding else {g: owned.store.snapshot() for g, owned in self._stores.items()},
         )
@@ -809,6 +830,7 @@ class PagedAttention:
             layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
             del layer.held[before.held :]
         self.seen, self._padding, self._unfinished = before.seen, before.padding, False
+        self._distortion = before.distortion
         self._waiting.clear()
         self._give_back()
 
@@ -950,7 +972,8 @@ class PagedAttention:
             limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows], on_top=on_top)
             ruled.append((recipe, plan, rows, limits))
         self._planned = self.seen
-        if not freeing and all(plan.headroom and limits.fits for _, plan, _, limits in ruled):
+        waits = [limits.fits if plan.headroom and not freeing else None for _, plan, _, limits in ruled]
+        if all(fits is not None and bool(fits.all()) for fits in waits):
             self._note_room(ruled)
             return
         slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
@@ -964,7 +987,7 @@ class PagedAttention:
                 spread=None if spread is None else spread[rows],
                 tokens=tokens[rows],
                 padding=padding[rows],
-                distortion=self._distortion,
+                distortion=list(self._distortion.values()),
                 headroom=0.0 if self._unfinished else plan.headroom,
             )
             for recipe, plan, rows, limits in ruled
@@ -972,8 +995,12 @@ class PagedAttention:
         if freeing:
             views = under_pressure(views, freeing)
         targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
-        for (_, plan, rows, _), view in zip(ruled, views, strict=True):
-            targets[rows] = plan.targets(view)
+        for (_, plan, rows, _), view, fits in zip(ruled, views, waits, strict=True):
+            planned = plan.targets(view)
+            if fits is not None and bool(fits.any()):  # each sequence is planned when it would be if it were alone
+                unchanged = torch.where(view.filled, view.tier, EVICT)
+                planned = torch.where(fits.to(planned.device)[:, None, None], unchanged, planned)
+            targets[rows] = planned
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, targets)
         self._note_room(ruled)
@@ -1152,6 +1179,7 @@ class PagedAttention:
             layer.plan = None
         if self._padding is not None:
             self._padding = self._padding[index.to(self._padding.device)]
+        self._distortion = {layer: losses[index.to(losses.device)] for layer, losses in self._distortion.items()}
         for layer in self._layers:
             layer.held = [held.select(index) for held in layer.held]
         if len(self._recipes) > 1:
@@ -1169,7 +1197,7 @@ class PagedAttention:
         self._layers = [_Layer(layer.window, layer.sharing) for layer in self._layers]
         self.seen = self.batch = self._prompt = self._planned = self._faded = 0
         self._padding = None
-        self._distortion = []
+        self._distortion = {}
         self._unfinished = self.awaits_second_reading = False
         self._waiting.clear()
 
@@ -1184,7 +1212,7 @@ class PagedAttention:
         other._unfinished, other._prompt = self._unfinished, self._prompt
         other._planned, other._faded = self._planned, self._faded
         other.awaits_second_reading = self.awaits_second_reading
-        other._distortion = list(self._distortion)
+        other._distortion = {layer: losses.clone() for layer, losses in self._distortion.items()}
         other._padding = None if self._padding is None else self._padding.clone()
         other._arenas = dict(self._arenas)
         for geometry, owned in self._stores.items():
@@ -1222,7 +1250,9 @@ class PagedAttention:
             groups=[layer.group for layer in self._layers],
             tail_used=[layer.tail_used for layer in self._layers],
             padding=self._padding,
-            distortion=torch.cat(self._distortion) if self._distortion else None,
+            distortion=torch.cat([self._distortion[i] for i in sorted(self._distortion)], dim=1)
+            if self._distortion
+            else None,
         )
 
     def load_state(self, state: AttentionState, stores: Sequence[tuple[PagedStore, Sequence[int]]]) -> None:
@@ -1237,7 +1267,10 @@ class PagedAttention:
         self.prompt_tokens, self.recording, self._unfinished = state.prompt_tokens, state.recording, state.unfinished
         self._planned, self._faded = state.planned, state.faded
         self._padding = state.padding
-        self._distortion = [] if state.distortion is None else [state.distortion]
+        heads = {layer: store.geometry.kv_heads for store, layers in stores for layer in layers}
+        if state.distortion is not None:
+            parts = state.distortion.split([heads[layer] for layer in sorted(heads)], dim=1)
+            self._distortion = dict(zip(sorted(heads), parts, strict=True))
         for store, layers in stores:
             self._stores[store.geometry] = _StoreLayers(store, list(layers))
             self._arenas[store.geometry.device, store.arena.page_bytes] = store.arena

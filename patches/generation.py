@@ -199,7 +199,8 @@ def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> Candidate
     inner: CandidateGenerator = _stock(model, "_get_candidate_generator")(**kwargs)
     cache = kwargs["model_kwargs"].get("past_key_values")
     if isinstance(cache, CompressedPagedCache) and cache.recipe.changes_slots and not inner.requires_model_outputs:
-        return BoundedCandidates(inner, cache)
+        mask = kwargs["model_kwargs"].get("attention_mask")
+        return BoundedCandidates(inner, cache, lambda ids: read_again(model, cache, ids, mask))
     return inner
 
 

@@ -1,5 +1,6 @@
 """Speculative decoding whose tokens are those of plain decoding, for recipes that change what is stored."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,16 @@ class BoundedCandidates(CandidateGenerator):
     Args:
         inner (`CandidateGenerator`): Where candidates come from.
         cache (`CompressedPagedCache`): The cache of the model that verifies them.
+        read_again (`Callable`): Called once with the prompt, `[1, tokens]`, where the recipe wants a second reading.
     """
 
-    def __init__(self, inner: CandidateGenerator, cache: CompressedPagedCache) -> None:
+    def __init__(
+        self, inner: CandidateGenerator, cache: CompressedPagedCache, read_again: Callable[[Any], None]
+    ) -> None:
         self._inner = inner
         self._cache = cache
+        self._read_again = read_again
+        self._before = cache.get_seq_length()
         self._prompt_passed = False
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
@@ -41,6 +47,10 @@ class BoundedCandidates(CandidateGenerator):
         candidates: Any = self._inner.get_candidates(input_ids, **kwargs)
         ids, logits = candidates
         if self._prompt_passed:
+            if self._cache.awaits_second_reading:
+                new = self._cache.get_seq_length() - self._before
+                # With inputs_embeds there are no ids but that of the token just made, which the cache has not seen.
+                self._read_again(input_ids[:, :-1][:, -new:])
             self._cache.activate_past_recording()
             room = self._cache.tokens_until_packing() - 1  # the last accepted token is passed along with the draft
         else:

@@ -12,6 +12,7 @@ from kvcompress_hf import (  # noqa: F401 - repr(recipe) is evaluated
     PersistenceScores,
     RateDistortion,
     Recency,
+    ReconstructionScores,
     RunningScores,
     ThresholdPlan,
     WindowScores,

@@ -360,8 +360,8 @@ class _Header:
             if bool(((padding < 0) | (padding > seen)).any()):
                 raise file.error(f"padding is not between 0 and the {seen} tokens seen")
         if "distortion" in file.entries:
-            distortion = file.read("distortion", torch.float32, (None, tiers))
-            if not distortion.shape[0] or not bool((distortion.isfinite() & (distortion >= 0)).all()):
+            distortion = file.read("distortion", torch.float32, (batch, None, tiers))
+            if bool((distortion.isinf() | (distortion < 0)).any()):
                 raise file.error("its measured losses are not numbers of at least 0")
         return AttentionState(
             seen=seen,
@@ -633,6 +633,9 @@ def _check_stores(
         raise file.error("two stores of the same shape")
     if any(used and layer not in layers for layer, used in enumerate(state.tail_used)):
         raise file.error("a tail of a layer that is in no store")
+    heads = sum(part.geometry.kv_heads * len(part.layers) for part in parts)
+    if state.distortion is not None and state.distortion.shape[1] != heads:
+        raise file.error(f"measured losses of {state.distortion.shape[1]} heads, where there are {heads}")
 
 
 def _read_recipe(values: dict[str, Any]) -> Recipe:

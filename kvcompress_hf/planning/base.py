@@ -1,7 +1,7 @@
 """What a plan is: a typed part of a recipe that decides for every slot to keep it, lower its tier, or evict it."""
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +34,8 @@ class PlanView:
             slots of the best tier.
         tokens (`torch.Tensor`): `int64` `[batch]`, real tokens each sequence has seen.
         dense_bytes (`torch.Tensor`): `int64` `[batch]`, what a dense cache of each sequence would take.
-        distortion (`torch.Tensor`): float32 `[tiers]`, measured loss of storing a slot in a tier, as a fraction of the
-            loss of evicting it.
+        distortion (`torch.Tensor`): float32 `[batch, tiers]`, measured loss of storing a slot in a tier, as a fraction
+            of the loss of evicting it.
         counts_slots (`bool`): Whether the budget is a number of tokens, so that plans that count slots need not mind
             bytes.
     """
@@ -60,6 +60,30 @@ class PlanView:
     def tiers(self) -> int:
         """`int`: Number of tiers."""
         return self.slots_per_page.shape[1]
+
+    def of(self, sequences: slice) -> "PlanView":
+        """The view of some sequences.
+
+        Args:
+            sequences (`slice`): Which.
+
+        Returns:
+            `PlanView`: Their view.
+        """
+        per_sequence = (
+            "importance",
+            "spread",
+            "positions",
+            "filled",
+            "protected",
+            "allowed_bytes",
+            "allowed_slots",
+            "tokens",
+            "dense_bytes",
+            "distortion",
+        )
+        present = {name: getattr(self, name) for name in per_sequence}
+        return replace(self, **{name: x[sequences] for name, x in present.items() if x is not None})
 
     def slots_allowed(self) -> torch.Tensor:
         """The even share of the budget; a recipe's plan is checked to have one.

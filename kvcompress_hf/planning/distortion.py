@@ -12,7 +12,12 @@ _QUERIES = 16
 
 
 def measure_distortion(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tiers: Sequence[tuple[int, int]]
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    tiers: Sequence[tuple[int, int]],
+    padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss per tier: relative error of values plus variance of the error of logits.
 
@@ -27,10 +32,23 @@ def measure_distortion(
         values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
         scale (`float`): Factor on the logits.
         tiers (`Sequence[tuple[int, int]]`): Key and value bits of each tier, (0, 0) for native.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens at the front of each sequence.
 
     Returns:
-        `torch.Tensor`: float32 `[kv_heads, tiers]`, the mean over the batch.
+        `torch.Tensor`: float32 `[batch, kv_heads, tiers]`, NaN for a sequence that is all padding.
     """
+    counts = [keys.shape[2]] * keys.shape[0] if padding is None else (keys.shape[2] - padding).tolist()
+    result = torch.full((keys.shape[0], keys.shape[1], len(tiers)), float("nan"))
+    for real in sorted(set(counts) - {0}):  # a sequence is measured as if it came alone
+        alike = torch.tensor([count == real for count in counts], device=keys.device)
+        q, k, v = (x[alike, :, -real:] for x in (query, keys, values))
+        result[alike.cpu()] = _measure(q, k, v, scale, tiers).cpu()
+    return result
+
+
+def _measure(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tiers: Sequence[tuple[int, int]]
+) -> torch.Tensor:
     tokens, kv_heads, dim = keys.shape[2], keys.shape[1], keys.shape[3]
     step = max(1, min(tokens, _TOKENS) // _KEYS)
     k = keys[:, :, -_TOKENS:][:, :, ::step].float()
@@ -49,8 +67,8 @@ def measure_distortion(
             error = (_round_trip(k, key_bits) if stored is None else stored) - k
             logits = (q @ error.transpose(-1, -2)) * scale
             loss += (logits - logits.mean(-1, keepdim=True)).square().mean((-1, -2))
-        losses.append(loss.mean(0))
-    return torch.stack(losses, dim=-1).cpu()
+        losses.append(loss)
+    return torch.stack(losses, dim=-1)
 
 
 def _round_trip(x: torch.Tensor, bits: int) -> torch.Tensor:

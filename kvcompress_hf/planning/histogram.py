@@ -63,6 +63,10 @@ class SlotCounts:
         below = torch.nn.functional.pad(counts.cumsum(-1, dtype=torch.int32), (1, 0))
         return cls(below[..., 0, :], below[..., 1, :])
 
+    def of_rows(self, sequences: slice) -> "SlotCounts":
+        """The counts of some sequences of the batch."""
+        return SlotCounts(self.free[sequences], self.protected[sequences])
+
     def stored(self) -> torch.Tensor:
         """Slots kept if those below bin `k` are: protected ones always. `int32` `[batch, rows, tiers, BINS + 1]`."""
         return self.free + self.protected[..., -1:]

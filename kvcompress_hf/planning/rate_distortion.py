@@ -61,10 +61,24 @@ class RateDistortion(Plan):
 
     def targets(self, view: PlanView) -> torch.Tensor:
         """Solves for the multiplier; see [`Plan.targets`]."""
-        slot_bytes = (view.page_bytes[:, None] / view.slots_per_page).median(0).values  # [tiers]
-        hull = lower_hull(slot_bytes.tolist(), (self.kappa * view.distortion).clamp(max=_WORST).tolist())
+        slot_bytes = (view.page_bytes[:, None] / view.slots_per_page).median(0).values.tolist()  # of each tier
+        losses = (self.kappa * view.distortion).clamp(max=_WORST).tolist()
+        hulls = [lower_hull(slot_bytes, of_tiers) for of_tiers in losses]
         depth = bins_below_top(torch.where(view.filled, view.importance, 0.0))
         counts = SlotCounts.of(view, depth)
+        if all(hull == hulls[0] for hull in hulls):
+            return self._with_hull(view, depth, counts, hulls[0])
+        alone = [slice(i, i + 1) for i in range(len(hulls))]
+        return torch.cat(
+            [
+                self._with_hull(view.of(i), depth[i], counts.of_rows(i), hull)
+                for i, hull in zip(alone, hulls, strict=True)
+            ]
+        )
+
+    def _with_hull(
+        self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
+    ) -> torch.Tensor:
         few = hull[: self.small_tiers]  # the hull's first vertices are its cheapest tiers; it stays convex
         tight = view.bytes_allowed() < self.small * view.dense_bytes
         if len(few) == len(hull) or bool(tight.all()):

@@ -33,9 +33,11 @@ class Limits:
     allowed_bytes: torch.Tensor | None
 
     @property
-    def fits(self) -> bool:
-        """`bool`: Whether every sequence is within its budget."""
-        return self.allowed_bytes is not None and bool((self.held_bytes <= self.allowed_bytes).all())
+    def fits(self) -> torch.Tensor:
+        """`torch.Tensor`: `bool` `[batch]`, whether a sequence is within its budget."""
+        if self.allowed_bytes is None:
+            return torch.zeros_like(self.held_bytes, dtype=torch.bool)
+        return self.held_bytes <= self.allowed_bytes
 
 
 def cost_of_page(store: PagedStore) -> int:
@@ -139,7 +141,8 @@ def make_view(
         spread (`torch.Tensor`, *optional*): float32 `[batch, rows, slots]`.
         tokens (`torch.Tensor`): `int64` `[batch]`, real tokens seen.
         padding (`torch.Tensor`): `int64` `[batch]`, padding tokens before each sequence.
-        distortion (`Sequence[torch.Tensor]`): Measured losses, each float32 `[heads, tiers]`; may be empty.
+        distortion (`Sequence[torch.Tensor]`): Measured losses, each float32 `[batch, heads, tiers]`, NaN where nothing
+            was measured; may be empty.
         headroom (`float`): Share of the budget to leave free.
 
     Returns:
@@ -161,7 +164,9 @@ def make_view(
         else:
             # Every row gets the same bytes, in whole pages: a started page would cost as much as a full one.
             share = allowed[:, None] // page_bytes.numel() // page_bytes * limits.slots_per_page[:, 0]
-    losses = torch.cat(list(distortion)).median(0).values if distortion else torch.zeros(len(recipe.tiers))
+    losses = torch.zeros((tokens.numel(), len(recipe.tiers)))
+    if distortion:
+        losses = torch.cat(list(distortion), dim=1).nanmedian(1).values.nan_to_num(0.0)
     return PlanView(
         importance=importance,
         spread=spread,

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.kernels import CpuBackend
+from kvcompress_hf.patches.second_reading import read_again
 
 _BASE = {
     "vocab_size": 96,
@@ -58,6 +59,7 @@ def filled(model, recipe, prompt=300, decoded=20, batch=2, pads=(), **kwargs):
         mask[row, :count] = 0
     mask = mask if pads else None
     logits(model, ids[:, :prompt], cache, None if mask is None else mask[:, :prompt])
+    read_again(model, cache, ids[:, :prompt], None if mask is None else mask[:, :prompt])
     for i in range(prompt, prompt + decoded):
         logits(model, ids[:, i : i + 1], cache, None if mask is None else mask[:, : i + 1])
     return cache, mask
@@ -94,6 +96,9 @@ def goes_on_alike(model, cache, loaded, mask=None, steps=40):
         if mask is not None:
             mask = torch.cat([mask, torch.ones_like(part)], dim=1)
         assert torch.equal(logits(model, part, loaded, mask), logits(model, part, cache, mask))
+        for each in (loaded, cache):
+            if each.awaits_second_reading:
+                read_again(model, each, part, mask)
     assert loaded.get_seq_length() == cache.get_seq_length()
     for mine, other in zip(loaded.slots(), cache.slots(), strict=True):
         assert torch.equal(mine, other)

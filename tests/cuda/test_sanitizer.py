@@ -47,4 +47,5 @@ def test_no_kernel_leaves_its_tensors(library):
 def test_a_kernel_that_does_is_named(library):
     result = run(library, "broken")
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "storage.cu" in result.stderr
+    # overflow or use after free: what lies behind the slabs is the allocator's affair
+    assert "AddressSanitizer: heap-" in result.stderr and "storage.cu" in result.stderr

@@ -42,6 +42,7 @@ class Owner:
 
 def small_arena(monkeypatch, pages=16, **kwargs):
     monkeypatch.setattr(arena_module, "_SLAB_BYTES", pages * PAGE)
+    monkeypatch.setattr(arena_module, "_COPIED_BYTES", pages // 4 * PAGE)
     return Arena(PAGE, torch.device("cpu"), **kwargs)
 
 
@@ -91,12 +92,21 @@ def test_pages_with_two_references_survive_one_release(monkeypatch):
     assert arena.live == 2
 
 
-def test_growing_never_moves_a_slab(monkeypatch):
+def test_growing_never_moves_a_slab_of_some_size(monkeypatch):
     arena = small_arena(monkeypatch)
     arena.allocate(10)
     address = arena.slabs[0].data_ptr()
     arena.allocate(500)
     assert arena.slabs[0].data_ptr() == address == int(arena.slab_addresses[0])
+
+
+def test_a_small_slab_grows_in_place_of_a_further_one(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner = Owner(arena)
+    owner.take(3)
+    owner.take(5)
+    owner.check()
+    assert len(arena.slabs) == 1 and owner.changes >= 2
 
 
 def test_growth_ahead_is_bounded(monkeypatch):

@@ -197,6 +197,7 @@ def test_nothing_of_a_cache_stays_on_the_model(build_model, run_generate):
     assert own == {
         "_get_candidate_generator",
         "_kvcompress_patch",
+        "_prefill",
         "_prepare_cache_for_generation",
         "_prepare_generation_config",
     }

@@ -53,7 +53,7 @@ def make_view():
             allowed_slots=None,
             tokens=torch.full((batch,), slots),
             dense_bytes=torch.full((batch,), 10**6),
-            distortion=torch.zeros(1),
+            distortion=torch.zeros((batch, 1)),
         )
         return PlanView(**{**values, **changes})
 

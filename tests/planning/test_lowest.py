@@ -132,7 +132,7 @@ def test_the_cap_is_strict_and_nothing_protected_goes(rows, slots, capacity, uns
         allowed_slots=torch.full((2, rows), capacity),
         tokens=torch.tensor([slots, slots]),
         dense_bytes=torch.tensor([slots, slots]),
-        distortion=torch.zeros(1),
+        distortion=torch.zeros((2, 1)),
     )
     keep = (LowestPlan(scope=scope, protect_unsettled=unsettled).targets(view) >= 0) & filled
     assert (protected <= keep).all()

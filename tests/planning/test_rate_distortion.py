@@ -18,7 +18,7 @@ def view_of(make_view, importance, allowed, **changes):
         slots_per_page=torch.tensor([SLOTS_PER_PAGE] * rows),
         page_bytes=torch.full((rows,), 1024),
         allowed_bytes=torch.tensor(allowed),
-        distortion=torch.tensor(LOSS),
+        distortion=torch.tensor([LOSS]).expand(importance.shape[0], -1),
     )
     return make_view(importance, **{**values, **changes})
 
@@ -76,7 +76,7 @@ def test_at_one_slot_per_page_the_plan_is_the_exact_sort_to_within_a_bin(make_vi
         page_bytes=torch.full((3,), 4),
     )
     # One tier: the number of slots is exact, and no evicted one lies more than a bin above a stored one.
-    single = dict(slots_per_page=torch.ones(3, 1, dtype=torch.int64), distortion=torch.tensor([0.0]))
+    single = dict(slots_per_page=torch.ones(3, 1, dtype=torch.int64), distortion=torch.tensor([[0.0]]))
     kept = RateDistortion().targets(view_of(make_view, importance, [allowed * 4], page_bytes=view.page_bytes, **single))
     stored, gone = importance[kept >= 0], importance[kept < 0]
     assert 0 <= min(allowed, importance.numel()) - stored.numel() <= 2
@@ -112,6 +112,18 @@ def test_counts_are_those_of_every_slot(make_view):
             below = filled & (depth < k) & (tier == t)
             assert torch.equal(counts.free[:, :, t, k], (below & ~protected).sum(-1, dtype=torch.int32))
             assert torch.equal(counts.protected[:, :, t, k], (below & protected).sum(-1, dtype=torch.int32))
+
+
+def test_sequences_with_losses_of_their_own_are_planned_as_if_alone(make_view):
+    importance = heavy_tailed(3, 6, 500)
+    losses = torch.tensor([LOSS, [0.3, 0.31, 0.32], LOSS])
+    allowed = [160_000, 160_000, 20_000]
+    plan = RateDistortion(kappa=1.0)
+    together = plan.targets(view_of(make_view, importance, allowed, distortion=losses))
+    for i in range(3):
+        alone = view_of(make_view, importance[i : i + 1], allowed[i : i + 1], distortion=losses[i : i + 1])
+        assert torch.equal(together[i : i + 1], plan.targets(alone))
+    assert (together[0] == 0).sum() > (together[1] == 0).sum()  # where the best tier loses as much, it is not worth it
 
 
 def test_bins_follow_the_order_of_scores():

@@ -17,9 +17,11 @@ EXPECTED = [HIGH, LOW, LOW, HIGH, GONE, HIGH, LOW, HIGH, GONE, HIGH, HIGH, HIGH]
 
 def view_of(make_view, importance, **changes):
     importance = torch.as_tensor(importance, dtype=torch.float32)
-    rows = importance.shape[1]
+    batch, rows = importance.shape[:2]
     values = dict(
-        slots_per_page=torch.tensor([[16, 32]] * rows), page_bytes=torch.full((rows,), 1000), distortion=torch.zeros(2)
+        slots_per_page=torch.tensor([[16, 32]] * rows),
+        page_bytes=torch.full((rows,), 1000),
+        distortion=torch.zeros((batch, 2)),
     )
     return make_view(importance, **{**values, **changes})
 
