@@ -229,6 +229,7 @@ class PagedAttention:
             UnsupportedFeatureError: If the mask is not over the new tokens only.
             CacheMemoryError: If the cache would grow beyond its `max_bytes`.
             ValueError: If the batch size, heads, head_dim, dtype or device are not those of the stored tokens.
+            RuntimeError: If an earlier forward pass stopped half way; its tokens are taken back.
         """
         layer = self._layers[layer_idx]
         tokens = key.shape[2]
@@ -237,6 +238,12 @@ class PagedAttention:
             self._begin_forward(tokens, mask, key)
         store = layer.store
         if store is None:
+            if missed := self._before.seen:
+                self.reset()
+                raise RuntimeError(
+                    f"A forward pass stopped half way, so layer {layer_idx} has not seen the first {missed} tokens. The "
+                    "cache has been emptied: begin again with the first token."
+                )
             store = self._place(layer, layer_idx, key)
         elif (
             key.dtype is not store.geometry.dtype
@@ -394,6 +401,7 @@ class PagedAttention:
         if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
             room = layer.tail_used + 1
             store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
+            self._note_peak()
         observer = self._observer
         sum_field = None if observer is None else observer.sum_field
         square_field = None if observer is None else observer.square_field

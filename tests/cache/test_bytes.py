@@ -128,3 +128,10 @@ def test_the_report_prints_parts_that_add_up(model):
     assert "payload" in text and "total" in text and "of dense" in text
     parts = ("payload", "metadata", "fields", "tail", "tables", "slack", "free", "forks")
     assert sum(getattr(memory, part) for part in parts) == memory.total
+
+
+@pytest.mark.parametrize("new", (1, 2, 20, 70))
+def test_the_peak_is_never_below_what_is_held(model, new):
+    with kvc.patched(model, "lossless"):
+        cache = generate(model, 55, new)
+    assert cache.run_report.statistics.peak_bytes >= cache.memory().total == held_bytes(cache)

@@ -229,6 +229,25 @@ def test_a_forward_hook_that_fails_leaves_a_usable_model(plain, prompt):
         assert torch.equal(plain.generate(prompt(), max_new_tokens=8, do_sample=False), expected)
 
 
+def test_a_first_forward_that_stops_half_way_is_not_taken_for_a_past(plain, prompt):
+    ids = prompt()
+    with patched(plain, "k8v4"), torch.no_grad():
+        expected = plain(ids, past_key_values=CompressedPagedCache(plain.config, "k8v4")).logits
+        cache = CompressedPagedCache(plain.config, "k8v4")
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        hook = plain.model.layers[0].register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            plain(ids, past_key_values=cache)
+        hook.remove()
+        with pytest.raises(RuntimeError, match="layer 1 has not seen the first 40 tokens"):
+            plain(ids[:, :1], past_key_values=cache)
+        assert cache.get_seq_length() == 0 and cache.memory().total == 0
+        assert torch.equal(plain(ids, past_key_values=cache).logits, expected)
+
+
 def test_continuous_batching_says_that_it_cannot(build_model, prompt):
     """Elsewhere its thread dies and an empty answer comes back."""
     model = patch(build_model("qwen3"), "k8v4")
