@@ -1,6 +1,6 @@
 # make demo   makes .venv, installs, runs the demonstration
 # make test   the same .venv, lint and the whole test suite
-# make sanitize   the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs cmake)
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter .venv is made with (3.10 or newer)
@@ -31,15 +31,14 @@ lint: $(VENV)/.installed
 	cp -R kernels patches build/typecheck/kvcompress_hf/
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p kvcompress_hf
 
-# The kernel tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer, found beside the sources first.
+# The kernel tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs a part of them.
 # Leaks are not looked for: Python's own would drown ours.
 sanitize: $(VENV)/.installed
-	rm -rf build/sanitize
-	$(BIN)/pip install --no-deps --target build/sanitize/site -C cmake.define.KVC_SANITIZE=ON \
-		-C build-dir=build/sanitize/build .
-	trap 'rm -f kernels/libkvc_cpu.so' EXIT; cp build/sanitize/site/kvcompress_hf/kernels/libkvc_cpu.so kernels/; \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/kernels -q $(PYTEST_ARGS)
+	cmake -S . -B build/sanitize -DKVC_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
+		tests/kernels -q $(PYTEST_ARGS)
 
 install: $(VENV)/.installed
 

@@ -14,6 +14,24 @@ from .abi import declare
 LIBRARY_NAME = "libkvc_cpu.so"
 
 
+def library_path() -> Path:
+    """Where `libkvc_cpu.so` lies.
+
+    Raises:
+        ImportError: It is not there: the package was not built, or was copied without it.
+    """
+    package = sys.modules[__package__]
+    folders = [Path(__file__).parent, *map(Path, package.__path__)]  # an editable install has two of them
+    for folder in folders:
+        path = folder / LIBRARY_NAME
+        if path.exists():
+            return path
+    raise ImportError(
+        f"{LIBRARY_NAME} was not found in {', '.join(sorted({str(f) for f in folders}))}; "
+        "install kvcompress_hf with `pip install .` so that its native library is built"
+    )
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """Loads `libkvc_cpu.so` once per process.
@@ -22,18 +40,8 @@ def load_library() -> ctypes.CDLL:
         The loaded library; its functions are declared in `kernels/include/abi.h` and `kernels/cpu/dispatch.cpp`.
 
     Raises:
-        ImportError: The library is not there (the package was not built, or was copied without it), or is of
-            another version.
+        ImportError: The library is not there, or is of another version.
     """
-    package = sys.modules[__package__]
-    folders = [Path(__file__).parent, *map(Path, package.__path__)]  # an editable install has two of them
-    for folder in folders:
-        path = folder / LIBRARY_NAME
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            declare(library)
-            return library
-    raise ImportError(
-        f"{LIBRARY_NAME} was not found in {', '.join(sorted({str(f) for f in folders}))}; "
-        "install kvcompress_hf with `pip install .` so that its native library is built"
-    )
+    library = ctypes.CDLL(str(library_path()))
+    declare(library)
+    return library
