@@ -418,7 +418,7 @@ class PagedAttention:
         if layer.plan is None or layer.plan_key != plan_key:
             layer.plan = store.backend.plan_decode(
                 store.rows(layer.index),
-                store.tail(layer.index),
+                replace(store.tail(layer.index), used=layer.tail_used),
                 scale=scaling,
                 softcap=softcap,
                 window=window,
