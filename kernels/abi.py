@@ -9,6 +9,7 @@ MAX_TIERS = 4
 MAX_FIELDS = 4
 
 KVC_OK, KVC_BAD_ARGUMENT, KVC_TAIL_FULL, KVC_NO_ISA = range(4)
+LARGEST = 5  # in KvcScores.powers: the sums take the largest probability instead
 
 
 def _fields(**groups: str) -> list[tuple[str, type]]:

@@ -37,6 +37,12 @@ def check_tensor(
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
 
 
+def bounds(values: Tensor) -> tuple[int, int]:
+    """The least and the largest of some integers; a device is waited for once."""
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low, high
+
+
 def check_tier(layout: PageLayout, tier: int) -> None:
     """Checks a tier index."""
     if not 0 <= tier < len(layout.tiers):
@@ -116,9 +122,9 @@ def check_append(tail: Tail, k: Tensor, v: Tensor, valid: Tensor | None, device:
 
 def check_packed_width(rows: Rows, tier: int, lengths: Tensor) -> None:
     """Checks that the table of a tier has an entry for every page up to the given lengths `[rows]`."""
-    most = int(lengths.max()) if lengths.numel() else 0
+    least, most = bounds(lengths) if lengths.numel() else (0, 0)
     capacity = rows.tables[tier].shape[1] * rows.layout.tiers[tier].slots
-    if most > capacity or (lengths.numel() and int(lengths.min()) < 0):
+    if most > capacity or least < 0:
         raise ValueError(f"slots must be between 0 and {capacity} (table of tier {tier}), got {most}")
 
 
@@ -164,7 +170,7 @@ def check_pack(
         check_tensor("index", index, (batch, kv_heads, None), torch.int32, device, contiguous=False)
         available = index.shape[2]
     if counts.numel():
-        least, most = (int(x) for x in counts.aminmax())
+        least, most = bounds(counts)
         if least < 0 or most > available:
             raise ValueError(f"counts must be between 0 and {available}, got {least} to {most}")
         if index is not None and most:
@@ -173,7 +179,7 @@ def check_pack(
                 if least == available
                 else index.masked_fill(torch.arange(available, device=device) >= counts.unsqueeze(-1), 0)
             )
-            low, high = (int(x) for x in used.aminmax())
+            low, high = bounds(used)
             if low < 0 or high >= tokens:
                 raise ValueError(f"index must be between 0 and {tokens - 1}, got {low} to {high}")
     check_packed_width(rows, tier, rows.lengths[tier] + counts.reshape(-1))
@@ -193,13 +199,14 @@ def check_slots(rows: Rows, tier: int, row: Tensor, device: torch.device, **slot
         check_tensor(name, slot, (n,), torch.int32, device)
     if n == 0:
         return
-    low, high = (int(x) for x in row.aminmax())
+    low, high = bounds(row)
     if low < 0 or high >= rows.count:
         raise ValueError(f"row must be between 0 and {rows.count - 1}, got {low} to {high}")
     for slot in slots.values():
-        check_packed_width(rows, tier, torch.stack(slot.aminmax()) + 1)
-        if int(slot.min()) < 0:
-            raise ValueError(f"slots must not be negative, got {int(slot.min())}")
+        low, high = bounds(slot)
+        if low < 0:
+            raise ValueError(f"slots must not be negative, got {low}")
+        check_packed_width(rows, tier, torch.tensor([high + 1]))
 
 
 def check_width(rows: Rows, tier: int, width: int) -> None:
@@ -270,7 +277,7 @@ def check_page_ids(slabs: Sequence[Tensor], slab_shift: int, dst: Tensor, src: T
     check_tensor("dst", dst, (src.shape[0],), torch.int32, device)
     for name, ids in (("src", src), ("dst", dst)):
         if ids.numel():
-            low, high = (int(x) for x in ids.aminmax())
+            low, high = bounds(ids)
             if low < 0 or (high >> slab_shift) >= len(slabs):
                 raise ValueError(f"{name} must be page ids of {len(slabs)} slabs, got {low} to {high}")
 

@@ -23,7 +23,6 @@ from .types import Rows, Tail
 __all__ = ["CpuBackend"]
 
 CPU = torch.device("cpu")
-LARGEST = 5  # in KvcScores.powers: the sums take the largest probability instead
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -439,7 +438,7 @@ class CpuBackend(Backend):
             group=q_heads // kv_heads,
             n_q=n_q,
             n_k=n_k,
-            powers=sum(power or LARGEST for power in powers),
+            powers=sum(power or abi.LARGEST for power in powers),
         )
         fill_rows(c.rows, rows)
         fill_tail(c.tail, tail)

@@ -54,6 +54,7 @@ class Tail:
         positions: `int32 [batch, capacity]`: logical positions.
         fields: `int32 [n_fields, batch, kv_heads, capacity]` or `None`; float fields are float32 bit patterns
             (`.view(torch.float32)`). Indexed as `PageLayout.fields`.
+        used: As many slots as no row of the tail exceeds, where the host knows; it spares a backend asking the device.
     """
 
     k: Tensor
@@ -61,6 +62,7 @@ class Tail:
     lengths: Tensor
     positions: Tensor
     fields: Tensor | None = None
+    used: int | None = None
 
     @property
     def capacity(self) -> int:

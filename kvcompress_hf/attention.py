@@ -426,7 +426,7 @@ class PagedAttention:
         if layer.plan is None or layer.plan_key != plan_key:
             layer.plan = store.backend.plan_decode(
                 store.rows(layer.index),
-                store.tail(layer.index),
+                replace(store.tail(layer.index), used=layer.tail_used),
                 scale=scaling,
                 softcap=softcap,
                 window=window,
@@ -848,10 +848,10 @@ class PagedAttention:
         if self.recording:
             self._note_peak()
             return
+        if not self._packs_next:
+            return
         when = self.recipe.when
         full = [owned for owned in self._stores.values() if self._tail_used(owned) >= when.every]
-        if not full and not self._unfinished:
-            return
         started = time.perf_counter()
         for owned in self._stores.values() if self._unfinished else full:
             owned.store.pack_tail(_BEST, describe=self._describe)
@@ -878,6 +878,12 @@ class PagedAttention:
         self.statistics.seconds_planning += time.perf_counter() - packed
         self._note_peak()
 
+    @property
+    def _packs_next(self) -> bool:
+        """Whether something is packed at the end of this forward pass."""
+        every = self.recipe.when.every
+        return self._unfinished or any(self._tail_used(owned) >= every for owned in self._stores.values())
+
     def _make_room(self, tokens: int = 0) -> bool:
         """Where the next packing would take an arena beyond its limit, plans for less before anything is stored.
 
@@ -887,7 +893,7 @@ class PagedAttention:
         Returns:
             `bool`: Whether it fits now.
         """
-        if self.max_bytes is None or self.recording:
+        if self.max_bytes is None or self.recording or not (tokens or self._packs_next):
             return True
         while (short := self._shortage(tokens)) > 0:
             live = sum(arena.live for arena in self._arenas.values())

@@ -12,6 +12,7 @@ constexpr int kRows = 16;                       // query rows handled together
 constexpr int kPitch = KVC_MAX_HEAD_DIM + 1;    // of a slot in shared memory
 constexpr int kTail = KVC_MAX_TIERS, kFresh = KVC_MAX_TIERS + 1;  // sections after the tiers
 constexpr float kLowest = -1e30f;
+constexpr int kLargest = 4;                     // in KvcScores::powers
 
 struct Keys {  // everything a query may meet; pointers of the arguments, whichever operation they came with
   const KvcLayout& layout;
@@ -67,6 +68,9 @@ struct Keys {  // everything a query may meet; pointers of the arguments, whiche
 
 KVC_DEVICE float capped(float logit, float softcap) { return softcap > 0 ? softcap * tanhf(logit / softcap) : logit; }
 
+// The sum of two numbers, or the larger one.
+KVC_DEVICE float joined(float a, float b, bool largest) { return !largest ? a + b : b > a ? b : a; }
+
 KVC_DEVICE float dot(const float* a, const float* b, int n) {
   float sum = 0;
   for (int d = 0; d < n; d++) sum += a[d] * b[d];
@@ -84,7 +88,8 @@ KVC_DEVICE void rotate_rows(float (*q)[KVC_MAX_HEAD_DIM], const KvcLayout& layou
 
 // Grid: batch x kv_heads x tiles of 16 rows; row m of a KV head is query m / group, query head m % group of the group.
 // Without `out` only the log-sum-exp is computed. key_valid: [batch, n_k], 0 = a new key that nobody sees; or null.
-KVC_KERNEL __launch_bounds__(kThreads, 1) kvc_chunk(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcChunk a, const uint8_t* key_valid) {
+KVC_KERNEL __launch_bounds__(kThreads, 1)
+kvc_chunk(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcChunk a, const uint8_t* key_valid, const int32_t* clock) {
   __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
   __shared__ float tile[kBlock][kPitch];
   __shared__ float p[kRows][kBlock + 1];
@@ -105,7 +110,7 @@ KVC_KERNEL __launch_bounds__(kThreads, 1) kvc_chunk(KVC_PARAMETER KvcLayout layo
   const int m = threadIdx.x / 8, part = threadIdx.x % 8;
   const int query = (first_row + m) / a.group;
   const bool active = query < a.n_q;
-  const int at = a.position + query;
+  const int at = position_at(clock, a.position) + query;
   float top = kLowest, sum = 0.f;
   float out[KVC_MAX_HEAD_DIM / 8];
   KVC_UNROLL
@@ -196,8 +201,8 @@ KVC_KERNEL __launch_bounds__(kThreads, 1) kvc_chunk(KVC_PARAMETER KvcLayout layo
   }
 }
 
-// Adds up probabilities and their squares over the queries, given their log-sum-exp. Grid: batch x kv_heads x tiles of 16 slots,
-// `tiles` of them: those of each tier for `width` slots, then the tail's, then the new tokens'.
+// Adds up probabilities and their squares over the queries, or takes the largest, given their log-sum-exp. Grid:
+// batch x kv_heads x tiles of 16 slots, `tiles` of them: those of each tier, then the tail's, then the new tokens'.
 KVC_KERNEL __launch_bounds__(kThreads, 1)
 kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const float* lse, int32_t tiles) {
   __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
@@ -230,10 +235,11 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
       usable[i] = a.key_valid[static_cast<int64_t>(b) * a.n_k + slot] != 0;
     }
   }
+  const bool largest = a.powers & kLargest;
   const int64_t heads = static_cast<int64_t>(a.kv_heads) * a.group;
   for (int g = 0; g < a.group; g++) {
     const int64_t head = static_cast<int64_t>(h) * a.group + g;
-    float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};  // of probabilities and of squares, for each slot
+    float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};  // of probabilities (or the largest) and of squares, for each slot
     for (int start = 0; start < a.n_q; start += kRows) {
       __syncthreads();  // the queries before are done with
       for (int i = threadIdx.x; i < kRows * head_dim; i += kThreads) {
@@ -258,7 +264,8 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
         if (!counts) continue;
         const float x = capped(dot(q[m], tile[part + 8 * i], head_dim) * a.scale, a.softcap);
         const float probability = expf(x - norm);
-        total[0][i] += probability, total[1][i] += probability * probability;
+        total[0][i] = joined(total[0][i], probability, largest);
+        total[1][i] += probability * probability;
       }
     }
     KVC_UNROLL
@@ -267,7 +274,7 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
     const int power = threadIdx.x / kBlock, s = threadIdx.x % kBlock;
     if (power < 2 && s < n && (a.powers >> power & 1)) {
       float sum = 0;
-      for (int i = 0; i < kRows; i++) sum += sums[power][i][s];
+      for (int i = 0; i < kRows; i++) sum = joined(sum, sums[power][i][s], largest);
       const KvcSums& to = power ? a.square : a.sum;
       const int64_t at = b * heads + head, slot = first + s;
       if (section == kFresh) to.fresh[at * a.n_k + slot] = sum;
@@ -280,7 +287,8 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
 // After a decoding step: adds each slot's probability (and its square), summed over the group, to slot fields. Grid as
 // in kvc_scores, with `width[t]` slots of tier t.
 KVC_KERNEL __launch_bounds__(kThreads, 1)
-kvc_statistics(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, const float* lse, KVC_PARAMETER KvcWidths w) {
+kvc_statistics(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, const float* lse, KVC_PARAMETER KvcWidths w,
+               const int32_t* clock) {
   __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
   __shared__ float tile[kBlock][kPitch];
   __shared__ float p[kRows][kBlock + 1];
@@ -299,6 +307,7 @@ kvc_statistics(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, const 
   keys.load(tile, section, first, n, true);
   const int m = threadIdx.x / 8, part = threadIdx.x % 8;
   const int64_t heads = static_cast<int64_t>(a.kv_heads) * a.group;
+  const int now = position_at(clock, a.position);
   float sum = 0.f, square = 0.f;
   for (int start = 0; start < a.group; start += kRows) {
     __syncthreads();
@@ -318,7 +327,7 @@ kvc_statistics(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, const 
       const int s = part + 8 * i;
       int position = 0;
       bool seen = start + m < a.group && s < n;
-      if (seen && a.window > 0 && keys.position(section, first + s, position)) seen = a.position - position < a.window;
+      if (seen && a.window > 0 && keys.position(section, first + s, position)) seen = now - position < a.window;
       const float x = capped(dot(q[m], tile[s], head_dim) * a.scale, a.softcap);
       p[m][s] = seen ? expf(x - lse[b * heads + static_cast<int64_t>(h) * a.group + start + m]) : 0.f;
     }

@@ -67,8 +67,8 @@ class CudaBackend(Backend):
         fill_strides(c, "v", v)
         c.dtype = DTYPES[k.dtype]
         c.n_fields = 0 if tail.fields is None else tail.fields.shape[0]
-        self._launch("kvc_append", batch * n_k, device, c)
-        self.launcher.launch("kvc_advance", batch if n_k else 0, 32, (c,), device)
+        self._launch("kvc_append", batch * n_k, device, c, _address(None))
+        self.launcher.launch("kvc_advance", batch if n_k else 0, 32, (c, _address(None)), device)
 
     def pack(
         self,
@@ -329,7 +329,7 @@ class CudaBackend(Backend):
         self, c: abi.KvcChunk, layout: PageLayout, device: torch.device, key_valid: Tensor | None
     ) -> None:
         blocks = c.batch * c.kv_heads * blocks_for(c.n_q * c.group, TILE)
-        self._launch("kvc_chunk", blocks, device, layout.c, c, _address(key_valid))
+        self._launch("kvc_chunk", blocks, device, layout.c, c, _address(key_valid), _address(None))
 
     def window_scores(
         self,
@@ -349,8 +349,8 @@ class CudaBackend(Backend):
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
-        if power not in (1, 2):
-            raise ValueError(f"power must be 1 or 2, got {power}")
+        if power not in (0, 1, 2):
+            raise ValueError(f"power must be 0, 1 or 2, got {power}")
         masks = (query_valid, key_valid)
         options = (position, key_position, scale, softcap, window, sinks)
         (scores,) = self._scores((power,), q, k_new, rows, tail, exclude, masks, options)
@@ -415,14 +415,14 @@ class CudaBackend(Backend):
         first = self._chunk_arguments(q, k_new, rows, tail, *options)
         first.lse = lse.data_ptr()
         self._launch_chunk(first, layout, device, key_valid)
-        c = abi.KvcScores(exclude=exclude, powers=sum(powers))
+        c = abi.KvcScores(exclude=exclude, powers=sum(power or abi.LARGEST for power in powers))
         for name in (field[0] for field in abi.KvcScores._fields_):
             if hasattr(first, name):
                 setattr(c, name, getattr(first, name))
         c.position_field = position_field(layout, window is not None or exclude > 0)
         c.query_valid, c.key_valid = pointer(query_valid), pointer(key_valid)
         for power, scores in zip(powers, results, strict=True):
-            sums = c.sum if power == 1 else c.square
+            sums = c.square if power == 2 else c.sum
             for tier, past in enumerate(scores.past):
                 sums.past[tier] = past.data_ptr()
             sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()

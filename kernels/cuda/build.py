@@ -1,4 +1,4 @@
-"""Compiles every kernel for every architecture, without a GPU, and holds them to their registers.
+"""Compiles every kernel for every architecture, without a GPU, and holds them to their registers and to no spills.
 
     python -m kvcompress_hf.kernels.cuda.build            # report, check and write the cubins for a wheel
     python -m kvcompress_hf.kernels.cuda.build --check    # report and check only
@@ -17,13 +17,40 @@ from collections.abc import Sequence
 from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash
 from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
 
-__all__ = ["NVRTC_VERSION", "REGISTERS", "SPILLS", "main", "problems"]
+__all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems", "resident_warps"]
 
 NVRTC_VERSION = (13, 0)
 #: Most registers per thread: 168 leave room for three blocks of 128 threads on a multiprocessor, 255 for two.
-REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 216, "decode128": 255, "decode256": 255}
-#: Bytes that may be spilled, where that is not none: 256 dimensions of 16 heads take 128 registers by themselves.
-SPILLS: dict[str, int] = {"decode256": 512}
+REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 232, "decode128": 255, "decode256": 255}
+#: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).
+ROOM: dict[str, tuple[int, int, int]] = {
+    "sm_80": (64, 32, 164 << 10),
+    "sm_86": (48, 16, 100 << 10),
+    "sm_89": (48, 24, 100 << 10),
+    "sm_90a": (64, 32, 228 << 10),
+    "sm_100a": (64, 32, 228 << 10),
+    "sm_120a": (48, 24, 100 << 10),
+}
+ALL_REGISTERS = 1 << 16  # of a multiprocessor; a warp takes them in units of 256
+RESERVED_SHARED = 1024  # bytes of every block
+WARPS = {"kvc_advance": 1}  # of a block, where they are not four
+
+
+def resident_warps(kernel: KernelResources, arch: str) -> int:
+    """Warps of a kernel that a multiprocessor holds at once.
+
+    Args:
+        kernel: What the assembler reported.
+        arch: An architecture in `ROOM`.
+
+    Returns:
+        The number of warps.
+    """
+    most_warps, most_blocks, shared = ROOM[arch]
+    warps = WARPS.get(kernel.name, 4)
+    by_registers = ALL_REGISTERS // (-(-32 * kernel.registers // 256) * 256) // warps
+    by_shared = shared // (kernel.shared_bytes + RESERVED_SHARED)
+    return warps * min(most_warps // warps, most_blocks, by_registers, by_shared)
 
 
 def problems(unit: str, kernels: Sequence[KernelResources]) -> list[str]:
@@ -41,11 +68,15 @@ def problems(unit: str, kernels: Sequence[KernelResources]) -> list[str]:
     for name in sorted(names ^ set(KERNELS[unit])):
         found.append(f"{name} is {'not listed' if name in names else 'missing'} in {unit}")
     for kernel in kernels:
-        if kernel.spill_bytes > SPILLS.get(unit, 0):
+        if kernel.spill_bytes:
             found.append(f"{kernel.name} spills {kernel.spill_bytes} bytes")
         if kernel.registers > REGISTERS[unit]:
             found.append(f"{kernel.name} takes {kernel.registers} registers, more than {REGISTERS[unit]}")
     return found
+
+
+def _warps(kernel: KernelResources, arch: str) -> str:
+    return str(resident_warps(kernel, arch)) if arch in ROOM else "?"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for kernel in compiled.kernels:
                 sys.stdout.write(
                     f"{arch:8} {kernel.name:22} {kernel.registers:4} registers {kernel.spill_bytes:5} bytes spilled "
-                    f"{kernel.shared_bytes:6} bytes shared\n"
+                    f"{kernel.shared_bytes:6} bytes shared {_warps(kernel, arch):>3} warps per multiprocessor\n"
                 )
             sys.stdout.flush()
             faults += [f"{arch}: {line}" for line in problems(unit, compiled.kernels)]

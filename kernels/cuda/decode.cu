@@ -17,6 +17,9 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kHeads = 16;       // query heads handled together
+// Warps that take the same slots and share the dimensions of the output: 256 of them for 16 heads are 128 registers.
+template <int kDim>
+constexpr int kShare = kDim > 128 ? 2 : 1;
 constexpr int kNative = 16;      // bits of a native element
 constexpr int kLeastBlocks = 8;  // of 16 slots, per thread block: less is not worth merging
 constexpr float kLowest = -1e30f;
@@ -93,7 +96,7 @@ struct KeyRow {
 template <int kDim, int kBits>
 struct ValueRow {  // over the eight lanes g that hold a row of values: each has kDim / 8 dimensions running
   static constexpr int kBytes = kDim * kBits / 8;
-  static constexpr int kPiece = kBytes / 8;
+  static constexpr int kPiece = kBytes / 8 / kShare<kDim>;  // of one of the warps that share them
   static constexpr int kWords = kPiece < 4 ? 1 : kPiece / 4;
   static constexpr int kPerWord = 32 / kBits;
 };
@@ -107,19 +110,15 @@ struct Where {  // 16 slots of a section
   int fresh;                                  // which of them is the new token; -1 = none
 };
 
-// Parts in which a block's words are loaded: all at once, or half by half where registers would not do.
-template <int kDim, int kKeyBits, int kValueBits>
-constexpr int kParts = kDim == 256 && kKeyBits + kValueBits >= 16 ? 2 : 1;
-
 template <int kDim, int kKeyBits, int kValueBits>
 struct Loaded {
-  static constexpr int kKeyWords = KeyRow<kDim, kKeyBits>::kWords / kParts<kDim, kKeyBits, kValueBits>;
-  static constexpr int kValueWords = ValueRow<kDim, kValueBits>::kWords / kParts<kDim, kKeyBits, kValueBits>;
+  static constexpr int kKeyWords = KeyRow<kDim, kKeyBits>::kWords;
+  static constexpr int kValueWords = ValueRow<kDim, kValueBits>::kWords;
   uint32_t k[2][kKeyWords];    // slots g and g + 8
   uint32_t v[4][kValueWords];  // slots 2t, 2t + 1, 2t + 8, 2t + 9
   uint32_t key_scale[2], key_offset[2], value_scale[2], value_offset[2];  // fp16 pairs of slots 2t and 2t + 8
 
-  KVC_DEVICE_METHOD void load_keys(const Where& at, int g, int t, int part) {
+  KVC_DEVICE_METHOD void load_keys(const Where& at, int g, int t) {
     using Key = KeyRow<kDim, kKeyBits>;
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -127,7 +126,7 @@ struct Loaded {
       const uint8_t* row = at.k + least(8 * i + g, at.n - 1) * Key::kBytes;
       KVC_UNROLL
       for (int w = 0; w < kKeyWords; w += Key::kPiece / 4) {
-        load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(t, part * kKeyWords + w));
+        load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(t, w));
       }
     }
     KVC_UNROLL
@@ -137,13 +136,12 @@ struct Loaded {
       key_offset[i] = *reinterpret_cast<const uint32_t*>(params + at.param_stride);
     }
   }
-  KVC_DEVICE_METHOD void load_values(const Where& at, int g, int t, int part) {
-    constexpr int bytes = ValueRow<kDim, kValueBits>::kPiece / kParts<kDim, kKeyBits, kValueBits>;
+  KVC_DEVICE_METHOD void load_values(const Where& at, int g, int t) {
     using Value = ValueRow<kDim, kValueBits>;
     KVC_UNROLL
     for (int i = 0; i < 4; i++) {
       const uint8_t* row = at.v + least(2 * t + i % 2 + i / 2 * 8, at.n - 1) * Value::kBytes;
-      load_bytes<bytes>(v[i], row + g * Value::kPiece + part * bytes);
+      load_bytes<Value::kPiece>(v[i], row + (g * kShare<kDim> + thread_warp() % kShare<kDim>) * Value::kPiece);
     }
     KVC_UNROLL
     for (int i = 0; i < 2 && kValueBits != kNative; i++) {
@@ -188,13 +186,12 @@ struct Logits {  // one k-step of queries x keys
   template <int kStep>
   KVC_DEVICE_METHOD void step() const {
     constexpr int pairs = KeyRow<kDim, kKeyBits>::kPairs, p0 = 2 * kStep, p1 = 2 * kStep + 1;
-    constexpr int words = Loaded<kDim, kKeyBits, kValueBits>::kKeyWords;
     const uint4 q = queries[kStep * 32 + thread_lane()];
     const uint32_t a[4] = {q.x, q.y, q.z, q.w};
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
-      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(now.k[i][p0 / pairs % words]),
-                                               key_pair<kKeyBits, p1 % pairs>(now.k[i][p1 / pairs % words]));
+      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(now.k[i][p0 / pairs]),
+                                               key_pair<kKeyBits, p1 % pairs>(now.k[i][p1 / pairs]));
     }
   }
 };
@@ -208,22 +205,23 @@ struct Outputs {  // eight dimensions of probabilities x values
   template <int kTile>
   KVC_DEVICE_METHOD void step() const {
     constexpr int per_word = ValueRow<kDim, kValueBits>::kPerWord, c = kTile % per_word;
-    constexpr int w = kTile / per_word % Loaded<kDim, kKeyBits, kValueBits>::kValueWords;
+    constexpr int w = kTile / per_word;
     multiply<kBfloat && kValueBits == kNative>(o[kTile], p, value_pair<kValueBits, c>(now.v[0][w], now.v[1][w]),
                                                value_pair<kValueBits, c>(now.v[2][w], now.v[3][w]));
   }
 };
 
 // Running softmax of one warp. Lane (g, t) holds heads g and g + 8, and of the output columns 2t and 2t + 1 of each
-// tile of eight: dimension column * kDim / 8 + tile.
+// tile of eight: dimension column * kDim / 8 + tile, the tiles counting on from warp to warp that share them.
 template <int kDim>
 struct Running {
-  float o[kDim / 8][4];
+  static constexpr int kTiles = kDim / 8 / kShare<kDim>;
+  float o[kTiles][4];
   float top[2], sum[2], offset[2];  // offset: sum of probability x value offset, the same for every dimension
 
   KVC_DEVICE_METHOD void clear() {
     KVC_UNROLL
-    for (int i = 0; i < kDim / 8; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    for (int i = 0; i < kTiles; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
     KVC_UNROLL
     for (int i = 0; i < 2; i++) top[i] = kLowest, sum[i] = offset[i] = 0.f;
   }
@@ -244,14 +242,9 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
   float c[2][4];
   KVC_UNROLL
   for (int i = 0; i < 2; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
-  constexpr int parts = kParts<kDim, kKeyBits, kValueBits>, steps = kDim / 16 / parts, tiles = kDim / 8 / parts;
   const Logits<kDim, kKeyBits, kValueBits, kBfloat> logits{now, step.queries, c};
-  Repeat<0, steps>::run(logits);
-  if (parts > 1) {
-    now.load_keys(at, g, t, 1);
-    Repeat<steps, parts * steps>::run(logits);
-  }
-  if (!values_loaded) now.load_values(at, g, t, 0);  // in the registers that the keys leave
+  Repeat<0, kDim / 16>::run(logits);
+  if (!values_loaded) now.load_values(at, g, t);  // in the registers that the keys leave
 
   float high[2] = {run.top[0], run.top[1]};
   float scale[2][2], zero[2][2];  // of values
@@ -302,7 +295,7 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
     KVC_UNROLL
     for (int m = 0; m < 2; m++) run.sum[m] *= fade[m], run.offset[m] *= fade[m];
     KVC_UNROLL
-    for (int j = 0; j < kDim / 8; j++) {
+    for (int j = 0; j < Running<kDim>::kTiles; j++) {
       KVC_UNROLL
       for (int e = 0; e < 4; e++) run.o[j][e] *= fade[e / 2];
     }
@@ -322,11 +315,7 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
     }
   }
   const Outputs<kDim, kKeyBits, kValueBits, kBfloat> outputs{now, p, run.o};
-  Repeat<0, tiles>::run(outputs);
-  if (parts > 1) {
-    now.load_values(at, g, t, 1);
-    Repeat<tiles, parts * tiles>::run(outputs);
-  }
+  Repeat<0, Running<kDim>::kTiles>::run(outputs);
 }
 
 template <int kDim>
@@ -351,6 +340,7 @@ struct Task {
   const KvcLayout& layout;
   const KvcDecode& a;
   int head_tiles;
+  int position;  // of the new token
 
   KVC_DEVICE_METHOD Row row(int64_t index) const {
     Row r;
@@ -472,28 +462,29 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
   using Registers = Loaded<kDim, kKeyBits, kValueBits>;
   // Where they fit, the next block's words are under way while this one is worked on.
   constexpr int words = 2 * KeyRow<kDim, kKeyBits>::kWords + 4 * ValueRow<kDim, kValueBits>::kWords;
-  constexpr bool ahead = kDim <= 128 && words <= 24, together = words <= (kDim <= 128 ? 64 : 32);
+  constexpr bool ahead = words <= 24, together = words <= 64;
+  constexpr int warps = kWarps / kShare<kDim>;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
   stage_queries<kDim, kKeyBits, kBfloat>(shared);
-  int block = from + thread_warp();
+  int block = from + thread_warp() / kShare<kDim>;
   if (block < until) {
     Where at = locate<kDim>(task, r, tier, block);
     Registers now;
-    if (ahead) now.load_keys(at, g, t, 0), now.load_values(at, g, t, 0);
-    for (; block < until; block += kWarps) {
+    if (ahead) now.load_keys(at, g, t), now.load_values(at, g, t);
+    for (; block < until; block += warps) {
       if (ahead) {
         Registers next = now;
         Where next_at = at;
-        if (block + kWarps < until) {
-          next_at = locate<kDim>(task, r, tier, block + kWarps);
-          next.load_keys(next_at, g, t, 0), next.load_values(next_at, g, t, 0);
+        if (block + warps < until) {
+          next_at = locate<kDim>(task, r, tier, block + warps);
+          next.load_keys(next_at, g, t), next.load_values(next_at, g, t);
         }
         attend<kDim, kKeyBits, kValueBits, kBfloat>(run, now, at, step, true);
         now = next, at = next_at;
       } else {
         at = locate<kDim>(task, r, tier, block);
-        now.load_keys(at, g, t, 0);
-        if (together) now.load_values(at, g, t, 0);
+        now.load_keys(at, g, t);
+        if (together) now.load_values(at, g, t);
         attend<kDim, kKeyBits, kValueBits, kBfloat>(run, now, at, step, together);
       }
     }
@@ -535,13 +526,15 @@ KVC_DEVICE void append(const Task& task, const Row& r) {
   if (a.tail.fields && threadIdx.x < task.layout.n_fields) {
     static_cast<uint32_t*>(a.tail.fields)[(threadIdx.x * rows + r.row) * a.tail.capacity + slot] = 0;
   }
-  if (threadIdx.x == 0) a.tail.position[r.b * a.tail.capacity + slot] = a.position;
+  if (threadIdx.x == 0) a.tail.position[r.b * a.tail.capacity + slot] = task.position;
 }
 
 // Joins the warps: sums into shared.q, largest logits and denominators into row 0 of shared.top and shared.sum.
 template <int kDim>
 KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim>& shared) {
-  const int warp = thread_warp(), g = thread_lane() >> 2, t = thread_lane() & 3;
+  constexpr int warps = kWarps / kShare<kDim>;
+  const int warp = thread_warp() / kShare<kDim>, share = thread_warp() % kShare<kDim>;
+  const int g = thread_lane() >> 2, t = thread_lane() & 3;
   float fade[2];
   KVC_UNROLL
   for (int m = 0; m < 2; m++) {
@@ -550,22 +543,23 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim>& shared) {
       run.sum[m] += __shfl_xor_sync(kAllLanes, run.sum[m], bit);
       run.offset[m] += __shfl_xor_sync(kAllLanes, run.offset[m], bit);
     }
-    if (t == 0) shared.top[warp][g + 8 * m] = run.top[m], shared.sum[warp][g + 8 * m] = run.sum[m];
+    if (t == 0 && share == 0) shared.top[warp][g + 8 * m] = run.top[m], shared.sum[warp][g + 8 * m] = run.sum[m];
   }
   __syncthreads();
   KVC_UNROLL
   for (int m = 0; m < 2; m++) {
     float top = kLowest;
-    for (int w = 0; w < kWarps; w++) top = shared.top[w][g + 8 * m] > top ? shared.top[w][g + 8 * m] : top;
+    for (int w = 0; w < warps; w++) top = shared.top[w][g + 8 * m] > top ? shared.top[w][g + 8 * m] : top;
     fade[m] = fast_exp2(run.top[m] - top);
   }
-  for (int w = 0; w < kWarps; w++) {
+  for (int w = 0; w < warps; w++) {
     if (warp == w) {
       KVC_UNROLL
-      for (int j = 0; j < kDim / 8; j++) {
+      for (int j = 0; j < Running<kDim>::kTiles; j++) {
         KVC_UNROLL
         for (int e = 0; e < 4; e++) {
-          float& to = shared.q[g + 8 * (e / 2)][(2 * t + e % 2) * (kDim / 8) + j];
+          const int d = (2 * t + e % 2) * (kDim / 8) + share * Running<kDim>::kTiles + j;
+          float& to = shared.q[g + 8 * (e / 2)][d];
           const float x = (run.o[j][e] + run.offset[e / 2]) * fade[e / 2];
           to = w == 0 ? x : to + x;
         }
@@ -576,8 +570,8 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim>& shared) {
   if (threadIdx.x < kHeads) {
     const int m = threadIdx.x;
     float top = kLowest, sum = 0.f;
-    for (int w = 0; w < kWarps; w++) top = shared.top[w][m] > top ? shared.top[w][m] : top;
-    for (int w = 0; w < kWarps; w++) sum += shared.sum[w][m] * fast_exp2(shared.top[w][m] - top);
+    for (int w = 0; w < warps; w++) top = shared.top[w][m] > top ? shared.top[w][m] : top;
+    for (int w = 0; w < warps; w++) sum += shared.sum[w][m] * fast_exp2(shared.top[w][m] - top);
     shared.top[0][m] = top, shared.sum[0][m] = sum;
   }
   __syncthreads();
@@ -619,7 +613,7 @@ KVC_DEVICE int64_t part_of(int64_t block, int64_t blocks, int64_t parts) { retur
 template <int kDim, bool kBfloat>
 KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWorkspace& w) {
   __shared__ Shared<kDim> shared;
-  const Task task{layout, a, (a.group + kHeads - 1) / kHeads};
+  const Task task{layout, a, (a.group + kHeads - 1) / kHeads, position_at(w.clock, a.position)};
   const int64_t rows = static_cast<int64_t>(a.batch) * a.kv_heads * task.head_tiles;
   const int64_t blocks = count_blocks<kDim>(task, rows, -1, shared);
   const int64_t useful = blocks / kLeastBlocks > 1 ? blocks / kLeastBlocks : 1;
@@ -645,7 +639,7 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
     __syncthreads();
 
     const float softcap = a.softcap * kLog2E;
-    const Step step{a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2E, softcap, a.window, a.position,
+    const Step step{a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2E, softcap, a.window, task.position,
                     &shared.queries[0][0], shared.query_sum};
     Running<kDim> run;
     run.clear();
@@ -715,7 +709,7 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
     __syncthreads();
   }
   if (!a.append) return;
-  // Lengths grow when everyone has read them.
+  // Lengths and the clock move on when everyone has read them.
   if (threadIdx.x == 0) {
     __threadfence();
     shared.last = atomicAdd(&w.arrived[rows], 1) == static_cast<int>(gridDim.x) - 1;
@@ -725,7 +719,10 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
   for (int b = threadIdx.x; b < a.batch; b += kThreads) {
     if ((!a.valid || a.valid[b]) && a.tail.length[b] < a.tail.capacity) a.tail.length[b]++;
   }
-  if (threadIdx.x == 0) w.arrived[rows] = 0;
+  if (threadIdx.x == 0) {
+    w.arrived[rows] = 0;
+    ++*w.clock;
+  }
 }
 
 }  // namespace

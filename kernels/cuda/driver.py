@@ -132,6 +132,10 @@ class CudaLauncher:
             with torch.cuda.device(index):  # the driver starts kernels in the current context
                 self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream)
 
+    def capturing(self) -> bool:
+        """See `Launcher`."""
+        return torch.cuda.is_current_stream_capturing()
+
     def _start(self, kernel: str, grid: int, block: int, arguments: tuple[ctypes._CData, ...], stream: int) -> None:
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         status = self._driver.cuLaunchKernel(self._kernels[kernel], grid, 1, 1, block, 1, 1, 0, stream, pointers, None)

@@ -21,7 +21,9 @@ class KvcWidths(ctypes.Structure):
 class KvcWorkspace(ctypes.Structure):
     """Mirror of `KvcWorkspace` in `parameters.h`."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("partial", "partial_max", "partial_sum", "arrived", "lse")]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("partial", "partial_max", "partial_sum", "arrived", "lse", "clock")
+    ]
 
 
 class Launcher(Protocol):
@@ -54,4 +56,8 @@ class Launcher(Protocol):
         Raises:
             RuntimeError: It could not be started.
         """
+        ...
+
+    def capturing(self) -> bool:
+        """Whether what is started now is recorded into a CUDA graph instead of run."""
         ...

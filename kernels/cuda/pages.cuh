@@ -18,6 +18,9 @@ KVC_DEVICE uint8_t* page_of(const KvcLayout& layout, const KvcRows& rows, int ti
   return page_address(rows.slabs, rows.slab_shift, layout.page_bytes, id);
 }
 
+// A position of the arguments, see parameters.h.
+KVC_DEVICE int position_at(const int32_t* clock, int position) { return clock ? *clock + position : position; }
+
 KVC_DEVICE int element_bytes(int dtype) { return dtype == KVC_F32 ? 4 : 2; }
 
 KVC_DEVICE float load_element(const void* base, int64_t index, int dtype) {

@@ -1,5 +1,8 @@
 // Arguments that only the CUDA kernels take, beside the structs of abi.h. Kernels get both by value; the host
 // pointer `layout` inside KvcRows means nothing on a GPU, so the layout itself is passed along.
+//
+// Where a kernel takes a `clock`, the positions in its structs count from what that holds (null: from 0), so that a
+// decoding step starts its kernels with the very same arguments every time and can be replayed from a CUDA graph.
 #ifndef KVC_CUDA_PARAMETERS_H
 #define KVC_CUDA_PARAMETERS_H
 #include "abi.h"
@@ -15,5 +18,6 @@ typedef struct {         // memory of the tensor-core decode, kept by a plan bet
   float* partial_sum;    // [2 * blocks][16]
   int32_t* arrived;      // [rows x head tiles + 1] blocks that are done with a row, then with everything; zero between steps
   float* lse;            // [batch, q_heads] log-sum-exp of this step
+  int32_t* clock;        // [1] logical position of the next token; grows with every token appended
 } KvcWorkspace;
 #endif

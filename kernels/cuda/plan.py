@@ -30,7 +30,11 @@ def fits_tensor_cores(layout: PageLayout) -> bool:
 
 
 class CudaDecodePlan(DecodePlan):
-    """What the plans have in common: the checks of a step, and room in the tail.
+    """What the plans have in common: the checks of a step, room in the tail, and the clock.
+
+    The clock is the position of the next token, on the device: kernels read it and move it on, so that every step
+    starts them with the same arguments. A step that has been captured into a CUDA graph may therefore be replayed, as
+    often as there is room in the tail; steps before and after it may be run as ever.
 
     Args:
         launcher: Where kernels run.
@@ -50,7 +54,11 @@ class CudaDecodePlan(DecodePlan):
         self._q_heads = kv_heads * c.group
         self._q_shape = torch.Size((batch, self._q_heads, 1, head_dim))
         self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
-        self._used = tail.capacity  # no row of the tail holds more; lengths are on the device
+        # Lengths are on the device; no row of the tail holds more than this.
+        self._used = tail.capacity if tail.used is None else tail.used
+        with torch.inference_mode(False):  # it is set in other steps, inside inference mode or not
+            self._clock = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self._time: int | None = 0  # what the clock shows, where that is known here
         self._widths = KvcWidths()
         slots = 0
         for tier, table in enumerate(rows.tables):
@@ -59,7 +67,9 @@ class CudaDecodePlan(DecodePlan):
         self._widths.tiles = slots + -(-tail.capacity // TILE)
         self._lse = torch.empty(batch, self._q_heads, device=self._device)
 
-    def _prepare(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> None:
+    def _prepare(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, position: int, valid: Tensor | None, append: bool
+    ) -> None:
         dtype = self._layout.dtype
         if q.shape != self._q_shape or q.dtype is not dtype or q.device != self._device or q.stride(3) != 1:
             checks.check_tensor("q", q, self._q_shape, dtype, self._device)
@@ -71,20 +81,32 @@ class CudaDecodePlan(DecodePlan):
                     checks.check_tensor(name, x, self._k_shape, dtype, self._device)
         if valid is not None:
             checks.check_tensor("valid", valid, self._q_shape[:1], torch.bool, self._device)
-        if not append:
-            return
-        if self._used >= self._tail.capacity:  # the tail may have been packed since: look
+        full = append and self._used >= self._tail.capacity
+        capturing = self._launcher.capturing()
+        if capturing and (full or position != self._time):
+            raise RuntimeError(
+                "a decoding step can only be captured right after one that was run, at the next position and with room "
+                f"in the tail; this one is at {position}, the last known is {self._time}: run a step first"
+            )
+        if full:  # the tail may have been packed since: look
             checks.check_room(self._tail, 1, None if valid is None else valid.unsqueeze(1))
             self._used = int(self._tail.lengths.max())
-        self._used += 1
+        if position != self._time:
+            self._clock.fill_(position)
+        self._time = position + append
+        self._used += append
+        if capturing:  # nobody tells how often it will be replayed
+            self._time, self._used = None, self._tail.capacity
 
-    def _statistics(self) -> None:
+    def _statistics(self, append: bool) -> None:
         c = self._c
         if c.sum_field < 0 and c.square_field < 0:
             return
-        lse = ctypes.c_void_p(self._lse.data_ptr())
+        c.position = -append  # the clock has moved on
+        lse, clock = ctypes.c_void_p(self._lse.data_ptr()), ctypes.c_void_p(self._clock.data_ptr())
         blocks = self._rows.count * self._widths.tiles
-        self._launcher.launch("kvc_statistics", blocks, THREADS, (self._layout.c, c, lse, self._widths), self._device)
+        arguments = (self._layout.c, c, lse, self._widths, clock)
+        self._launcher.launch("kvc_statistics", blocks, THREADS, arguments, self._device)
 
 
 class GeneralDecodePlan(CudaDecodePlan):
@@ -99,20 +121,21 @@ class GeneralDecodePlan(CudaDecodePlan):
         valid: Tensor | None = None,
         append: bool = True,
     ) -> Tensor:
-        self._prepare(q, k, v, valid, append)
+        self._prepare(q, k, v, position, valid, append)
         c, layout = self._c, self._layout
-        c.position = position
+        clock = ctypes.c_void_p(self._clock.data_ptr())
+        c.position = -append  # attention follows the appending, which moves the clock on
         c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
         c.valid = None if valid is None else valid.data_ptr()
         if append and k is not None and v is not None:
-            new = abi.KvcAppend(position=position, batch=c.batch, kv_heads=c.kv_heads, n_k=1, head_dim=layout.head_dim)
+            new = abi.KvcAppend(batch=c.batch, kv_heads=c.kv_heads, n_k=1, head_dim=layout.head_dim)
             new.tail, new.k, new.v, new.valid = c.tail, k.data_ptr(), v.data_ptr(), c.valid
             fill_strides(new, "k", k)
             fill_strides(new, "v", v)
             new.dtype = DTYPES[layout.dtype]
             new.n_fields = 0 if self._tail.fields is None else self._tail.fields.shape[0]
-            self._launcher.launch("kvc_append", c.batch, THREADS, (new,), self._device)
-            self._launcher.launch("kvc_advance", c.batch, 32, (new,), self._device)
+            self._launcher.launch("kvc_append", c.batch, THREADS, (new, clock), self._device)
+            self._launcher.launch("kvc_advance", c.batch, 32, (new, clock), self._device)
         out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
         chunk = abi.KvcChunk(n_q=1, n_k=0, out=out.data_ptr(), lse=self._lse.data_ptr(), q_t=0)
         shared = (
@@ -121,10 +144,11 @@ class GeneralDecodePlan(CudaDecodePlan):
         for name in shared.split():
             setattr(chunk, name, getattr(c, name))
         blocks = c.batch * c.kv_heads * -(-c.group // TILE)
-        self._launcher.launch("kvc_chunk", blocks, THREADS, (layout.c, chunk, ctypes.c_void_p()), self._device)
+        arguments = (layout.c, chunk, ctypes.c_void_p(), clock)
+        self._launcher.launch("kvc_chunk", blocks, THREADS, arguments, self._device)
         if valid is not None:
             out.masked_fill_(~valid.view(-1, 1, 1, 1), 0)
-        self._statistics()
+        self._statistics(append)
         return out
 
 
@@ -142,7 +166,7 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         at = partial.data_ptr()
         sums = 2 * self._blocks * TILE * partial.element_size()
         self._pointers = KvcWorkspace(
-            at, at + sums * head_dim, at + sums * (head_dim + 1), arrived.data_ptr(), self._lse.data_ptr()
+            at, at + sums * head_dim, at + sums * (head_dim + 1), arrived.data_ptr(), self._lse.data_ptr(), self._clock.data_ptr()
         )
 
     def run(
@@ -154,9 +178,9 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         valid: Tensor | None = None,
         append: bool = True,
     ) -> Tensor:
-        self._prepare(q, k, v, valid, append)
+        self._prepare(q, k, v, position, valid, append)
         c, layout = self._c, self._layout
-        c.position, c.append = position, append
+        c.position, c.append = 0, append
         c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
         if append and k is not None and v is not None:
             c.k, (c.k_b, c.k_h, *_) = k.data_ptr(), k.stride()
@@ -166,5 +190,5 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         c.out = out.data_ptr()
         if self._rows.count:
             self._launcher.launch(self._kernel, self._blocks, THREADS, (layout.c, c, self._pointers), self._device)
-        self._statistics()
+        self._statistics(append)
         return out

@@ -210,7 +210,7 @@ KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_copy(KVC_PARAMETER KvcCopy a) {
 }
 
 // One block per new token of a sequence. Lengths stay as they are: other blocks read them; kvc_advance follows.
-KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_append(KVC_PARAMETER KvcAppend a) {
+KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_append(KVC_PARAMETER KvcAppend a, const int32_t* clock) {
   __shared__ int before;
   const int b = blockIdx.x / a.n_k, t = blockIdx.x % a.n_k;
   const uint8_t* valid = a.valid ? a.valid + static_cast<int64_t>(b) * a.n_k : nullptr;
@@ -239,11 +239,11 @@ KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_append(KVC_PARAMETER KvcAppend 
     const int64_t rows = static_cast<int64_t>(a.batch) * a.kv_heads;
     static_cast<uint32_t*>(a.tail.fields)[(f * rows + row) * a.tail.capacity + slot] = 0;
   }
-  if (threadIdx.x == 0) a.tail.position[b * a.tail.capacity + slot] = a.position + t;
+  if (threadIdx.x == 0) a.tail.position[b * a.tail.capacity + slot] = position_at(clock, a.position) + t;
 }
 
-// One warp per sequence: adds the number of its valid new tokens to its tail length.
-KVC_KERNEL __launch_bounds__(32) kvc_advance(KVC_PARAMETER KvcAppend a) {
+// One warp per sequence: adds the number of its valid new tokens to its tail length, and all of them to the clock.
+KVC_KERNEL __launch_bounds__(32) kvc_advance(KVC_PARAMETER KvcAppend a, int32_t* clock) {
   const int b = blockIdx.x, lane = thread_lane();
   int count = 0;
   for (int t = lane; t < a.n_k; t += 32) count += a.valid ? a.valid[static_cast<int64_t>(b) * a.n_k + t] != 0 : 1;
@@ -251,5 +251,6 @@ KVC_KERNEL __launch_bounds__(32) kvc_advance(KVC_PARAMETER KvcAppend a) {
   if (lane == 0) {
     const int64_t length = a.tail.length[b] + static_cast<int64_t>(count);
     a.tail.length[b] = static_cast<int32_t>(length < a.tail.capacity ? length : a.tail.capacity);
+    if (clock && b == 0) *clock += a.n_k;
   }
 }

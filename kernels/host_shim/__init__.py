@@ -105,6 +105,10 @@ class ShimLauncher:
             why = {1: "its threads wait for each other for ever", 2: "too many threads", 3: "there is no such kernel"}
             raise ShimError(f"{kernel}: {why[status]}")
 
+    def capturing(self) -> bool:
+        """See `Launcher`; the shim has no graphs."""
+        return False
+
 
 @functools.cache
 def _load(library: Path) -> ctypes.PyDLL:

@@ -96,7 +96,9 @@ class Arena:
         missing = count - (self.pages - self.live)
         if missing > 0:
             self._grow(missing)
-        ids = torch.nonzero(self.references == 0).flatten()[:count].to(torch.int32)
+        # By a prefix sum, because the device need not be asked how many are free.
+        free = (self.references == 0).cumsum(0, dtype=torch.int32)
+        ids = torch.searchsorted(free, torch.arange(1, count + 1, dtype=torch.int32, device=free.device), out_int32=True)
         self.references[ids] = 1
         self.live += count
         return ids
@@ -108,7 +110,7 @@ class Arena:
             ids (`torch.Tensor`): Page ids, `int32` `[n]`, with repeats.
         """
         if ids.numel():
-            self.references += torch.bincount(ids, minlength=self.references.numel()).to(torch.int32)
+            self.references.index_add_(0, ids, torch.ones_like(ids))
             self.shared = True
 
     def release(self, ids: torch.Tensor) -> None:
@@ -118,9 +120,9 @@ class Arena:
             ids (`torch.Tensor`): Page ids, `int32` `[n]`, with repeats.
         """
         if ids.numel():
-            dropped = torch.bincount(ids, minlength=self.references.numel()).to(torch.int32)
-            self.references -= dropped
-            self.live -= int(((self.references == 0) & (dropped > 0)).sum())
+            held = self.references > 0
+            self.references.index_add_(0, ids, torch.full_like(ids, -1))
+            self.live -= int((held & (self.references == 0)).sum())
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Copies the bytes of pages.

@@ -87,15 +87,16 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
     """
     device = parts[0].store.geometry.device
     tiers = len(parts[0].store.layout.tiers)
-    widths = [max(int(part.store.lengths[t].max()) for part in parts) for t in range(tiers)]
+    longest = [part.store.lengths.amax(1).tolist() for part in parts]
+    widths = [max(row[t] for row in longest) for t in range(tiers)]
     read: dict[str, list[torch.Tensor]] = {name: [] for name in ("position", "filled", *fields)}
-    for part in parts:
+    for part, own in zip(parts, longest, strict=True):
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in read}
         for tier, width in enumerate(widths):
             lengths = part.store.lengths[tier]
             columns["filled"].append(torch.arange(width, device=lengths.device) < lengths[:, None])
             for name in ("position", *fields):
-                values = part.store.read_field(tier, name)
+                values = part.store.read_field(tier, name, own[tier])
                 columns[name].append(F.pad(values, (0, width - values.shape[1])))
         for name, pieces in columns.items():
             read[name].append(_by_sequence(torch.cat(pieces, dim=1), part).to(device))

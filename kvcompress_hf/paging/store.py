@@ -418,10 +418,12 @@ class PagedStore:
 
     def _reserve(self, tier: int, part: slice, counts: torch.Tensor) -> None:
         lengths = self.lengths[tier, part]
+        if not lengths.numel():
+            return
         held = self._pages(tier, lengths)
         needed = self._pages(tier, lengths + counts)
         extra = needed - held
-        total = int(extra.sum())
+        total, columns = torch.stack((extra.sum(), needed.max().long())).tolist()
         if self.arena.shared:
             partial = (lengths % self.layout.tiers[tier].slots != 0) & (counts > 0)
             row = torch.nonzero(partial).flatten()
@@ -429,9 +431,9 @@ class PagedStore:
         if not total:
             return
         ids = self.arena.allocate(total)
-        self._widen(tier, int(needed.max()))
+        self._widen(tier, columns)
         extra, held = extra.long(), held.long()
-        row = torch.repeat_interleave(extra)
+        row = torch.repeat_interleave(extra, output_size=total)
         first = extra.cumsum(0) - extra - held  # column = running number - first page's running number + pages held
         column = torch.arange(total, device=ids.device) - first[row]
         self.tables[tier][row + part.start, column] = ids
@@ -490,17 +492,20 @@ class PagedStore:
         """
         return torch.cat([table[self._live(tier)] for tier, table in enumerate(self.tables)])
 
-    def read_field(self, tier: int, field: str) -> torch.Tensor:
+    def read_field(self, tier: int, field: str, width: int | None = None) -> torch.Tensor:
         """A field of every packed slot of all layers.
 
         Args:
             tier (`int`): Index of the tier.
             field (`str`): Name of the field.
+            width (`int`, *optional*): Slots of the longest row, where that is known.
 
         Returns:
             `torch.Tensor`: `[rows, slots]`, zero beyond each row's length.
         """
-        return self.backend.read_field(self.rows(), tier, field, int(self.lengths[tier].max()))
+        if width is None:
+            width = int(self.lengths[tier].max())
+        return self.backend.read_field(self.rows(), tier, field, width)
 
     def positions(self) -> list[torch.Tensor] | None:
         """Logical positions of what each row keeps, packed or in the tail.

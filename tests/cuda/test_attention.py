@@ -199,7 +199,9 @@ def test_window_scores(make_twins, backend, exact, options, shape):
     expected = exact.column_scores(q, k, twins.expected_rows, twins.expected_tail, **options)
     both = backend.column_scores(q, k, twins.rows, twins.tail, **options)
     one = backend.window_scores(q, k, twins.rows, twins.tail, power=power, **options)
-    for actual, wanted in [*zip(both, expected, strict=True), (one, expected[power - 1])]:
+    top = backend.window_scores(q, k, twins.rows, twins.tail, power=0, **options)
+    highest = exact.window_scores(q, k, twins.expected_rows, twins.expected_tail, power=0, **options)
+    for actual, wanted in [*zip(both, expected, strict=True), (one, expected[power - 1]), (top, highest)]:
         parts = [*zip(actual.past, wanted.past, strict=True), (actual.tail, wanted.tail), (actual.fresh, wanted.fresh)]
         for got, exactly in parts:
             torch.testing.assert_close(got, exactly, rtol=3e-3, atol=1e-6)

@@ -70,6 +70,17 @@ def test_faults_are_found():
     ]
 
 
+def test_resident_warps():
+    def warps(name, registers, shared, arch):
+        return build.resident_warps(nvrtc.KernelResources(name, registers, 0, shared), arch)
+
+    assert warps("kvc_pack", 32, 0, "sm_90a") == 64  # as many as there are
+    assert warps("kvc_pack", 33, 0, "sm_90a") == 48  # 40 registers each
+    assert warps("kvc_decode_128_f16", 255, 12912, "sm_90a") == 8
+    assert warps("kvc_scores", 80, 35008, "sm_89") == 8  # 100 KiB hold two
+    assert warps("kvc_advance", 32, 0, "sm_86") == 16
+
+
 def test_without_nvrtc_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(()))
     nvrtc._library.cache_clear()

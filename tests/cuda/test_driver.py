@@ -26,6 +26,7 @@ def elf(monkeypatch):
 def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: STREAM)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def test_launch_through_the_driver(make_twins, exact, close, shim_library, elf, one_gpu):

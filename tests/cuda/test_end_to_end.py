@@ -76,6 +76,7 @@ def test_lossless_gives_the_tokens_of_the_stock_model(build_model, on_shim, dtyp
         ("roco", {"budget": 24}),
         ("k4v2", {}),
         ("auto", {"budget": 0.3}),
+        ("kvzip", {"budget": 0.5}),  # the largest probabilities
     ],
 )
 def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim, preset, changes):
