@@ -241,8 +241,8 @@ class PagedAttention:
             if missed := self._before.seen:
                 self.reset()
                 raise RuntimeError(
-                    f"A forward pass stopped half way, so layer {layer_idx} has not seen the first {missed} tokens. The "
-                    "cache has been emptied: begin again with the first token."
+                    f"A forward pass stopped half way, so layer {layer_idx} has not seen the first {missed} tokens. "
+                    "The cache has been emptied: begin again with the first token."
                 )
             store = self._place(layer, layer_idx, key)
         elif (

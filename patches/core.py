@@ -7,15 +7,14 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
-from kvcompress_hf.patches.llama import PagedLlamaAttention
-from kvcompress_hf.patches.mistral import PagedMistralAttention
+from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
+from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
+from kvcompress_hf.patches.qwen import PagedQwen2Attention, PagedQwen3Attention, PagedQwen3MoeAttention
 from kvcompress_hf.patches.support import check_model, check_transformers, text_config, unwrap
 from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
@@ -26,10 +25,17 @@ __all__ = ["is_patched", "last_run_report", "patch", "patched", "unpatch"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {
-    LlamaAttention: PagedLlamaAttention,
-    MistralAttention: PagedMistralAttention,
-}
+_PAGED: tuple[type[nn.Module], ...] = (
+    PagedLlamaAttention,
+    PagedGraniteAttention,
+    PagedMistralAttention,
+    PagedMixtralAttention,
+    PagedQwen2Attention,
+    PagedQwen3Attention,
+    PagedQwen3MoeAttention,
+)
+#: Stock class to paged class: the second base is the stock one.
+_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {paged.__bases__[1]: paged for paged in _PAGED}
 
 
 def patch(

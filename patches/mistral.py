@@ -1,65 +1,32 @@
-"""Mistral-shaped families: as Llama, with one sliding window for all layers."""
+"""Families with the attention of Mistral: as Llama, with one sliding window for all layers."""
 
-from typing import Any
+from transformers.models.mistral import modeling_mistral
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
-from torch import Tensor
-from transformers.cache_utils import Cache
-from transformers.models.mistral.modeling_mistral import (
-    MistralAttention,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from kvcompress_hf.patches.swap import PagedForward
 
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.patches.swap import paged_attention
-
-__all__ = ["PagedMistralAttention"]
+__all__ = ["PagedMistralAttention", "PagedMixtralAttention"]
 
 
-class PagedMistralAttention(MistralAttention):
-    """`MistralAttention` that talks to a [`CompressedPagedCache`] directly; other caches go the stock way.
+class PagedMistralAttention(PagedForward, MistralAttention):
+    """`MistralAttention` over a [`CompressedPagedCache`]."""
 
-    Made by [`patch`] over the state of a stock module, never from a config.
-    """
+    rotate = staticmethod(modeling_mistral.apply_rotary_pos_emb)
+    eager = staticmethod(modeling_mistral.eager_attention_forward)
 
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `MistralAttention.forward`.
+    def window(self) -> int | None:
+        """One window for all layers; see [`PagedForward.window`]."""
+        return getattr(self.config, "sliding_window", None)
 
-        Args:
-            hidden_states (`Tensor`): `[batch, tokens, hidden]`.
-            position_embeddings (`tuple[Tensor, Tensor]`): cos and sin, `[batch, tokens, head_dim]`.
-            attention_mask (`Tensor`, *optional*): Mask as made by transformers.
-            past_key_values (`Cache`, *optional*): The cache.
-            kwargs: Passed on to the stock attention.
 
-        Returns:
-            `tuple[Tensor, Tensor | None]`: `[batch, tokens, hidden]`, and the attention weights if the stock
-                path
-            returns them.
-        """
-        if not isinstance(past_key_values, CompressedPagedCache):
-            return super().forward(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return paged_attention(
-            self,
-            past_key_values,
-            hidden_states,
-            position_embeddings,
-            attention_mask,
-            apply_rotary_pos_emb,
-            eager_attention_forward,
-            getattr(self.config, "sliding_window", None),
-            kwargs,
-        )
+class PagedMixtralAttention(PagedForward, MixtralAttention):
+    """`MixtralAttention` over a [`CompressedPagedCache`]."""
+
+    rotate = staticmethod(modeling_mixtral.apply_rotary_pos_emb)
+    eager = staticmethod(modeling_mixtral.eager_attention_forward)
+
+    def window(self) -> int | None:
+        """One window for all layers; see [`PagedForward.window`]."""
+        return getattr(self.config, "sliding_window", None)

@@ -7,17 +7,18 @@ submodules and hooks, so whatever moves, offloads, shards or wraps one does it t
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches.call import as_autocast, check_call
 
-__all__ = ["paged_attention", "paged_view", "restore_originals", "swap_modules"]
+__all__ = ["PagedForward", "paged_view", "restore_originals", "swap_modules"]
 
 
 def swap_modules(
@@ -116,38 +117,70 @@ def _replace_children(model: nn.Module, views: dict[nn.Module, nn.Module]) -> No
                 parent._modules[name] = views[child]
 
 
-def paged_attention(
+class PagedForward(nn.Module):
+    """The `forward` of attention modules of Llama's shape that talk to a [`CompressedPagedCache`] directly.
+
+    To be inherited from before the stock class, which keeps everything else and serves other caches. Made by [`patch`]
+    over the state of a stock module, never from a config.
+    """
+
+    #: The family's `apply_rotary_pos_emb` and `eager_attention_forward`.
+    rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    eager: ClassVar[Callable[..., tuple[Tensor, Tensor | None]]]
+    #: Names of the modules that norm the heads of queries and keys, where the family has them.
+    norms: ClassVar[tuple[str, str] | None] = None
+
+    def window(self) -> int | None:
+        """The layer's sliding window in tokens.
+
+        Returns:
+            `int` or `None`: `None` for full attention.
+        """
+        return None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the stock `forward`.
+
+        Args:
+            hidden_states (`Tensor`): `[batch, tokens, hidden]`.
+            position_embeddings (`tuple[Tensor, Tensor]`): cos and sin, `[batch, tokens, head_dim]`.
+            attention_mask (`Tensor`, *optional*): What transformers made for the new tokens, `[batch, 1, tokens,
+                tokens]`.
+            past_key_values (`Cache`, *optional*): The cache.
+            kwargs: The other arguments of the call.
+
+        Returns:
+            `tuple[Tensor, Tensor | None]`: `[batch, tokens, hidden]`, and the attention weights if the stock path
+            returns them.
+
+        Raises:
+            UnsupportedFeatureError: For arguments the cache does not know, or attention dropout.
+            ValueError: Without position embeddings.
+        """
+        if not isinstance(past_key_values, CompressedPagedCache):
+            arguments = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            return super().forward(hidden_states, **arguments, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
+        return _paged_attention(
+            self, past_key_values, hidden_states, position_embeddings, attention_mask, self.window(), kwargs
+        )
+
+
+def _paged_attention(
     module: Any,
     cache: CompressedPagedCache,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None,
     attention_mask: Tensor | None,
-    rotate: Callable[..., tuple[Tensor, Tensor]],
-    eager: Callable[..., tuple[Tensor, Tensor | None]],
     sliding_window: int | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """The attention layer of Llama-shaped families over a compressed cache.
-
-    Args:
-        module (`nn.Module`): The paged module, with `q_proj`, `k_proj`, `v_proj`, `o_proj`.
-        cache (`CompressedPagedCache`): Where the past is.
-        hidden_states (`Tensor`): `[batch, tokens, hidden]`.
-        position_embeddings (`tuple[Tensor, Tensor]`): cos and sin, `[batch, tokens, head_dim]`.
-        attention_mask (`Tensor`, *optional*): What transformers made for the new tokens, `[batch, 1, tokens,
-            tokens]`.
-        rotate (`Callable`): The family's `apply_rotary_pos_emb`.
-        eager (`Callable`): The family's `eager_attention_forward`.
-        sliding_window (`int`, *optional*): The layer's window in tokens.
-        kwargs (`dict[str, Any]`): The other arguments of the call.
-
-    Returns:
-        `tuple[Tensor, None]`: `[batch, tokens, hidden]`, and no attention weights.
-
-    Raises:
-        UnsupportedFeatureError: For arguments the cache does not know, or attention dropout.
-        ValueError: Without position embeddings.
-    """
     if position_embeddings is None:
         raise ValueError(f"{type(module).__name__} needs position_embeddings=(cos, sin).")
     dropout = module.attention_dropout if module.training else 0.0
@@ -155,13 +188,15 @@ def paged_attention(
     input_shape = hidden_states.shape[:-1]
     # Head counts come from the projections: under tensor parallelism this rank has only its own heads.
     hidden_shape = (*input_shape, -1, module.head_dim)
-    query = module.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-    key = module.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    query = module.q_proj(hidden_states).view(hidden_shape)
+    key = module.k_proj(hidden_states).view(hidden_shape)
     value = module.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+    if module.norms is not None:
+        query, key = (getattr(module, name)(heads) for name, heads in zip(module.norms, (query, key), strict=True))
     cos, sin = position_embeddings
-    query, key = rotate(query, key, cos, sin)
+    query, key = module.rotate(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
 
-    output = _attend(module, cache, query, key, value, attention_mask, eager, sliding_window, kwargs)
+    output = _attend(module, cache, query, key, value, attention_mask, sliding_window, kwargs)
     return module.o_proj(output.reshape(*input_shape, -1)), None
 
 
@@ -173,12 +208,11 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    eager: Callable[..., tuple[Tensor, Tensor | None]],
     sliding_window: int | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
     def dense() -> Tensor:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, module.eager)
         # For sdpa and eager the mask carries the window; the argument is for implementations without masks.
         window = {} if sliding_window is None else {"sliding_window": sliding_window}
         return function(

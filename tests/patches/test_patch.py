@@ -49,13 +49,13 @@ def test_default_recipe_is_the_default_preset(build_model):
 
 
 def test_routes(build_model):
-    assert record_of(patch(build_model("llama"))).route == "swap"
-    assert record_of(patch(build_model("mistral"))).route == "swap"
-    assert record_of(patch(build_model("qwen3"))).route == "interface"
+    for family in ("llama", "granite", "mistral", "mixtral", "qwen2", "qwen2-window", "qwen3", "qwen3-moe"):
+        assert record_of(patch(build_model(family))).route == "swap"
+    assert record_of(patch(build_model("phi3"))).route == "interface"
     with pytest.raises(UnsupportedModelError, match="swap"):
-        patch(build_model("qwen3"), route="swap")
+        patch(build_model("phi3"), route="swap")
     with pytest.raises(ValueError, match="route"):
-        patch(build_model("qwen3"), route="hook")
+        patch(build_model("phi3"), route="hook")
 
 
 def test_swapped_modules_share_everything(build_model):
@@ -243,7 +243,7 @@ def test_forward_hooks_see_both_forms(build_model, run_generate):
 
 def test_user_changing_the_attention_implementation(build_model, run_generate):
     """It takes the interface patch apart: patching again repairs it, unpatching keeps the user's choice."""
-    model = build_model("qwen3")
+    model = build_model("phi3")
     expected = run_generate(model, "padded", 16)
     patch(model, "lossless")
     model.set_attn_implementation("eager")
@@ -258,7 +258,7 @@ def test_user_changing_the_attention_implementation(build_model, run_generate):
 
 def test_other_implementations_are_put_back(build_model, run_generate):
     """A model on flex attention gets sdpa while it is patched."""
-    for family, inside in (("llama", "sdpa"), ("qwen3", "kvcompress|sdpa")):
+    for family, inside in (("llama", "sdpa"), ("phi3", "kvcompress|sdpa")):
         model = build_model(family)
         model.config._attn_implementation_internal = "flex_attention"
         with pytest.MonkeyPatch.context() as context:
@@ -290,7 +290,7 @@ def test_failed_dry_run_undoes_everything(family, route, build_model, run_genera
 
 
 def test_failure_while_installing_undoes_everything(build_model, snapshot, monkeypatch):
-    for family in ("llama", "qwen3"):
+    for family in ("llama", "phi3"):
         model = build_model(family)
         before = snapshot(model)
         with monkeypatch.context() as context:

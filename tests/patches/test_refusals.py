@@ -186,7 +186,7 @@ def test_mask_of_another_width(family, route, build_model, prompt):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ("llama", "qwen3"))
+@pytest.mark.parametrize("family", ("llama", "phi3"))
 def test_cache_on_an_unpatched_model(family, build_model, prompt):
     model = build_model(family)
     with pytest.raises(UnsupportedFeatureError, match="patch"):

@@ -250,6 +250,6 @@ def test_a_first_forward_that_stops_half_way_is_not_taken_for_a_past(plain, prom
 
 def test_continuous_batching_says_that_it_cannot(build_model, prompt):
     """Elsewhere its thread dies and an empty answer comes back."""
-    model = patch(build_model("qwen3"), "k8v4")
+    model = patch(build_model("phi3"), "k8v4")
     with pytest.raises(ValueError, match="kvcompress"):
         model.generate_batch([prompt()[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2))
