@@ -1,40 +1,69 @@
-"""Whole-model decode steps: compressed caches against `DynamicCache`, interleaved in one run.
+"""Whole-model decode steps: compressed caches against `DynamicCache`, interleaved in one run, and where the time goes.
 
-    python benchmarks/model_step.py [--context 4096] [--batch 1] [--steps 48] [--threads 2] [--json FILE]
+    python benchmarks/model_step.py [--models 4x1024 12x768] [--context 4096 16384] [--batch 1 8] [--json FILE]
 
-Every cache is filled with the same prompt; then each in turn decodes one token, so that whatever else the machine
-does hits all of them alike. Printed: median and least milliseconds per step, tokens/s, the ratio of medians to
-`DynamicCache` (above 1 is faster), and measured cache bytes.
+Every cache is filled with random keys and values, all tokens at once; then each in turn decodes one token, so that
+whatever else the machine does hits all of them alike. Printed: median and least milliseconds per step, tokens/s, the
+ratio of medians to `DynamicCache` (above 1 is faster), and measured cache bytes. Then medians of the parts of a step:
+`kernel` is the native decode call (the attention function of the stock model), `cache` the rest of what the cache
+does in Python (`update` of the stock cache, which copies it), `model` everything else.
 """
 
 import argparse
 import copy
-import datetime
 import json
-import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
+from machine import machine
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcompress_hf as kvc
+from kvcompress_hf.kernels.library import load_library
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny"
+STOCK = "DynamicCache"
 
 
-def machine() -> dict[str, str]:
-    """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+class Stopwatch:
+    """Adds up the seconds spent in the functions that it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        return timed
+
+    def lap(self) -> float:
+        """The seconds since the last lap."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+@contextmanager
+def kernel_stopwatch() -> Iterator[Stopwatch]:
+    """Times the native decode call and transformers' SDPA function."""
+    watch, library, stock = Stopwatch(), load_library(), ALL_ATTENTION_FUNCTIONS["sdpa"]
+    native = library.kvc_decode
+    library.kvc_decode = watch.wrap(native)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = watch.wrap(stock)
+    try:
+        yield watch
+    finally:
+        library.kvc_decode = native
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
 def random_llama(layers: int, hidden: int, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -55,41 +84,74 @@ def random_llama(layers: int, hidden: int, dtype: torch.dtype) -> LlamaForCausal
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
+def fill(model, cache: DynamicCache | kvc.CompressedPagedCache, context: int, batch: int) -> None:
+    """Stores random keys and values, as a prompt of `context` tokens does."""
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+    for layer in range(config.num_hidden_layers):
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        q, k, v = (
+            torch.randn(batch, context, n, config.head_dim, generator=generator).to(model.dtype).transpose(1, 2)
+            for n in heads
+        )
+        if isinstance(cache, DynamicCache):
+            cache.update(k, v, layer)
+        else:
+            scaling = config.head_dim**-0.5
+            cache.attend(layer, q, k, v, None, scaling=scaling, dense=lambda q=q: q.transpose(1, 2))
+
+
 @torch.no_grad()
-def measure(model, recipes: list[str], context: int, batch: int, steps: int) -> dict[str, dict[str, float]]:
-    """Times decode steps of each cache in turn; the first quarter warms up and is not counted."""
-    vocabulary = model.config.vocab_size
-    ids = torch.randint(4, vocabulary, (batch, context), generator=torch.Generator().manual_seed(1))
+def measure(model, recipes: list[str], context: int, batch: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Times decode steps of each cache in turn for about `seconds`; the first quarter warms up and is not counted."""
     patched = kvc.patch(copy.deepcopy(model))
-    runs = {"DynamicCache": (model, DynamicCache(config=model.config))}
+    runs = {STOCK: (model, DynamicCache(config=model.config))}
     for recipe in recipes:
         runs[recipe] = (patched, kvc.CompressedPagedCache(model.config, recipe, prompt_tokens=context))
-    for runner, cache in runs.values():
-        for part in ids.split(1024, dim=1):
-            runner(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    token = ids[:, :1]
-    for _ in tqdm(range(steps), desc="decoding", leave=False):
-        for name, (runner, cache) in runs.items():
-            started = time.perf_counter()
-            runner(token, past_key_values=cache, use_cache=True)
-            times[name].append(time.perf_counter() - started)
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
+    watches = {name: Stopwatch() for name in runs}
+    token = torch.full((batch, 1), 5)
+    with kernel_stopwatch() as kernel:
+        for name, (_, cache) in runs.items():
+            fill(model, cache, context, batch)
+            entry = "update" if name == STOCK else "attend"
+            setattr(cache, entry, watches[name].wrap(getattr(cache, entry)))
+        end = time.perf_counter() + seconds
+        with tqdm(desc="decoding", unit=" steps", leave=False) as progress:
+            while time.perf_counter() < end or len(times[STOCK]) < 8:
+                for name, (runner, cache) in runs.items():
+                    kernel.lap()
+                    watches[name].lap()
+                    started = time.perf_counter()
+                    runner(token, past_key_values=cache, use_cache=True)
+                    whole = time.perf_counter() - started
+                    times[name].append((whole, kernel.lap(), watches[name].lap()))
+                progress.update()
     result = {}
-    base = statistics.median(times["DynamicCache"][steps // 4 :])
+    base = statistics.median(whole for whole, *_ in times[STOCK][len(times[STOCK]) // 4 :])
     for name, (_, cache) in runs.items():
-        counted = times[name][steps // 4 :]
-        median = statistics.median(counted)
-        if isinstance(cache, DynamicCache):
-            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        else:
-            size = cache.memory().total
+        counted = times[name][len(times[name]) // 4 :]
+        wholes, kernels, entries = zip(*counted, strict=True)
+        if name != STOCK:  # the native call is made inside attend()
+            entries = [entry - inside for entry, inside in zip(entries, kernels, strict=True)]
+        median = statistics.median(wholes)
+        size = (
+            sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            if name == STOCK
+            else cache.memory().total
+        )
+        rest = (a - b - c for a, b, c in zip(wholes, kernels, entries, strict=True))
         result[name] = {
             "median_ms": 1e3 * median,
-            "min_ms": 1e3 * min(counted),
-            "mean_ms": 1e3 * statistics.fmean(counted),
+            "min_ms": 1e3 * min(wholes),
+            "mean_ms": 1e3 * statistics.fmean(wholes),
             "tokens_per_s": batch / median,
             "speedup": base / median,
             "bytes": size,
+            "kernel_ms": 1e3 * statistics.median(kernels),
+            "cache_ms": 1e3 * statistics.median(entries),
+            "model_ms": 1e3 * statistics.median(rest),
+            "steps": len(counted),
         }
     return result
 
@@ -98,12 +160,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, nargs="+", default=[4096])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time per model, context and batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--recipes", nargs="+", default=["lossless", "k8v4", "k4v2", "kv-compress"])
     parser.add_argument("--models", nargs="+", default=["tiny", "4x1024"], help="'tiny' or LAYERSxHIDDEN")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
@@ -116,21 +178,19 @@ def main() -> None:
             model = random_llama(layers, hidden, dtype)
         for context in arguments.context:
             for batch in arguments.batch:
-                figures = measure(model, arguments.recipes, context, batch, arguments.steps)
+                figures = measure(model, arguments.recipes, context, batch, arguments.seconds)
                 results.append({"model": name, "context": context, "batch": batch, "figures": figures})
                 print(f"\n{name}, {context} tokens, batch {batch}, {arguments.dtype}, {arguments.threads} threads")
-                print(f"{'cache':<14}{'ms/step':>9}{'min':>8}{'tokens/s':>10}{'speed':>8}{'MiB':>9}")
+                parts = f"{'kernel':>9}{'cache':>8}{'model':>8}"
+                print(f"{'cache':<14}{'ms/step':>9}{'min':>9}{'tokens/s':>10}{'speed':>8}{'MiB':>9}{parts}")
                 for cache, f in figures.items():
                     print(
-                        f"{cache:<14}{f['median_ms']:9.2f}{f['min_ms']:8.2f}{f['tokens_per_s']:10.1f}"
+                        f"{cache:<14}{f['median_ms']:9.2f}{f['min_ms']:9.2f}{f['tokens_per_s']:10.1f}"
                         f"{f['speedup']:7.2f}x{f['bytes'] / 2**20:9.2f}"
+                        f"{f['kernel_ms']:9.2f}{f['cache_ms']:8.2f}{f['model_ms']:8.2f}"
                     )
     if arguments.json:
-        header = machine() | {
-            "threads": arguments.threads,
-            "transformers": transformers.__version__,
-            "date": datetime.date.today().isoformat(),
-        }
+        header = machine() | {"threads": arguments.threads, "dtype": arguments.dtype}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"machine": header, "results": results}, indent=2) + "\n")
 

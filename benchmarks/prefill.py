@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
-from model_step import machine, random_llama
+from machine import machine
+from model_step import random_llama
 from transformers import DynamicCache
 
 import kvcompress_hf as kvc
@@ -72,10 +72,9 @@ def main() -> None:
             print(f"{name:<12}{f['median_s']:10.3f}{f['min_s']:9.3f}{f['median_ratio']:9.3f}{f['min_ratio']:11.3f}")
     if args.json:
         setting = {key: value for key, value in vars(args).items() if key != "json"}
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"machine": machine() | {"date": date}, "arguments": setting, "results": results}, indent=1)
+            json.dumps({"machine": machine(), "arguments": setting, "results": results}, indent=1)
         )
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import datetime
 import json
 import pstats
 import time
 from pathlib import Path
 
 import torch
-from model_step import machine
+from machine import machine
 
 from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.presets import resolve_rows
@@ -83,9 +82,8 @@ def main() -> None:
     for name, r in results.items():
         print(f"{name:<14}{r['attend_us']:11.1f}{r['run_us']:9.1f}{r['native_us']:11.1f}{r['python_us']:11.1f}")
     if args.json:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine() | {"date": date}, "results": results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every instruction set on many random shapes, and on a very long row, against the reference in float64."""
+"""Attention and scores of every instruction set on random shapes and a very long row, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -11,12 +11,30 @@ TIERS = [(8, 8), (8, 4), (8, 2), (4, 8), (4, 4), (4, 2), (2, 2), (0, 0)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def check(cache, backend, exact, relative_error, tolerance, **options):
+def check_decode(cache, backend, exact, relative_error, tolerance, **options):
     q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
     options |= dict(scale=q.shape[-1] ** -0.5)
     actual = backend.decode_attention(q, k, v, cache.rows, cache.tail, **options)
     expected = exact.decode_attention(q, k, v, cache.expected_rows, cache.expected_tail, **options)
     assert relative_error(actual, expected) <= tolerance(cache)
+
+
+def check_chunk(cache, backend, exact, relative_error, tolerance, n_q, window):
+    q, k, v = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_q), cache.hf(cache.kv_heads, n_q)
+    options = dict(position=450, scale=q.shape[-1] ** -0.5, window=window)
+    actual = backend.chunk_attention(q, k, v, cache.rows, cache.tail, **options)
+    expected = exact.chunk_attention(q, k, v, cache.expected_rows, cache.expected_tail, **options)
+    assert relative_error(actual, expected) <= tolerance(cache)
+
+
+def check_scores(cache, backend, exact, n_q, window):
+    q, k = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_q)
+    options = dict(position=450, key_position=450, scale=q.shape[-1] ** -0.5, window=window)
+    scores = backend.column_scores(q, k, cache.rows, cache.tail, **options)
+    expected = exact.column_scores(q, k, cache.expected_rows, cache.expected_tail, **options)
+    for ours, theirs in zip(scores, expected, strict=True):
+        for a, e in zip([*ours.past, ours.fresh], [*theirs.past, theirs.fresh], strict=True):
+            torch.testing.assert_close(a, e, rtol=3e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
@@ -40,7 +58,9 @@ def test_random_shapes(build_cache, backend, exact, relative_error, tolerance, h
             seed=head_dim,
         )
         window = draw.choice([None, None, 1, 50])
-        check(cache, backend, exact, relative_error, tolerance, position=450, window=window)
+        check_scores(cache, backend, exact, n_q=draw.choice([1, 4, 33]), window=window)
+        check_chunk(cache, backend, exact, relative_error, tolerance, n_q=draw.choice([1, 4, 33]), window=window)
+        check_decode(cache, backend, exact, relative_error, tolerance, position=450, window=window)
 
 
 @pytest.mark.parametrize("tiers", [[(8, 4)], [(8, 8), (4, 2), (0, 0)]])
@@ -49,4 +69,6 @@ def test_a_hundred_thousand_slots(build_cache, backend, exact, relative_error, t
     cache = build_cache(
         backend, batch=1, kv_heads=1, group=2, head_dim=16, tiers=tiers, most=most, fields=(), page_bytes=64 * 1024
     )
-    check(cache, backend, exact, relative_error, tolerance, position=100_001)
+    check_chunk(cache, backend, exact, relative_error, tolerance, n_q=2, window=None)
+    check_scores(cache, backend, exact, n_q=2, window=None)
+    check_decode(cache, backend, exact, relative_error, tolerance, position=100_001)

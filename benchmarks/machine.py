@@ -1,0 +1,31 @@
+"""What figures were taken on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+import kvcompress_hf
+from kvcompress_hf.kernels import CpuBackend
+
+
+def machine() -> dict[str, object]:
+    """Processor, versions and date, for the head of a result file."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "isa": CpuBackend().isa,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvcompress_hf": kvcompress_hf.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
