@@ -17,8 +17,10 @@ from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
 __all__ = ["DEFAULT_PRESET", "get_preset", "presets", "resolve_recipe", "resolve_rows"]
 
-#: What `patch(model)` uses when no recipe is given.
+#: What `patch(model)` uses when no recipe is given: it keeps every token.
 DEFAULT_PRESET = "k8v4"
+#: What `patch(model, budget=1 / 8)` uses: a budget, and no recipe to say how to meet it.
+DEFAULT_WITH_BUDGET = "auto"
 
 _TIER_TEXT = {
     "k8v8": "every slot with 8-bit keys and 8-bit values",
@@ -259,7 +261,7 @@ def resolve_recipe(spec: str | Mapping[str, Any] | Recipe | None = None, **overr
 
     Args:
         spec (`str`, `dict`, `Recipe` or `None`): A preset name; a dict of recipe parts, where the key `preset`
-            names the preset to start from; a recipe; or `None` for the default preset.
+            names the preset to start from; a recipe; or `None` for the default: `k8v4`, and with a budget `auto`.
         overrides: Parts to replace, as in [`Recipe.with_overrides`].
 
     Returns:
@@ -270,7 +272,7 @@ def resolve_recipe(spec: str | Mapping[str, Any] | Recipe | None = None, **overr
         TypeError: If `spec` is of another type.
     """
     if spec is None:
-        recipe = get_preset(DEFAULT_PRESET)
+        recipe = get_preset(DEFAULT_PRESET if overrides.get("budget") is None else DEFAULT_WITH_BUDGET)
     elif isinstance(spec, Recipe):
         recipe = spec
     elif isinstance(spec, str):
