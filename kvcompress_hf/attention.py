@@ -951,7 +951,7 @@ class PagedAttention:
             ruled.append((recipe, plan, rows, limits))
         self._planned = self.seen
         if not freeing and all(plan.headroom and limits.fits for _, plan, _, limits in ruled):
-            self._note_room(ruled)
+            self._note_room(ruled, held)
             return
         slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
         importance, spread = observer.importance(slots), observer.spread(slots)
@@ -976,16 +976,16 @@ class PagedAttention:
             targets[rows] = targets_within(plan, view)
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, targets)
-        self._note_room(ruled)
+        self._note_room(ruled, torch.stack([bytes_held(part.store) for part in parts]))
 
-    def _note_room(self, ruled: Sequence[tuple[Recipe, Plan, torch.Tensor | slice, Limits]]) -> None:
-        """Remembers what the budgets still allow, so that no more free pages are kept."""
+    def _note_room(
+        self, ruled: Sequence[tuple[Recipe, Plan, torch.Tensor | slice, Limits]], held: torch.Tensor
+    ) -> None:
+        """Remembers what the budgets still allow beyond what is held, so that no more free pages are kept."""
         self._room = None
         if all(limits.allowed_bytes is not None for *_, limits in ruled):
             allowed = sum(int(limits.allowed_bytes.sum()) for *_, limits in ruled if limits.allowed_bytes is not None)
-            stores = [owned.store for owned in self._stores.values()]
-            held = sum(int(bytes_held(store).sum()) for store in stores)
-            self._room = max(0, allowed - held)
+            self._room = max(0, allowed - int(held.sum()))
 
     def _sequences_by_recipe(self) -> list[tuple[Recipe, torch.Tensor | slice]]:
         """Each recipe with the sequences that it rules: `int64` indices, or all of them."""

@@ -177,6 +177,11 @@ class Arena:
             room (`int`, *optional*): Most bytes of free pages to keep for what comes next; a small share of the live
                 ones in any case.
         """
+        keep = self.live // _GROWTH
+        if room is not None:
+            keep = min(keep, room // self.page_bytes)
+        if self.live and self.pages - self.live <= keep:
+            return
         sizes = [slab.shape[0] for slab in self.slabs]
         live = self._live_per_slab()
         kept: dict[int, int] = {}  # slab: pages it keeps
@@ -191,9 +196,6 @@ class Arena:
             if pages - sizes[index] >= self.live:
                 pages -= kept.pop(index)
         spare = pages - self.live
-        keep = self.live // _GROWTH
-        if room is not None:
-            keep = min(keep, room // self.page_bytes)
         if kept and spare > keep:
             # Every slab left is larger than what is spare, or it would be gone.
             kept[min(kept, key=lambda i: live[i])] -= spare - keep
