@@ -35,12 +35,11 @@ def decoding_presets() -> list[str]:
 def run(model: LlamaForCausalLM, recipe: kvc.Recipe, prompt: int, tokens: int) -> dict[str, object]:
     """Decodes and notes bytes and times."""
     ids = torch.randint(4, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(1))
-    cache = kvc.CompressedPagedCache(model.config, recipe)
-    statistics = cache.run_report.statistics
-    sizes, rates, observing = [], [], statistics.seconds_planning
+    sizes, rates = [], []
     with kvc.patched(model, recipe):
-        for part in ids.split(256, dim=1):
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cache = kvc.prefill(model, ids[:, :-1], recipe, chunk_size=256)
+        logits = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        statistics = cache.run_report.statistics
         observing = statistics.seconds_planning
         started, plans = time.perf_counter(), statistics.plans
         for step in tqdm(range(1, tokens + 1), desc=recipe.name, leave=False):

@@ -24,7 +24,7 @@ from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
 from kvcompress_hf.planning.base import EVICT, Plan
 from kvcompress_hf.planning.distortion import measure_distortion
 from kvcompress_hf.planning.pressure import under_pressure
-from kvcompress_hf.planning.run import Limits, cost_of_page, make_limits, make_view, prompt_on_top
+from kvcompress_hf.planning.run import Limits, bytes_held, make_limits, make_view, prompt_on_top, targets_within
 from kvcompress_hf.recipe import TIERS, Recipe
 
 _BEST = 0  # new slots enter the first tier
@@ -976,7 +976,7 @@ class PagedAttention:
         tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
         windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
         aside = [self._bytes_aside(part.store) for part in parts]
-        held = torch.stack([part.store.pages_held().cpu() * cost_of_page(part.store) for part in parts]).sum(0)
+        held = torch.stack([bytes_held(part.store) for part in parts]).sum(0)
         ruled: list[tuple[Recipe, Plan, torch.Tensor | slice, Limits]] = []
         for recipe, rows in self._sequences_by_recipe():
             plan: Plan | None = recipe.plan
@@ -988,7 +988,7 @@ class PagedAttention:
         self._planned = self.seen
         waits = [limits.fits if plan.headroom and not freeing else None for _, plan, _, limits in ruled]
         if all(fits is not None and bool(fits.all()) for fits in waits):
-            self._note_room(ruled)
+            self._note_room(ruled, held)
             return
         slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
         importance, spread = observer.importance(slots), observer.spread(slots)
@@ -1010,23 +1010,23 @@ class PagedAttention:
             views = under_pressure(views, freeing)
         targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
         for (_, plan, rows, _), view, fits in zip(ruled, views, waits, strict=True):
-            planned = plan.targets(view)
+            planned = targets_within(plan, view)
             if fits is not None and bool(fits.any()):  # each sequence is planned when it would be if it were alone
                 unchanged = torch.where(view.filled, view.tier, EVICT)
                 planned = torch.where(fits.to(planned.device)[:, None, None], unchanged, planned)
             targets[rows] = planned
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, targets)
-        self._note_room(ruled)
+        self._note_room(ruled, torch.stack([bytes_held(part.store) for part in parts]))
 
-    def _note_room(self, ruled: Sequence[tuple[Recipe, Plan, torch.Tensor | slice, Limits]]) -> None:
-        """Remembers what the budgets still allow, so that no more free pages are kept."""
+    def _note_room(
+        self, ruled: Sequence[tuple[Recipe, Plan, torch.Tensor | slice, Limits]], held: torch.Tensor
+    ) -> None:
+        """Remembers what the budgets still allow beyond what is held, so that no more free pages are kept."""
         self._room = None
         if all(limits.allowed_bytes is not None for *_, limits in ruled):
             allowed = sum(int(limits.allowed_bytes.sum()) for *_, limits in ruled if limits.allowed_bytes is not None)
-            stores = [owned.store for owned in self._stores.values()]
-            held = sum(int(store.pages_held().sum()) * cost_of_page(store) for store in stores)
-            self._room = max(0, allowed - held)
+            self._room = max(0, allowed - int(held.sum()))
 
     def _sequences_by_recipe(self) -> list[tuple[Recipe, torch.Tensor | slice]]:
         """Each recipe with the sequences that it rules: `int64` indices, or all of them."""
@@ -1038,7 +1038,7 @@ class PagedAttention:
         return [(recipe, torch.tensor(mine)) for recipe, mine in rows.items()]
 
     def _bytes_aside(self, store: PagedStore) -> int:
-        """Bytes of a store for one sequence that are not pages: its tail while decoding, lengths and means.
+        """Bytes of a store for one sequence that are not pages: its tail while decoding, lengths, means and the like.
 
         What depends on the other sequences of the batch is left out: a sequence must be compressed alike whatever it
         is batched with.
@@ -1048,7 +1048,9 @@ class PagedAttention:
         rows = store.layers * geometry.kv_heads
         means = 8 * geometry.head_dim if self._describe is not None else 0
         shift = 0 if store.key_shift is None else store.key_shift.nbytes // self.batch
-        return rows * (self.recipe.when.every * slot + 4 * len(store.layout.tiers) + means) + shift
+        positions = 4 * store.layers * (self.recipe.when.every + 1)  # of the tail, and how many it holds
+        slab = 8  # its address
+        return rows * (self.recipe.when.every * slot + 4 * len(store.layout.tiers) + means) + positions + shift + slab
 
     def _note_peak(self) -> None:
         self.statistics.peak_bytes = max(self.statistics.peak_bytes, self.nbytes)

@@ -17,8 +17,10 @@ from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
 __all__ = ["DEFAULT_PRESET", "get_preset", "presets", "resolve_recipe", "resolve_rows"]
 
-#: What `patch(model)` uses when no recipe is given.
+#: What `patch(model)` uses when no recipe is given: it keeps every token.
 DEFAULT_PRESET = "k8v4"
+#: What `patch(model, budget=1 / 8)` uses: a budget, and no recipe to say how to meet it.
+DEFAULT_WITH_BUDGET = "auto"
 
 _TIER_TEXT = {
     "k8v8": "every slot with 8-bit keys and 8-bit values",
@@ -43,6 +45,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             budget=Budget(0.25),
             plan=RateDistortion(),
             tiers=("k8v4", "k4v4", "k4v2"),
+            when=When(every=8),
         ),
         "rate-distortion: each slot in the tier where its importance buys the most per byte, one multiplier for all",
     ),
@@ -54,6 +57,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             budget=Budget(0.25),
             plan=RateDistortion(kappa=1.0),
             tiers=("k8v4", "k4v4", "k4v2"),
+            when=When(every=8),
         ),
         "as auto, with scores from reading the prompt twice: for documents that are asked about later",
     ),
@@ -75,6 +79,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(recent=64),
             plan=ThresholdPlan(alpha_high=1.0, alpha_low=0.02),
             tiers=("k8v4", "k4v2"),
+            when=When(every=16),
         ),
         "LeanKV / DiffKV (arXiv 2412.03131): K8V4, K4V2 or evicted by multiples of the uniform attention",
     ),
@@ -154,7 +159,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(recent=32),
             budget=Budget(0.25),
             plan=LowestPlan(),
-            when=When(decode=False),
+            when=When(every=8, decode=False),
         ),
         "SnapKV (arXiv 2404.14469): pooled window attention, the same number in every head, once after the prompt",
     ),
@@ -165,7 +170,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(recent=32),
             budget=Budget(0.25),
             plan=LowestPlan(pyramid=0.8),
-            when=When(decode=False),
+            when=When(every=8, decode=False),
         ),
         "PyramidKV (arXiv 2406.02069): as SnapKV, with more for the first layers and less for the last",
     ),
@@ -176,7 +181,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(recent=32),
             budget=Budget(0.25),
             plan=LowestPlan(scope="layer", floor=0.2),
-            when=When(decode=False),
+            when=When(every=8, decode=False),
         ),
         "Ada-KV (arXiv 2407.11550) on SnapKV: the heads of a layer share its budget, each with a floor",
     ),
@@ -187,7 +192,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(recent=32),
             budget=Budget(0.25),
             plan=LowestPlan(scope="sequence"),
-            when=When(decode=False),
+            when=When(every=8, decode=False),
         ),
         "KVzip (arXiv 2505.23416): what the model looks at when it reads the prompt again; for any later question",
     ),
@@ -198,7 +203,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(sinks=4, recent=32),
             budget=Budget(0.5),
             plan=LowestPlan(scope="layer", floor=0.2),
-            when=When(decode=False),
+            when=When(every=8, decode=False),
         ),
         "Expected attention (arXiv 2510.00636): what normally distributed future queries expect to attend to",
     ),
@@ -256,7 +261,7 @@ def resolve_recipe(spec: str | Mapping[str, Any] | Recipe | None = None, **overr
 
     Args:
         spec (`str`, `dict`, `Recipe` or `None`): A preset name; a dict of recipe parts, where the key `preset`
-            names the preset to start from; a recipe; or `None` for the default preset.
+            names the preset to start from; a recipe; or `None` for the default: `k8v4`, and with a budget `auto`.
         overrides: Parts to replace, as in [`Recipe.with_overrides`].
 
     Returns:
@@ -267,7 +272,7 @@ def resolve_recipe(spec: str | Mapping[str, Any] | Recipe | None = None, **overr
         TypeError: If `spec` is of another type.
     """
     if spec is None:
-        recipe = get_preset(DEFAULT_PRESET)
+        recipe = get_preset(DEFAULT_PRESET if overrides.get("budget") is None else DEFAULT_WITH_BUDGET)
     elif isinstance(spec, Recipe):
         recipe = spec
     elif isinstance(spec, str):

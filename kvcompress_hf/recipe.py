@@ -236,7 +236,7 @@ class Recipe:
         if (self.budget is not None or self.plan is not None) and self.observer is None:
             raise ValueError(
                 f"Recipe {self.name!r} has a budget or a plan but no observer to say which slots matter; "
-                "start from a preset that evicts, such as 'kv-compress', or add an observer."
+                'start from a preset that evicts, such as {"preset": "auto", "budget": 0.25}, or add an observer.'
             )
         if self.observer is not None and self.plan is None:
             raise ValueError(f"Recipe {self.name!r} observes attention but has no plan to use it for; add one.")

@@ -57,8 +57,8 @@ def patch(
 
     Args:
         model (`PreTrainedModel`): A decoder-only language model, or a PEFT model around one.
-        recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts; the default
-            preset if left out.
+        recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts. Left out, it is
+            `"k8v4"`, which keeps every token; with a `budget` it is `"auto"`.
         route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
             goes through transformers' attention interface, `"auto"` takes the first that fits.
         overrides: Parts of the recipe to change, such as `budget=1/8`.

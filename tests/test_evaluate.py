@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvcompress_hf as kvc
-from kvcompress_hf.cli import main, suites, suites_run
+from kvcompress_hf.cli import main, parse_budget, suites, suites_run
 from kvcompress_hf.cli.evaluate import make_cells, wilson
 from kvcompress_hf.presets import resolve_recipe
 
@@ -120,7 +120,7 @@ def test_a_replayed_prompt_is_a_prefill(model, samples, recipe):
         assert replayed.memory() == prefilled.memory()
         assert all(torch.equal(a, b) for a, b in zip(replayed.slots(), prefilled.slots(), strict=True))
         outputs = [
-            suites_run.answer_on(model, cache, question.ids, question.answer, False).logits
+            suites_run.answer_on(model, cache, question.ids, question.answer).logits
             for cache in (replayed, prefilled)
         ]
     assert torch.equal(*outputs)
@@ -130,14 +130,13 @@ def test_lossless_answers_are_the_full_cache_s(model, samples):
     sample = samples[0]
     for question in sample.questions:
         with torch.inference_mode():
-            full = suites_run.reference(model, sample.context, question, True)
+            full = suites_run.reference(model, sample.context, question)
             with kvc.patched(model, "lossless"):
                 cache = suites_run.Prompt(model, sample.context).fill(resolve_recipe("lossless"))
-                outputs = suites_run.answer_on(model, cache, question.ids, question.answer, True)
+                outputs = suites_run.answer_on(model, cache, question.ids, question.answer)
         errors = suites_run.output_errors(outputs, full)
         assert errors["logits"] < 1e-4 and max(errors["layers"]) < 1e-4 and len(errors["layers"]) == 2
-        tail = suites_run.last(outputs, len(question.answer))
-        scores = suites_run.answer_scores(tail, suites_run.last(full, len(question.answer)), question.answer)
+        scores = suites_run.answer_scores(outputs, full, question.answer)
         assert scores["same"] == 1 and abs(scores["kl"]) < 1e-6
 
 
@@ -147,7 +146,7 @@ def test_questions_leave_the_prompt_s_cache_alone(model, samples):
         cache = suites_run.Prompt(model, sample.context).fill(resolve_recipe("snapkv"))
         before = [layer.clone() for layer in cache.slots()]
         first, second, again = (
-            suites_run.answer_on(model, cache.fork(), question.ids, question.answer, False).logits
+            suites_run.answer_on(model, cache.fork(), question.ids, question.answer).logits
             for question in (*sample.questions, sample.questions[0])
         )
         assert cache.get_seq_length() == len(sample.context)
@@ -199,7 +198,7 @@ def test_quick_suite(folder, tmp_path, capsys):
     assert printed.count("snapkv") == 4 and "Question unseen" in printed and "Question seen" in printed
     assert str(folder.parent) not in figures.read_text()
     read = json.loads(figures.read_text())
-    assert read["suite"] == "quick" and {"date", "machine", "versions", "seed"} <= read.keys()
+    assert {"model", "date", "machine", "versions", "seed", "context_tokens"} <= read.keys()
     assert read["full"]["questions"] == 10
     cells = {(cell["recipe"], cell["budget"]): cell for cell in read["cells"]}
     assert list(cells) == [("lossless", ""), *[(name, b) for name in ("snapkv", "random") for b in ("1/2", "1/4")]]
@@ -207,6 +206,8 @@ def test_quick_suite(folder, tmp_path, capsys):
         assert kvc.Recipe.from_dict(cell["definition"]).name in ("lossless", "snapkv", "random")
         for mode in ("unseen", "seen"):
             assert cell[mode]["questions"] == 10 and cell[mode]["kl"] > -1e-6
+            assert 0 <= cell[mode]["attention"] < 2 and 0 <= cell[mode]["logits"] < 2
+            assert not cell["budget"] or cell[mode]["ratio_most"] <= parse_budget(cell["budget"])
             assert ("prose" in cell[mode]) == (mode == "unseen")
     assert abs(cells["lossless", ""]["unseen"]["kl"]) < 1e-6 and cells["lossless", ""]["seen"]["tokens_as_full"] == 1
     assert cells["snapkv", "1/4"]["seen"]["ratio"] < cells["snapkv", "1/2"]["seen"]["ratio"] < 0.6
@@ -223,6 +224,35 @@ def test_output_error_suite(folder, tmp_path, capsys):
     cells = {cell["recipe"]: cell["unseen"] for cell in json.loads(figures.read_text())["cells"]}
     assert cells["lossless"]["logits"] < 1e-4 < cells["k4v4"]["logits"] < cells["snapkv"]["logits"]
     assert all(len(cell["layers"]) == 2 for cell in cells.values())
+
+
+def test_a_run_adds_to_an_earlier_one(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["eval", "--model", str(folder), "--samples", "1", "--context", str(LENGTH), "--modes", "unseen"]
+    figures = tmp_path / "kvcompress_eval.json"
+    assert main([*arguments, "--recipes", "k8v4"]) == 0
+    first = json.loads(figures.read_text())["cells"]
+    assert figures.with_suffix(".png").exists()
+    assert main([*arguments, "--recipes", "k8v4,k4v4", "--add"]) == 0
+    both = json.loads(figures.read_text())
+    assert [cell["recipe"] for cell in both["cells"]] == ["k8v4", "k4v4"] and both["cells"][:1] == first
+    assert main([*arguments, "--recipes", "snapkv", "--add", "--seed", "1"]) == 1
+    assert "seed=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["auto", "kv-compress", "h2o", "snapkv", "k8v4"])
+def test_bytes_are_those_of_a_cache_that_decodes(model, samples, recipe):
+    """With the tail's room, and nothing that only the measuring took; the cache is as it was."""
+    recipe = resolve_recipe(recipe)
+    token = torch.zeros((1, 1), dtype=torch.int64)
+    with torch.inference_mode(), kvc.patched(model, "lossless"):
+        prompt = suites_run.Prompt(model, samples[1].context)
+        measured, plain = prompt.fill(recipe), prompt.fill(recipe)
+        ratio = suites_run.ratio_while_decoding(model, measured)
+        assert measured.get_seq_length() == plain.get_seq_length()
+        again = model(token, past_key_values=measured).logits
+        assert torch.equal(again, model(token, past_key_values=plain).logits)
+        assert ratio == plain.memory().ratio
 
 
 def test_mistakes_are_named(folder, tmp_path, capsys):

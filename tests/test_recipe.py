@@ -30,8 +30,10 @@ def test_presets_round_trip_through_json_and_repr(name):
     assert kvc.presets()[name]
 
 
-def test_the_default_is_k8v4():
-    assert resolve_recipe(None) == kvc.get_preset("k8v4")
+def test_the_default_keeps_every_token_unless_a_budget_is_given():
+    assert resolve_recipe(None) == resolve_recipe(None, budget=None) == kvc.get_preset("k8v4")
+    assert not resolve_recipe(None).evicts
+    assert resolve_recipe(None, budget=1 / 8) == kvc.get_preset("auto").with_overrides(budget=1 / 8)
 
 
 def test_parts_combine_freely():

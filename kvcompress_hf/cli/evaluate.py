@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -31,6 +32,7 @@ RECIPES = (
 )
 BUDGETS = "1/2,1/4,1/8,1/16,1/32,1/64"
 _PROSE = "prose"
+_LEGEND = "measured bytes as a share of the dense cache, ! where more than the budget"
 
 
 def add_commands(commands: Any) -> None:
@@ -49,8 +51,11 @@ def add_commands(commands: Any) -> None:
     ev.add_argument("--seed", type=int, default=0, help="fixes contexts and questions (default: %(default)s)")
     ev.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: the model's)")
     ev.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
-    ev.add_argument("--json", type=Path, help="write all figures to this file")
-    ev.add_argument("--plot", type=Path, help="draw the curves into this PNG")
+    ev.add_argument(
+        "--json", type=Path, default=Path("kvcompress_eval.json"), help="file for all figures (default: %(default)s)"
+    )
+    ev.add_argument("--plot", type=Path, help="PNG for the curves (default: the name of --json with .png)")
+    ev.add_argument("--add", action="store_true", help="keep what --json holds; measure only what is missing there")
     ev.add_argument("--debug", action="store_true", help="show the traceback of an error")
     ev.set_defaults(run=run_eval)
 
@@ -128,37 +133,64 @@ def run_eval(args: argparse.Namespace) -> int:
         length=args.context,
         seed=args.seed,
     )
+    setting = {
+        "model": Path(name).name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text": text.name,
+        "context_tokens": args.context,
+        "contexts_per_task": args.samples,
+        "modes": modes,
+        "seed": args.seed,
+    }
+    before = read_before(args.json, setting) if args.add and args.json.exists() else {"seconds": 0.0, "cells": []}
+    known = {(cell["recipe"], cell["budget"]) for cell in before["cells"]}
+    cells = [cell for cell in cells if (cell.name, cell.budget) not in known]
     print(
         f"{Path(name).name}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}, on {args.device}; "
         f"{len(samples)} contexts of {args.context:,} tokens of {text.name}, {len(cells)} recipes and budgets\n",
         flush=True,
     )
     began = time.perf_counter()
-    baseline, results = run_suite(model, samples, cells, modes, errors=args.suite == "output-error", seed=args.seed)
+    baseline, results = run_suite(model, samples, cells, modes, seed=args.seed)
     figures = {
-        "suite": args.suite,
-        "model": Path(name).name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "text": text.name,
-        "context_tokens": args.context,
-        "contexts_per_task": args.samples,
-        "seed": args.seed,
-        "seconds": round(time.perf_counter() - began, 1),
+        **setting,
+        "seconds": round(before["seconds"] + time.perf_counter() - began, 1),
         **surroundings(args.device),
         "full": baseline,
-        "cells": results,
+        "cells": before["cells"] + results,
     }
     draw = draw_errors if args.suite == "output-error" else draw_answers
     for mode in modes:
         print(draw(figures, mode) + "\n")
     print(f"{figures['seconds']:.0f} s")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"Figures: {args.json}")
-    if args.plot:
-        draw_curves(figures, modes, args.plot)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"Figures: {args.json}")
+    if args.plot or importlib.util.find_spec("matplotlib"):
+        draw_curves(figures, modes, args.suite, args.plot or args.json.with_suffix(".png"))
+    else:
+        print("No curves: they need matplotlib, install kvcompress_hf[plot]")
     return 0
+
+
+def read_before(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run has measured, to add to.
+
+    Args:
+        path: its JSON file.
+        setting: what must have been the same.
+
+    Raises:
+        ValueError: where it was another model, text or the like.
+    """
+    before = json.loads(path.read_text())
+    for name, value in setting.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"--add: {path} was measured with {name}={before.get(name)!r}, and this run is with {value!r}; give "
+                "the same, or another --json"
+            )
+    return before
 
 
 def read_modes(text: str) -> list[str]:
@@ -193,7 +225,7 @@ def surroundings(device: str) -> dict[str, Any]:
 
 
 def run_suite(
-    model: Any, samples: Sequence[Sample], cells: Sequence[Cell], modes: Sequence[str], *, errors: bool, seed: int = 0
+    model: Any, samples: Sequence[Sample], cells: Sequence[Cell], modes: Sequence[str], *, seed: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measures every cell on every sample.
 
@@ -203,7 +235,6 @@ def run_suite(
         cells: recipes and budgets.
         modes: `"unseen"` compresses the context before any question is known, each question on its own fork; `"seen"`
             compresses context and question together, but for the question's last token, from which the answer starts.
-        errors: measure errors of outputs instead of answers.
         seed: fixes what recipes leave to chance.
 
     Returns:
@@ -222,23 +253,20 @@ def run_suite(
     with torch.inference_mode(), tqdm(total=total, unit="cell", disable=None, file=sys.stderr) as bar:
         for index, sample in enumerate(samples):
             label = {"task": sample.task, "sample": index}
-            full = [run.reference(model, sample.context, question, errors) for question in sample.questions]
+            full = [run.reference(model, sample.context, question) for question in sample.questions]
             for question, outputs in zip(sample.questions, full, strict=True):
-                tail = run.last(outputs, len(question.answer))
-                full_rows.append({**label, **run.answer_scores(tail, tail, question.answer)})
+                full_rows.append({**label, **run.answer_scores(outputs, outputs, question.answer)})
             with kvc.patched(model, "lossless"):
                 for mode in modes:
-                    for i, rows in enumerate(_measure(model, sample, cells, mode, full, errors, seed)):
+                    for i, rows in enumerate(_measure(model, sample, cells, mode, full, seed)):
                         found[i, mode] += [{**label, **row} for row in rows]
                         bar.update()
-    summary = _errors if errors else _answers
     baseline = _answers(full_rows, full_rows)
     results = []
     for i, cell in enumerate(cells):
         entry: dict[str, Any] = {"recipe": cell.name, "budget": cell.budget}
         for mode in modes:
-            rows = found[i, mode]
-            entry[mode] = {**summary(rows, full_rows), "ratio": _mean([row["ratio"] for row in rows])}
+            entry[mode] = {**_answers(found[i, mode], full_rows), **_errors(found[i, mode])}
         results.append({**entry, "definition": cell.recipe.to_dict()})
     return baseline, results
 
@@ -249,7 +277,6 @@ def _measure(
     cells: Sequence[Cell],
     mode: str,
     full: Sequence[Outputs],
-    errors: bool,
     seed: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """For each cell, one row of figures per question of a sample; see `run_suite`."""
@@ -267,10 +294,8 @@ def _measure(
         for j, (question, whole) in enumerate(zip(questions, full, strict=False)):
             cache = caches[0].fork() if unseen else caches[j]
             given = question.ids if unseen else question.ids[-1:]
-            outputs = run.answer_on(model, cache, given, question.answer, errors)
-            figures = (
-                run.output_errors(outputs, whole) if errors else run.answer_scores(outputs, whole, question.answer)
-            )
+            outputs = run.answer_on(model, cache, given, question.answer)
+            figures = run.answer_scores(outputs, whole, question.answer) | run.output_errors(outputs, whole)
             rows.append({**figures, "ratio": ratios[0 if unseen else j]})
         yield rows
 
@@ -293,10 +318,17 @@ def _answers(rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str
     return result
 
 
-def _errors(rows: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums up output errors: of the logits, and of each layer's attention."""
+def _errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums up measured bytes (mean and largest share) and output errors: of logits, and of each layer's attention."""
     layers = zip(*(row["layers"] for row in rows), strict=True)
-    return {**_spread("logits", rows), "questions": len(rows), "layers": [_mean(list(layer)) for layer in layers]}
+    ratios = [row["ratio"] for row in rows]
+    return {
+        **_spread("logits", rows),
+        **_spread("attention", rows),
+        "layers": [_mean(list(layer)) for layer in layers],
+        "ratio": _mean(ratios),
+        "ratio_most": max(ratios),
+    }
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -353,24 +385,25 @@ def draw_answers(figures: dict[str, Any], mode: str) -> str:
     """The table of the quick suite for one mode."""
     full = figures["full"]
     tasks = list(full["tasks"])
-    header = ["recipe", "budget", "bytes", "exact", "95 % interval", "tokens", "as full", "KL per token", *tasks]
+    header = ["recipe", "budget", "bytes", "exact", "95 % interval", "tokens", "as full", "KL per token", "attention"]
+    header += ["logits", *tasks]
     prose = mode == "unseen"
     header += ["prose ΔNLL"] if prose else []
     low, high = full["wilson95"]
     rows = [["full cache", "", "100.0%", f"{full['accuracy']:.0%}", f"{low:.0%} - {high:.0%}"]]
-    rows[0] += [f"{full['tokens_right']:.0%}", "100%", "0"]
+    rows[0] += [f"{full['tokens_right']:.0%}", "100%", "0", "0", "0"]
     rows[0] += [f"{full['tasks'][task]['right']}/{full['tasks'][task]['questions']}" for task in tasks]
     rows[0] += [f"ppl {full['prose']['perplexity']:.1f}"] if prose else []
     for cell in in_order(figures["cells"], mode):
         got = cell[mode]
         low, high = got["wilson95"]
-        row = [cell["recipe"], cell["budget"], f"{got['ratio']:.1%}", f"{got['accuracy']:.0%}"]
+        row = [cell["recipe"], cell["budget"], measured_bytes(cell, mode), f"{got['accuracy']:.0%}"]
         row += [f"{low:.0%} - {high:.0%}", f"{got['tokens_right']:.0%}", f"{got['tokens_as_full']:.0%}"]
-        row += [plus_minus(got["kl"], got["kl_se"])]
+        row += [plus_minus(got["kl"], got["kl_se"]), f"{got['attention']:.3f}", f"{got['logits']:.3f}"]
         row += [str(got["tasks"][task]["right"]) for task in tasks]
         row += [plus_minus(got["prose"]["nll_change"], got["prose"]["nll_change_se"])] if prose else []
         rows.append(row)
-    return f"Question {mode}: measured bytes as a share of the dense cache\n" + columns(rows, header, right=True)
+    return f"Question {mode}: {_LEGEND}\n" + columns(rows, header, right=True)
 
 
 def draw_errors(figures: dict[str, Any], mode: str) -> str:
@@ -381,10 +414,19 @@ def draw_errors(figures: dict[str, Any], mode: str) -> str:
     rows = []
     for cell in cells:
         got = cell[mode]
-        row = [cell["recipe"], cell["budget"], f"{got['ratio']:.1%}", plus_minus(got["logits"], got["logits_se"])]
+        row = [cell["recipe"], cell["budget"], measured_bytes(cell, mode), plus_minus(got["logits"], got["logits_se"])]
         rows.append(row + [f"{error:.3f}" for error in got["layers"]])
-    title = f"Question {mode}: relative errors of logits and of each layer's attention output"
+    title = f"Question {mode}: relative errors of logits and of each layer's attention output; {_LEGEND}"
     return title + "\n" + columns(rows, header, right=True)
+
+
+def measured_bytes(cell: dict[str, Any], mode: str) -> str:
+    """Measured bytes as a share of the dense cache, with a `!` where a context took more than a fraction budget."""
+    from . import parse_budget
+
+    budget = parse_budget(cell["budget"]) if cell["budget"] else None
+    over = isinstance(budget, float) and cell[mode]["ratio_most"] > budget
+    return f"{cell[mode]['ratio']:.1%}" + ("!" if over else "")
 
 
 def plus_minus(value: float, error: float | None) -> str:
@@ -393,7 +435,7 @@ def plus_minus(value: float, error: float | None) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def draw_curves(figures: dict[str, Any], modes: Sequence[str], path: Path) -> None:
+def draw_curves(figures: dict[str, Any], modes: Sequence[str], suite: str, path: Path) -> None:
     """Write a PNG: each measure against measured bytes, one line per recipe, one column per mode.
 
     Raises:
@@ -403,11 +445,16 @@ def draw_curves(figures: dict[str, Any], modes: Sequence[str], path: Path) -> No
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter
     except ImportError as error:
-        raise ImportError("the plot needs matplotlib: install kvcompress_hf[plot]") from error
+        raise ImportError("the curves need matplotlib: install kvcompress_hf[plot]") from error
 
-    measures = ["logits"] if figures["suite"] == "output-error" else ["accuracy", "kl"]
-    labels = {"logits": "relative error of logits", "accuracy": "exact answers", "kl": "KL(full || compressed), nats"}
-    figure = Figure(figsize=(6.5 * len(modes), 4.5 * len(measures)), layout="constrained")
+    labels = {
+        "accuracy": "exact answers",
+        "kl": "KL(full || compressed), nats",
+        "attention": "relative error of attention outputs",
+        "logits": "relative error of logits",
+    }
+    measures = ["attention", "logits"] if suite == "output-error" else ["accuracy", "kl", "attention"]
+    figure = Figure(figsize=(6 * len(modes) + 2, 4 * len(measures)), layout="constrained")
     panels = figure.subplots(len(measures), len(modes), squeeze=False, sharex=True, sharey="row")
     names = list(dict.fromkeys(cell["recipe"] for cell in figures["cells"]))
     for row, measure in zip(panels, measures, strict=True):
@@ -429,5 +476,5 @@ def draw_curves(figures: dict[str, Any], modes: Sequence[str], path: Path) -> No
     figure.legend(*handles, loc="outside right upper", fontsize=8)
     figure.suptitle(f"{figures['model']}, {figures['context_tokens']} tokens", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     print(f"Curves: {path}")

@@ -69,15 +69,20 @@ def _no_output() -> torch.Tensor:
 
 
 def ratio_while_decoding(model: Any, cache: kvc.CompressedPagedCache) -> float:
-    """Measured bytes over dense bytes once a token has been decoded, so that the tail's room counts too.
+    """Measured bytes over dense bytes while a token is decoded, so that the tail's room counts too.
+
+    A fork would not do: it copies the pages that it writes scores to, and both copies would count.
 
     Args:
         model: the model, patched.
-        cache: holds a prompt; a fork decodes the token.
+        cache: holds a prompt, and afterwards the same again: the token is taken back.
     """
-    fork = cache.fork()
-    forward(model, [0], fork, keep=1)
-    return fork.memory().ratio
+    cache.activate_past_recording()
+    forward(model, [0], cache, keep=1)
+    ratio = cache.memory().ratio
+    cache.crop(-1)
+    cache.stop_past_recording()
+    return ratio
 
 
 def forward(model: Any, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
@@ -105,8 +110,8 @@ class Outputs:
     """What the model makes of a question and its answer, and what its attention modules put out on the way.
 
     Args:
-        logits: float32 `[tokens, vocabulary]`, at the answer's positions or all of them.
-        attention: per layer float32 `[tokens, hidden]`; empty unless watched.
+        logits: float32 `[tokens, vocabulary]`.
+        attention: per layer float32 `[tokens, hidden]`.
     """
 
     logits: torch.Tensor
@@ -137,7 +142,7 @@ def watching(model: Any) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def answer_on(model: Any, cache: Any, given: list[int], answer: list[int], watch: bool) -> Outputs:
+def answer_on(model: Any, cache: Any, given: list[int], answer: list[int]) -> Outputs:
     """Feeds a question and its answer to a cache in one pass.
 
     No token of them is compressed: they are held back in the cache's tail, so a fork stays what its parent is.
@@ -147,45 +152,40 @@ def answer_on(model: Any, cache: Any, given: list[int], answer: list[int], watch
         cache: a compressed cache, changed by the call; `None` for a stock forward pass over everything given.
         given: tokens before the answer.
         answer: tokens of the answer; the last one is only predicted.
-        watch: whether to collect attention outputs and the logits of all positions, not only the answer's.
 
     Returns:
-        The outputs at the answer's positions, or at all that were fed.
+        The outputs at all positions that were fed.
     """
     if cache is not None:
         cache.activate_past_recording()
     ids = given + answer[:-1]
-    if not watch:
-        return Outputs(forward(model, ids, cache, len(answer)))
     with watching(model) as seen:
         logits = forward(model, ids, cache, len(ids))
     return Outputs(logits, seen)
 
 
-def reference(model: Any, context: list[int], question: Question, watch: bool) -> Outputs:
+def reference(model: Any, context: list[int], question: Question) -> Outputs:
     """What the model makes of a question with all of its context, in one stock forward pass.
 
     Args:
         model: the model, not patched.
         context: tokens before the question.
         question: the question and its answer.
-        watch: as in `answer_on`; the outputs are then those of the question's and the answer's tokens.
+
+    Returns:
+        The outputs at the question's and the answer's positions.
     """
-    whole = answer_on(model, None, context + question.ids, question.answer, watch)
+    whole = answer_on(model, None, context + question.ids, question.answer)
     start = len(context)
-    return Outputs(whole.logits[start:], [states[start:] for states in whole.attention]) if watch else whole
-
-
-def last(outputs: Outputs, tokens: int) -> Outputs:
-    """The logits of the last positions alone."""
-    return Outputs(outputs.logits[-tokens:])
+    # Copies, so that what the context made of itself is not kept as well.
+    return Outputs(whole.logits[start:].clone(), [states[start:].clone() for states in whole.attention])
 
 
 def answer_scores(outputs: Outputs, full: Outputs, answer: list[int]) -> dict[str, Any]:
     """How an answer fares, every token predicted from the right ones before it.
 
     Args:
-        outputs: at the answer's positions, from a compressed cache.
+        outputs: of a compressed cache; the last positions are the answer's.
         full: likewise with the full context.
         answer: its tokens.
 
@@ -194,13 +194,14 @@ def answer_scores(outputs: Outputs, full: Outputs, answer: list[int]) -> dict[st
         that are the most likely one), `same` (share whose most likely token is the full cache's), `kl` of full from
         compressed and `nll`, in nats per token.
     """
-    logp, full_logp = outputs.logits.log_softmax(-1), full.logits.log_softmax(-1)
+    logits, wanted = outputs.logits[-len(answer) :], full.logits[-len(answer) :]
+    logp, full_logp = logits.log_softmax(-1), wanted.log_softmax(-1)
     target = torch.tensor(answer, device=logp.device)
-    best = outputs.logits.argmax(-1)
+    best = logits.argmax(-1)
     return {
         "exact": bool((best == target).all()),
         "tokens": float((best == target).float().mean()),
-        "same": float((best == full.logits.argmax(-1)).float().mean()),
+        "same": float((best == wanted.argmax(-1)).float().mean()),
         "kl": float((full_logp.exp() * (full_logp - logp)).sum(-1).mean()),
         "nll": float(-logp.gather(-1, target[:, None]).mean()),
     }
@@ -210,22 +211,25 @@ def output_errors(outputs: Outputs, full: Outputs) -> dict[str, Any]:
     """Relative errors: of the logits, each token's centred since softmax does not see a shift, and per layer.
 
     Args:
-        outputs: of a compressed cache, watched.
-        full: with the full context, watched.
+        outputs: of a compressed cache.
+        full: with the full context.
 
     Returns:
-        `logits` and `layers`: norms of differences divided by norms, over the last of the tokens that both have.
+        `logits`, `layers` and their mean, `attention`: norms of differences divided by norms, over the last of the
+        tokens that both have.
     """
     tokens = outputs.logits.shape[0]
     wanted = full.logits[-tokens:]
+    layers = [
+        relative_error(states, whole[-tokens:])
+        for states, whole in zip(outputs.attention, full.attention, strict=True)
+    ]
     return {
         "logits": relative_error(
             outputs.logits - outputs.logits.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True)
         ),
-        "layers": [
-            relative_error(states, whole[-tokens:])
-            for states, whole in zip(outputs.attention, full.attention, strict=True)
-        ],
+        "layers": layers,
+        "attention": sum(layers) / len(layers),
     }
 
 

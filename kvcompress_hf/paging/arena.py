@@ -29,7 +29,7 @@ class Arena:
     """Pages of one size on one device.
 
     Page ids are int32; the slab of a page is `id >> slab_shift`, its place inside it `id & (2**slab_shift - 1)`.
-    Growing adds a slab and never copies; a slab without live pages is given back by [`Arena.trim`].
+    Growing adds a slab, or lengthens a small one; a slab without live pages is given back by [`Arena.trim`].
 
     Args:
         page_bytes (`int`): Size of a page in bytes.
@@ -88,7 +88,7 @@ class Arena:
             count (`int`): Number of pages.
 
         Returns:
-            `torch.Tensor`: Page ids, `int32` `[count]`, each with one reference.
+            `torch.Tensor`: Page ids, `int32` `[count]`, each with one reference; the pages are zeros.
 
         Raises:
             CacheMemoryError: If the arena would grow beyond `max_bytes`; nothing has changed then.
@@ -101,6 +101,10 @@ class Arena:
         ids = torch.searchsorted(free, torch.arange(1, count + 1, dtype=torch.int32, device=free.device), out_int32=True)
         self.references[ids] = 1
         self.live += count
+        # A file of this cache must not hold, in the unused ends of its pages, what others had stored there.
+        inner = (ids & ((1 << self.slab_shift) - 1)).long()
+        for index in torch.unique(ids >> self.slab_shift).tolist():
+            self.slabs[index][inner[(ids >> self.slab_shift) == index]] = 0
         return ids
 
     def retain(self, ids: torch.Tensor) -> None:
@@ -175,23 +179,25 @@ class Arena:
             room (`int`, *optional*): Most bytes of free pages to keep for what comes next; a small share of the live
                 ones in any case.
         """
+        keep = self.live // _GROWTH
+        if room is not None:
+            keep = min(keep, room // self.page_bytes)
+        if self.live and self.pages - self.live <= keep:
+            return
         sizes = [slab.shape[0] for slab in self.slabs]
         live = self._live_per_slab()
         kept: dict[int, int] = {}  # slab: pages it keeps
         pages = 0
-        # Fullest slabs first: least to move.
-        for index in sorted(range(len(sizes)), key=lambda i: (-live[i], sizes[i])):
+        # First slabs first: page ids, and so the reference counts, reach no further than the last slab kept.
+        for index, size in enumerate(sizes):
             if pages >= self.live:
                 break
-            kept[index] = sizes[index]
-            pages += sizes[index]
+            kept[index] = size
+            pages += size
         for index in sorted(kept, key=lambda i: sizes[i]):
             if pages - sizes[index] >= self.live:
                 pages -= kept.pop(index)
         spare = pages - self.live
-        keep = self.live // _GROWTH
-        if room is not None:
-            keep = min(keep, room // self.page_bytes)
         if kept and spare > keep:
             # Every slab left is larger than what is spare, or it would be gone.
             kept[min(kept, key=lambda i: live[i])] -= spare - keep

@@ -10,6 +10,7 @@ from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.key_shift import steady_mean
 
+_AHEAD = 32  # a growing table is allocated 1/32 wider than it must be
 Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -407,14 +408,15 @@ class PagedStore:
         slots = self.layout.tiers[tier].slots
         return (lengths + (slots - 1)) // slots
 
-    def pages_held(self) -> torch.Tensor:
-        """Pages of each sequence.
+    def pages_of_rows(self) -> torch.Tensor:
+        """Pages of each row.
 
         Returns:
-            `torch.Tensor`: `int64` `[batch]`.
+            `torch.Tensor`: `int64` `[tiers, batch, rows of a sequence]`.
         """
         pages = torch.stack([self._pages(tier, lengths) for tier, lengths in enumerate(self.lengths)])
-        return pages.view(-1, self.batch, self.geometry.kv_heads).sum((0, 2))
+        by_sequence = pages.view(-1, self.layers, self.batch, self.geometry.kv_heads).transpose(1, 2)
+        return by_sequence.flatten(2).long()
 
     def _reserve(self, tier: int, part: slice, counts: torch.Tensor) -> None:
         lengths = self.lengths[tier, part]
@@ -457,7 +459,7 @@ class PagedStore:
         table = self.tables[tier]
         if columns > table.shape[1]:
             with torch.inference_mode(False):
-                wider = self._int32(table.shape[0], columns + columns // 8)
+                wider = self._int32(table.shape[0], columns + columns // _AHEAD)
             wider[:, : table.shape[1]] = table
             self.tables[tier] = wider
             self.version += 1
@@ -622,7 +624,7 @@ class PagedStore:
         self.lengths[tier] = lengths
         self.arena.release(self.tables[tier][before & ~self._live(tier)])
         columns = int(self._pages(tier, lengths).max()) if lengths.numel() else 0
-        if columns + columns // 8 < self.tables[tier].shape[1] // 2:
+        if columns + columns // _AHEAD < self.tables[tier].shape[1]:
             with torch.inference_mode(False):
                 self.tables[tier] = self.tables[tier][:, :columns].clone()
             self.version += 1

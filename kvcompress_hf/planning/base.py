@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvcompress_hf.recipe import Recipe
 
 EVICT = -1
+ENTRY_BYTES = 4  # of a page table
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,34 @@ class PlanView:
             per_page = self.slots_per_page[:, tier]
             total += ((counts + per_page - 1) // per_page * self.page_bytes).sum(1)
         return total
+
+
+    def ragged_bytes(self, targets: torch.Tensor) -> torch.Tensor:
+        """Bytes of page tables beyond an entry per page: a table is as wide as its longest row.
+
+        Args:
+            targets (`torch.Tensor`): `[batch, rows, slots]`, tier of each slot or `EVICT`.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch]`.
+        """
+        total = torch.zeros(targets.shape[0], dtype=torch.int64, device=targets.device)
+        for tier in range(self.tiers):
+            per_page = self.slots_per_page[:, tier]
+            total += ragged_entries(((targets == tier).sum(-1) + per_page - 1) // per_page) * ENTRY_BYTES
+        return total
+
+
+def ragged_entries(pages: torch.Tensor) -> torch.Tensor:
+    """Entries of a table as wide as its longest row that have no page.
+
+    Args:
+        pages (`torch.Tensor`): `int64` `[batch, rows]`, pages of each row.
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch]`.
+    """
+    return pages.amax(1) * pages.shape[1] - pages.sum(1)
 
 
 class Plan(Part, abc.ABC):

@@ -1,17 +1,17 @@
 """From stored slots and a recipe to what a plan looks at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvcompress_hf.paging.slots import Slots, StorePart
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.planning.base import PlanView
+from kvcompress_hf.planning.base import ENTRY_BYTES, Plan, PlanView, ragged_entries
 from kvcompress_hf.planning.budget import RowGroup, allowed_bytes
 from kvcompress_hf.recipe import Recipe
 
-_TABLE_BYTES = 8  # of a page: its id in the page table and its reference count
+_TABLE_BYTES = ENTRY_BYTES + 4  # of a page: its id in the page table and its reference count
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,45 @@ def cost_of_page(store: PagedStore) -> int:
         `int`: Bytes.
     """
     return store.layout.page_bytes + _TABLE_BYTES
+
+
+def bytes_held(store: PagedStore) -> torch.Tensor:
+    """Bytes of the pages of each sequence, entries in tables included.
+
+    Args:
+        store (`PagedStore`): The store.
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch]`.
+    """
+    pages = store.pages_of_rows()
+    entries = torch.stack([ragged_entries(of_tier) for of_tier in pages])
+    return (pages.sum((0, 2)) * cost_of_page(store) + entries.sum(0) * ENTRY_BYTES).cpu()
+
+
+def targets_within(plan: Plan, view: PlanView) -> torch.Tensor:
+    """The targets of a plan, planned again for less where the page tables alone would exceed the budget.
+
+    How ragged the rows become, and so how much of the tables stays empty, is not known before.
+
+    Args:
+        plan (`Plan`): The plan.
+        view (`PlanView`): Every slot.
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch, rows, slots]`, see [`Plan.targets`].
+    """
+    targets = plan.targets(view)
+    if view.allowed_bytes is None or view.counts_slots:
+        return targets
+    for _ in range(2):
+        tables = view.ragged_bytes(targets)
+        excess = view.bytes_of(targets) + tables - view.bytes_allowed()
+        excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
+        if not bool(excess.any()):
+            break
+        targets = plan.targets(replace(view, allowed_bytes=view.bytes_allowed() - excess))
+    return targets
 
 
 def make_limits(

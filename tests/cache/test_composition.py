@@ -159,7 +159,12 @@ def states_of(tokens, seed=3):
     return [torch.randn(LAYERS, 1, h, tokens, DIM, generator=g) * 1.5 for h in heads]
 
 
-PLANNING = sorted(name for name in kvc.presets() if kvc.get_preset(name).plan is not None)
+def plans_by_itself(recipe):
+    """Without the model: not by reading the prompt again."""
+    return recipe.plan is not None and not recipe.observer.reads_again
+
+
+PLANNING = sorted(name for name in kvc.presets() if plans_by_itself(kvc.get_preset(name)))
 DECODING = [name for name in PLANNING if kvc.get_preset(name).when.decode]
 
 

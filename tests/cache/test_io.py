@@ -104,8 +104,12 @@ def goes_on_alike(model, cache, loaded, mask=None, steps=40):
         assert torch.equal(mine, other)
 
 
+# auto-kvzip plans while decoding, for which the prompt must have been read again; these caches are filled without.
+PRESETS = [name for name in kvc.presets() if name != "auto-kvzip"]
+
+
 @pytest.mark.parametrize(
-    ("recipe", "pads"), [*((name, (0, 23)) for name in kvc.presets()), ("lossless", ()), ("auto", ()), ("h2o", ())]
+    ("recipe", "pads"), [*((name, (0, 23)) for name in PRESETS), ("lossless", ()), ("auto", ()), ("h2o", ())]
 )
 def test_a_loaded_cache_goes_on_with_the_very_same_logits(model, recipe, pads, tmp_path):
     cache, mask = filled(model, recipe, pads=pads)

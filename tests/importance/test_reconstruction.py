@@ -92,14 +92,15 @@ def test_a_prompt_in_chunks_is_read_again_as_a_whole(model):
 @pytest.mark.parametrize("preset", ["kvzip", "auto-kvzip"])
 def test_generate_reads_again_before_it_compresses(model, preset):
     ids = prompt(2)
-    with kvc.patched(model, preset, budget=0.5):
+    with kvc.patched(model, preset, budget=0.4):
         out = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
-        stored_alone = kvc.prefill(model, ids[:1], preset, budget=0.5)
+        stored_alone = kvc.prefill(model, ids[:1], preset, budget=0.4)
         alone = model.generate(ids[:1], max_new_tokens=20, do_sample=False)
     cache = out.past_key_values
     assert not cache.awaits_second_reading and cache.run_report.statistics.evicted_slots
     assert stored_alone.run_report.statistics.evicted_slots
-    assert torch.equal(out.sequences[:1], alone)
+    if preset == "kvzip":  # the loss of each tier, which auto plans with, is measured over the batch
+        assert torch.equal(out.sequences[:1], alone)
 
 
 def test_what_cannot_be_read_again_is_refused(model):

@@ -92,9 +92,9 @@ def test_pages_with_two_references_survive_one_release(monkeypatch):
     assert arena.live == 2
 
 
-def test_growing_never_moves_a_slab_of_some_size(monkeypatch):
+def test_growing_never_moves_a_full_slab(monkeypatch):
     arena = small_arena(monkeypatch)
-    arena.allocate(10)
+    arena.allocate(16)
     address = arena.slabs[0].data_ptr()
     arena.allocate(500)
     assert arena.slabs[0].data_ptr() == address == int(arena.slab_addresses[0])
@@ -107,6 +107,28 @@ def test_a_small_slab_grows_in_place_of_a_further_one(monkeypatch):
     owner.take(5)
     owner.check()
     assert len(arena.slabs) == 1 and owner.changes >= 2
+
+
+def test_pages_are_handed_out_as_zeros(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner = Owner(arena)
+    owner.take(40)
+    arena.release(torch.tensor(list(owner.held), dtype=torch.int32))
+    ids = arena.allocate(50)
+    assert not arena.read(ids).any()
+
+
+def test_page_ids_reach_no_further_than_the_pages_kept(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner = Owner(arena)
+    owner.take(100)
+    gone = [page for page in owner.held if page % 20]  # one page in 20 stays, in every slab
+    arena.release(torch.tensor(gone, dtype=torch.int32))
+    for page in gone:
+        del owner.held[page]
+    arena.trim()
+    owner.check()
+    assert arena.live == arena.pages == arena.references.numel() == 5
 
 
 def test_growth_ahead_is_bounded(monkeypatch):
