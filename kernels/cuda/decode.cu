@@ -103,11 +103,12 @@ struct ValueRow {  // over the eight lanes g that hold a row of values: each has
 
 struct Where {  // 16 slots of a section
   const uint8_t *k, *v;
-  const uint16_t *key_params, *value_params;  // null in native sections
-  const int32_t* position;                    // null where positions do not matter
-  int param_stride;                           // from scales to offsets
-  int n;                                      // slots in use, 1 to 16
-  int fresh;                                  // which of them is the new token; -1 = none
+  const uint16_t* key_params;  // null in native sections
+  const int32_t* position;     // null where positions do not matter
+  int value_params;            // from those of keys to those of values
+  int param_stride;            // from scales to offsets
+  int n;                       // slots in use, 1 to 16
+  int fresh;                   // which of them is the new token; -1 = none
 };
 
 template <int kDim, int kKeyBits, int kValueBits>
@@ -143,7 +144,7 @@ struct Loaded {
   KVC_DEVICE_METHOD void load_params(const Where& at, int t) {
     KVC_UNROLL
     for (int i = 0; i < 2 && kKeyBits != kNative; i++) {
-      const uint16_t *key = at.key_params + 2 * t + 8 * i, *value = at.value_params + 2 * t + 8 * i;
+      const uint16_t *key = at.key_params + 2 * t + 8 * i, *value = key + at.value_params;
       key_scale[i] = *reinterpret_cast<const uint32_t*>(key);
       key_offset[i] = *reinterpret_cast<const uint32_t*>(key + at.param_stride);
       value_scale[i] = *reinterpret_cast<const uint32_t*>(value);
@@ -480,9 +481,9 @@ struct Walk {
     Where at;
     at.n = least(kBlock, left);
     at.fresh = -1;
-    at.key_params = at.value_params = nullptr;
+    at.key_params = nullptr;
     at.position = nullptr;
-    at.param_stride = 0;
+    at.value_params = at.param_stride = 0;
     if (tier == KVC_MAX_TIERS) {
       const int64_t first = r.row * a.tail.capacity + inside;
       at.k = static_cast<const uint8_t*>(a.tail.k) + first * kDim * 2;
@@ -497,7 +498,7 @@ struct Walk {
     at.v = base + t.values + inside * (t.key_bits ? kDim * t.value_bits / 8 : kDim * 2);
     if (t.key_bits) {
       at.key_params = reinterpret_cast<const uint16_t*>(base + t.key_params) + inside;
-      at.value_params = reinterpret_cast<const uint16_t*>(base + t.value_params) + inside;
+      at.value_params = static_cast<int>(t.value_params - t.key_params) / 2;
       at.param_stride = t.slots;
     }
     if (a.window > 0 && a.position_field >= 0) {
