@@ -103,17 +103,20 @@ struct ValueRow {  // over the eight lanes g that hold a row of values: each has
 
 struct Where {  // 16 slots of a section
   const uint8_t *k, *v;
-  const uint16_t *key_params, *value_params;  // null in native sections
-  const int32_t* position;                    // null where positions do not matter
-  int param_stride;                           // from scales to offsets
-  int n;                                      // slots in use, 1 to 16
-  int fresh;                                  // which of them is the new token; -1 = none
+  const uint16_t* key_params;  // null in native sections
+  const int32_t* position;     // null where positions do not matter
+  int value_params;            // from those of keys to those of values
+  int param_stride;            // from scales to offsets
+  int n;                       // slots in use, 1 to 16
+  int fresh;                   // which of them is the new token; -1 = none
 };
 
 template <int kDim, int kKeyBits, int kValueBits>
 struct Loaded {
   static constexpr int kKeyWords = KeyRow<kDim, kKeyBits>::kWords;
   static constexpr int kValueWords = ValueRow<kDim, kValueBits>::kWords;
+  // Whether there are registers for the keys of a block and the values of another.
+  static constexpr bool kBoth = kDim <= 128 || 2 * kKeyWords + 4 * kValueWords <= 24;
   uint32_t k[2][kKeyWords];    // slots g and g + 8
   uint32_t v[4][kValueWords];  // slots 2t, 2t + 1, 2t + 8, 2t + 9
   uint32_t key_scale[2], key_offset[2], value_scale[2], value_offset[2];  // fp16 pairs of slots 2t and 2t + 8
@@ -129,12 +132,6 @@ struct Loaded {
         load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(t, w));
       }
     }
-    KVC_UNROLL
-    for (int i = 0; i < 2 && kKeyBits != kNative; i++) {
-      const uint16_t* params = at.key_params + 2 * t + 8 * i;
-      key_scale[i] = *reinterpret_cast<const uint32_t*>(params);
-      key_offset[i] = *reinterpret_cast<const uint32_t*>(params + at.param_stride);
-    }
   }
   KVC_DEVICE_METHOD void load_values(const Where& at, int g, int t) {
     using Value = ValueRow<kDim, kValueBits>;
@@ -143,11 +140,15 @@ struct Loaded {
       const uint8_t* row = at.v + least(2 * t + i % 2 + i / 2 * 8, at.n - 1) * Value::kBytes;
       load_bytes<Value::kPiece>(v[i], row + (g * kShare<kDim> + thread_warp() % kShare<kDim>) * Value::kPiece);
     }
+  }
+  KVC_DEVICE_METHOD void load_params(const Where& at, int t) {
     KVC_UNROLL
-    for (int i = 0; i < 2 && kValueBits != kNative; i++) {
-      const uint16_t* params = at.value_params + 2 * t + 8 * i;
-      value_scale[i] = *reinterpret_cast<const uint32_t*>(params);
-      value_offset[i] = *reinterpret_cast<const uint32_t*>(params + at.param_stride);
+    for (int i = 0; i < 2 && kKeyBits != kNative; i++) {
+      const uint16_t *key = at.key_params + 2 * t + 8 * i, *value = key + at.value_params;
+      key_scale[i] = *reinterpret_cast<const uint32_t*>(key);
+      key_offset[i] = *reinterpret_cast<const uint32_t*>(key + at.param_stride);
+      value_scale[i] = *reinterpret_cast<const uint32_t*>(value);
+      value_offset[i] = *reinterpret_cast<const uint32_t*>(value + at.param_stride);
     }
   }
 };
@@ -179,7 +180,7 @@ KVC_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
 struct Logits {  // one k-step of queries x keys
-  const Loaded<kDim, kKeyBits, kValueBits>& now;
+  const Loaded<kDim, kKeyBits, kValueBits>& words;
   const uint4* queries;  // [kDim / 16][32]
   float (*c)[4];
 
@@ -190,15 +191,15 @@ struct Logits {  // one k-step of queries x keys
     const uint32_t a[4] = {q.x, q.y, q.z, q.w};
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
-      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(now.k[i][p0 / pairs]),
-                                               key_pair<kKeyBits, p1 % pairs>(now.k[i][p1 / pairs]));
+      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(words.k[i][p0 / pairs]),
+                                               key_pair<kKeyBits, p1 % pairs>(words.k[i][p1 / pairs]));
     }
   }
 };
 
 template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
 struct Outputs {  // eight dimensions of probabilities x values
-  const Loaded<kDim, kKeyBits, kValueBits>& now;
+  const Loaded<kDim, kKeyBits, kValueBits>& words;
   const uint32_t (&p)[4];
   float (*o)[4];
 
@@ -206,8 +207,8 @@ struct Outputs {  // eight dimensions of probabilities x values
   KVC_DEVICE_METHOD void step() const {
     constexpr int per_word = ValueRow<kDim, kValueBits>::kPerWord, c = kTile % per_word;
     constexpr int w = kTile / per_word;
-    multiply<kBfloat && kValueBits == kNative>(o[kTile], p, value_pair<kValueBits, c>(now.v[0][w], now.v[1][w]),
-                                               value_pair<kValueBits, c>(now.v[2][w], now.v[3][w]));
+    multiply<kBfloat && kValueBits == kNative>(o[kTile], p, value_pair<kValueBits, c>(words.v[0][w], words.v[1][w]),
+                                               value_pair<kValueBits, c>(words.v[2][w], words.v[3][w]));
   }
 };
 
@@ -235,16 +236,22 @@ struct Step {  // what a warp needs to know of the row it works on
   const float* query_sum; // [kHeads] sums over the dimensions, of the queries as rounded
 };
 
+// Attends to the 16 slots whose words are in `words`. As soon as some of these have served, those of `next` are asked
+// for in their place, where there are `more`, so that loads are always under way. Without room for `kBoth`, values take
+// the place of the keys they belong to.
 template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
-KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& now, const Where& at, const Step& step,
-                       bool values_loaded) {
+KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& words, const Where& at,
+                       const Where& next, bool more, const Step& step) {
+  using Words = Loaded<kDim, kKeyBits, kValueBits>;
   const int lane = thread_lane(), g = lane >> 2, t = lane & 3;
+  const float query_sum[2] = {step.query_sum[g], step.query_sum[g + 8]};
   float c[2][4];
   KVC_UNROLL
   for (int i = 0; i < 2; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
-  const Logits<kDim, kKeyBits, kValueBits, kBfloat> logits{now, step.queries, c};
+  const Logits<kDim, kKeyBits, kValueBits, kBfloat> logits{words, step.queries, c};
   Repeat<0, kDim / 16>::run(logits);
-  if (!values_loaded) now.load_values(at, g, t);  // in the registers that the keys leave
+  if (!Words::kBoth) words.load_values(at, g, t);  // in the registers that the keys leave
+  if (more) words.load_keys(next, g, t);
 
   float high[2] = {run.top[0], run.top[1]};
   float scale[2][2], zero[2][2];  // of values
@@ -252,29 +259,52 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
   for (int i = 0; i < 2; i++) {
     KVC_UNROLL
     for (int e = 0; e < 2; e++) {
-      const int slot = 8 * i + 2 * t + e;
-      bool seen = slot < at.n;
-      if (at.position) {
-        const int position = slot == at.fresh ? step.position : at.position[least(slot, at.n - 1)];
-        seen = seen && step.position - position < step.window;
-      }
-      float level = 0.f;
-      if (kValueBits != kNative) {
-        scale[i][e] = slot < at.n ? half_of_pair(now.value_scale[i], e) : 0.f;
-        zero[i][e] = slot < at.n ? half_of_pair(now.value_offset[i], e) + kMiddle<kValueBits> * scale[i][e] : 0.f;
-        level = fast_log2(scale[i][e] > kLeastScale ? scale[i][e] : kLeastScale);
-      }
-      const float key_scale = kKeyBits == kNative ? step.factor : half_of_pair(now.key_scale[i], e) * step.factor;
-      const float key_zero = kKeyBits == kNative ? 0.f : half_of_pair(now.key_offset[i], e) * step.factor;
+      const float key_scale = kKeyBits == kNative ? step.factor : half_of_pair(words.key_scale[i], e) * step.factor;
+      const float key_zero = kKeyBits == kNative ? 0.f : half_of_pair(words.key_offset[i], e) * step.factor;
       KVC_UNROLL
       for (int m = 0; m < 2; m++) {
-        float x = c[i][2 * m + e] * key_scale;
-        if (kKeyBits != kNative) x += step.query_sum[g + 8 * m] * key_zero;
-        if (step.softcap > 0.f) x = step.softcap * tanhf(x);
-        x = seen ? x : -infinity();
-        c[i][2 * m + e] = x;
-        // The reference point includes the value's scale, so that scaled probabilities use the range of fp16 well.
-        high[m] = x + level > high[m] ? x + level : high[m];
+        c[i][2 * m + e] *= key_scale;
+        if (kKeyBits != kNative) c[i][2 * m + e] += query_sum[m] * key_zero;
+      }
+      if (kValueBits != kNative) {
+        scale[i][e] = half_of_pair(words.value_scale[i], e);
+        zero[i][e] = half_of_pair(words.value_offset[i], e) + kMiddle<kValueBits> * scale[i][e];
+      }
+    }
+  }
+  if (more) words.load_params(next, t);
+  if (step.softcap > 0.f) {
+    KVC_UNROLL
+    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = step.softcap * tanhf(c[i / 4][i % 4]);
+  }
+  if (at.n < kBlock || at.position) {
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) {
+      KVC_UNROLL
+      for (int e = 0; e < 2; e++) {
+        const int slot = 8 * i + 2 * t + e;
+        bool seen = slot < at.n;
+        if (at.position) {
+          const int position = slot == at.fresh ? step.position : at.position[least(slot, at.n - 1)];
+          seen = seen && step.position - position < step.window;
+        }
+        // Behind the last slot anything may lie in place of scales, NaN too.
+        if (slot >= at.n && kValueBits != kNative) scale[i][e] = zero[i][e] = 0.f;
+        if (!seen) c[i][e] = c[i][2 + e] = -infinity();
+      }
+    }
+  }
+  KVC_UNROLL
+  for (int i = 0; i < 2; i++) {
+    KVC_UNROLL
+    for (int e = 0; e < 2; e++) {
+      // The reference point includes the value's scale, so that scaled probabilities use the range of fp16 well.
+      float level = 0.f;
+      if (kValueBits != kNative) level = fast_log2(scale[i][e] > kLeastScale ? scale[i][e] : kLeastScale);
+      KVC_UNROLL
+      for (int m = 0; m < 2; m++) {
+        const float x = c[i][2 * m + e] + level;
+        high[m] = x > high[m] ? x : high[m];
       }
     }
   }
@@ -314,8 +344,9 @@ KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& n
       p[2 * i + m] = kBfloat && kValueBits == kNative ? pack_bfloats(p0, p1) : pack_halves(p0, p1);
     }
   }
-  const Outputs<kDim, kKeyBits, kValueBits, kBfloat> outputs{now, p, run.o};
+  const Outputs<kDim, kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o};
   Repeat<0, Running<kDim>::kTiles>::run(outputs);
+  if (more) words.load_values(next, g, t);
 }
 
 template <int kDim>
@@ -419,74 +450,89 @@ KVC_DEVICE void stage_queries(Shared<kDim>& shared) {
   __syncthreads();
 }
 
-// Where 16 slots of a tier, or of the tail (tier = KVC_MAX_TIERS), lie.
+// The way of a warp over the blocks of a tier, or of the tail (tier = KVC_MAX_TIERS), a step ahead with page ids.
 template <int kDim>
-KVC_DEVICE Where locate(const Task& task, const Row& r, int tier, int block) {
-  const KvcDecode& a = task.a;
-  const int slot = block * kBlock;
-  Where at;
-  at.n = least(kBlock, r.lengths[tier] - slot);
-  at.fresh = -1;
-  at.key_params = at.value_params = nullptr;
-  at.position = nullptr;
-  at.param_stride = 0;
-  if (tier == KVC_MAX_TIERS) {
-    const int64_t first = r.row * a.tail.capacity + slot;
-    at.k = static_cast<const uint8_t*>(a.tail.k) + first * kDim * 2;
-    at.v = static_cast<const uint8_t*>(a.tail.v) + first * kDim * 2;
-    if (r.append && slot + at.n == r.lengths[tier]) at.fresh = at.n - 1;
-    if (a.window > 0) at.position = a.tail.position + r.b * a.tail.capacity + slot;
+struct Walk {
+  const Task& task;
+  const Row& r;
+  int tier, slots;         // slots of a page
+  int page, inside, left;  // of the block: its page, its first slot there, slots from there to the end
+  int32_t id;              // of that page
+
+  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int block) : task(task), r(r), tier(tier) {
+    slots = tier == KVC_MAX_TIERS ? 0x7fffffff : task.layout.tier[tier].slots;
+    page = block * kBlock / slots;
+    inside = block * kBlock - page * slots;
+    left = r.lengths[tier] - block * kBlock;
+    find_page();
+  }
+  KVC_DEVICE_METHOD void find_page() {
+    const KvcRows& rows = task.a.rows;
+    id = tier < KVC_MAX_TIERS && left > 0 ? rows.table[tier][r.row * rows.table_stride[tier] + page] : 0;
+  }
+  KVC_DEVICE_METHOD void advance(int blocks) {
+    left -= blocks * kBlock;
+    inside += blocks * kBlock;
+    while (inside >= slots) inside -= slots, page++;
+    find_page();
+  }
+  KVC_DEVICE_METHOD Where here() const {
+    const KvcDecode& a = task.a;
+    Where at;
+    at.n = least(kBlock, left);
+    at.fresh = -1;
+    at.key_params = nullptr;
+    at.position = nullptr;
+    at.value_params = at.param_stride = 0;
+    if (tier == KVC_MAX_TIERS) {
+      const int64_t first = r.row * a.tail.capacity + inside;
+      at.k = static_cast<const uint8_t*>(a.tail.k) + first * kDim * 2;
+      at.v = static_cast<const uint8_t*>(a.tail.v) + first * kDim * 2;
+      if (r.append && left <= kBlock) at.fresh = at.n - 1;
+      if (a.window > 0) at.position = a.tail.position + r.b * a.tail.capacity + inside;
+      return at;
+    }
+    const KvcTier& t = task.layout.tier[tier];
+    const uint8_t* base = page_address(a.rows.slabs, a.rows.slab_shift, task.layout.page_bytes, id);
+    at.k = base + t.keys + inside * (t.key_bits ? kDim * t.key_bits / 8 : kDim * 2);
+    at.v = base + t.values + inside * (t.key_bits ? kDim * t.value_bits / 8 : kDim * 2);
+    if (t.key_bits) {
+      at.key_params = reinterpret_cast<const uint16_t*>(base + t.key_params) + inside;
+      at.value_params = static_cast<int>(t.value_params - t.key_params) / 2;
+      at.param_stride = t.slots;
+    }
+    if (a.window > 0 && a.position_field >= 0) {
+      at.position = reinterpret_cast<const int32_t*>(base + t.fields) + a.position_field * t.slots + inside;
+    }
     return at;
   }
-  const KvcTier& t = task.layout.tier[tier];
-  const int page_index = slot / t.slots, inside = slot - page_index * t.slots;
-  const int32_t id = a.rows.table[tier][r.row * a.rows.table_stride[tier] + page_index];
-  const uint8_t* page = page_address(a.rows.slabs, a.rows.slab_shift, task.layout.page_bytes, id);
-  at.k = page + t.keys + inside * (t.key_bits ? kDim * t.key_bits / 8 : kDim * 2);
-  at.v = page + t.values + inside * (t.key_bits ? kDim * t.value_bits / 8 : kDim * 2);
-  if (t.key_bits) {
-    at.key_params = reinterpret_cast<const uint16_t*>(page + t.key_params) + inside;
-    at.value_params = reinterpret_cast<const uint16_t*>(page + t.value_params) + inside;
-    at.param_stride = t.slots;
-  }
-  if (a.window > 0 && a.position_field >= 0) {
-    at.position = reinterpret_cast<const int32_t*>(page + t.fields) + a.position_field * t.slots + inside;
-  }
-  return at;
-}
+};
 
 // Blocks from .. until of one tier, the warps taking turns.
 template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
 KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, int until, Shared<kDim>& shared,
                             const Step& step, Running<kDim>& run) {
-  using Registers = Loaded<kDim, kKeyBits, kValueBits>;
-  // Where they fit, the next block's words are under way while this one is worked on.
-  constexpr int words = 2 * KeyRow<kDim, kKeyBits>::kWords + 4 * ValueRow<kDim, kValueBits>::kWords;
-  constexpr bool ahead = words <= 24, together = words <= 64;
+  using Words = Loaded<kDim, kKeyBits, kValueBits>;
   constexpr int warps = kWarps / kShare<kDim>;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
   stage_queries<kDim, kKeyBits, kBfloat>(shared);
   int block = from + thread_warp() / kShare<kDim>;
   if (block < until) {
-    Where at = locate<kDim>(task, r, tier, block);
-    Registers now;
-    if (ahead) now.load_keys(at, g, t), now.load_values(at, g, t);
+    Walk<kDim> walk(task, r, tier, block);
+    Where at = walk.here();
+    Words words;
+    if (Words::kBoth) {
+      words.load_keys(at, g, t), words.load_params(at, t), words.load_values(at, g, t);
+      walk.advance(warps);
+    }
     for (; block < until; block += warps) {
-      if (ahead) {
-        Registers next = now;
-        Where next_at = at;
-        if (block + warps < until) {
-          next_at = locate<kDim>(task, r, tier, block + warps);
-          next.load_keys(next_at, g, t), next.load_values(next_at, g, t);
-        }
-        attend<kDim, kKeyBits, kValueBits, kBfloat>(run, now, at, step, true);
-        now = next, at = next_at;
-      } else {
-        at = locate<kDim>(task, r, tier, block);
-        now.load_keys(at, g, t);
-        if (together) now.load_values(at, g, t);
-        attend<kDim, kKeyBits, kValueBits, kBfloat>(run, now, at, step, together);
-      }
+      const bool more = Words::kBoth && block + warps < until;
+      Where next = at;
+      if (more || !Words::kBoth) next = walk.here();
+      walk.advance(warps);
+      if (!Words::kBoth) at = next, words.load_keys(at, g, t), words.load_params(at, t);
+      attend<kDim, kKeyBits, kValueBits, kBfloat>(run, words, at, next, more, step);
+      at = next;
     }
   }
   __syncthreads();  // the staged queries are done with
