@@ -86,7 +86,9 @@ def cost_of_tokens_seen(steps: int = 200) -> dict[int, float]:
 def print_table(forms: list[Form], times: dict[str, dict[str, float]], speed: float) -> list[dict[str, object]]:
     """One line per form; returns the lines."""
     best = {key: min(times[form.name][key] for form in forms if form.dense) for key in ("median_ms", "min_ms")}
-    heads = f"{'MB':>8}{'floor ms':>10}{'median ms':>11}{'min ms':>9}{'% of floor':>12}{'at best':>9}{'x best torch':>14}"
+    heads = (
+        f"{'MB':>8}{'floor ms':>10}{'median ms':>11}{'min ms':>9}{'% of floor':>12}{'at best':>9}{'x best torch':>14}"
+    )
     print(f"{'':30}{heads}")
     lines = []
     for form in forms:

@@ -73,9 +73,7 @@ def main() -> None:
     if args.json:
         setting = {key: value for key, value in vars(args).items() if key != "json"}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"machine": machine(), "arguments": setting, "results": results}, indent=1)
-        )
+        args.json.write_text(json.dumps({"machine": machine(), "arguments": setting, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

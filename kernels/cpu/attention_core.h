@@ -308,7 +308,12 @@ struct Queries {  // up to kHeads query rows of one KV head, in every form that 
   bool narrow;                                              // rotated queries are `bytes`, not words[1]
   Words words[2];                                           // codes; [1]: Hadamard-rotated
   Bytes bytes;                                              // Hadamard-rotated
-  float step[2][kHeads], sum[2][kHeads];                    // plain, rotated: logit = step * scale * dot + sum * offset
+#if KVC_ISA_avx512
+  Words mixed;                                              // plain; see mix_queries()
+  int32_t order[kMaxQuads], one_byte;                       // quads, those of one byte first; and how many those are
+#endif
+  // Plain, rotated, mixed: logit = step * scale * dot + sum * offset.
+  float step[3][kHeads], sum[3][kHeads];
 };
 struct Softmax {  // running state of the same rows
   float m[kHeads], l[kHeads], z[kHeads];  // maximum; sums of p, and of p * value offset
@@ -356,14 +361,79 @@ static inline void quantise_query(Queries& q, bool rotated, bool narrow, int h, 
 }
 
 struct Forms {  // which forms of a query the layout's tiers need; narrow: in 8 bits for keys of 4 and 2 bits
-  bool plain, rotated, narrow;
+  bool plain, rotated, mixed, narrow;
 };
+// Whether queries of 8-bit keys are mixed, where queries may be narrow at all.
+KVC_INLINE bool is_mixed(int key_bits, int value_bits) {
+  return KVC_WIDTH == 64 && key_bits == 8 && is_narrow(value_bits);
+}
 static inline Forms forms_of(const KvcLayout& layout, bool narrow) {
-  Forms f = {false, false, narrow};
-  for (int t = 0; t < layout.n_tiers; ++t)
-    if (layout.tier[t].key_bits) (layout.tier[t].rotate_keys ? f.rotated : f.plain) = true;
+  Forms f = {false, false, false, narrow};
+  for (int t = 0; t < layout.n_tiers; ++t) {
+    const KvcTier& tier = layout.tier[t];
+    if (!tier.key_bits) continue;
+    if (tier.rotate_keys) f.rotated = true;
+    else if (narrow && is_mixed(tier.key_bits, tier.value_bits)) f.mixed = true;
+    else f.plain = true;
+  }
   return f;
 }
+
+#if KVC_ISA_avx512
+// Queries of 8-bit keys whose values have 4 or 2 bits, all rows at once: most quads of dims in one byte, an eighth of
+// them, where the outliers are, in two of the same unit. Logits are then off by about as much as the keys' codes make
+// them, and by far less than the values' codes are.
+static inline void mix_queries(Queries& q, int d, float scale) {
+  const int quads = d / 4, two_bytes = (quads + 7) / 8;
+  alignas(64) float peak[kHeads][kMaxQuads];
+  alignas(64) float worst[kMaxQuads] = {};  // over the rows, each relative to its own mean
+  float total[kHeads];
+  for (int h = 0; h < q.count; ++h) {
+    vf sum = vf{};
+    for (int i = 0; i < d; i += kLanes) {
+      vf x = _mm512_abs_ps(load(q.q[h] + i));
+      sum = sum + x;
+      x = max(x, _mm512_permute_ps(x, 0xb1));
+      x = max(x, _mm512_permute_ps(x, 0x4e));
+      _mm_store_ps(peak[h] + i / 4, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, x)));
+    }
+    total[h] = reduce_add(sum);
+    const __m128 inverse = _mm_set1_ps(total[h] > 1e-30f ? 1.f / total[h] : 0.f);
+    for (int i = 0; i < quads; i += 4)
+      _mm_store_ps(worst + i, _mm_max_ps(_mm_mul_ps(_mm_load_ps(peak[h] + i), inverse), _mm_load_ps(worst + i)));
+  }
+  // The largest are found as integers, with the quad's number in the lowest bits.
+  const vi number = (vi)_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  vi rank[kMaxQuads / kLanes];
+  const int vectors = (quads + kLanes - 1) / kLanes;
+  for (int i = 0; i < vectors; ++i) {
+    const vi at = number + i * kLanes;
+    rank[i] = at < quads ? (load_int(worst + i * kLanes) & ~63) | at : all(-1);
+  }
+  uint64_t wide = 0;
+  for (int n = 0; n < two_bytes; ++n) {
+    vi most = rank[0];
+    for (int i = 1; i < vectors; ++i) most = (vi)_mm512_max_epi32((__m512i)most, (__m512i)rank[i]);
+    const vi largest = all(_mm512_reduce_max_epi32((__m512i)most));
+    for (int i = 0; i < vectors; ++i) rank[i] = rank[i] == largest ? all(-1) : rank[i];
+    wide |= uint64_t(1) << (largest[0] & 63);
+  }
+  q.one_byte = quads - two_bytes;
+  for (int i = 0, narrow = 0, rest = q.one_byte; i < quads; ++i) q.order[wide >> i & 1 ? rest++ : narrow++] = i;
+  for (int h = 0; h < q.count; ++h) {
+    float narrow_peak = 0.f, wide_peak = 0.f;
+    for (int i = 0; i < q.one_byte; ++i) narrow_peak = __builtin_fmaxf(narrow_peak, peak[h][q.order[i]]);
+    for (int i = q.one_byte; i < quads; ++i) wide_peak = __builtin_fmaxf(wide_peak, peak[h][q.order[i]]);
+    const float a = narrow_peak / kKeyByteLimit, b = wide_peak / kWeightLimit;
+    const float step = (a > b ? a : b) + 0.f * total[h];  // NaN stays NaN
+    const float inverse = step > 1e-32f ? 1.f / step : 0.f;
+    vf sum = vf{};
+    for (int i = 0; i < d; i += kLanes) sum = sum + put(q.mixed, h, i, load(q.q[h] + i) * all(inverse));
+    q.step[2][h] = step * scale;
+    q.sum[2][h] = reduce_add(sum) * step * scale;
+  }
+}
+#endif
 
 // One query row at element `at` of p, native dtype.
 static inline void set_query(Queries& q, int h, const void* p, int64_t at, const KvcLayout& layout, Forms forms,
@@ -386,14 +456,14 @@ static inline void set_query(Queries& q, int h, const void* p, int64_t at, const
 // ---- logits ----------------------------------------------------------------------------------------------------
 // Logits of NB blocks from their dot products, a Dot or ByteDot per block and row of q.
 template <int G, int NB, class D>
-KVC_INLINE void store_logits(const Tile& t, const Queries& q, int b0, int part, const D (&sum)[NB][G],
+KVC_INLINE void store_logits(const Tile& t, const Queries& q, int form, int b0, int part, const D (&sum)[NB][G],
                              float (*s)[kTile]) {
   KVC_UNROLL for (int b = 0; b < NB; ++b) {
     const uint8_t* params = t.key_params[b0 + b] + 2 * kLanes * part;
     const vf scale = from_f16(params), offset = from_f16(params + t.param_bytes);
     KVC_UNROLL for (int h = 0; h < G; ++h)
       store(s[h] + 16 * (b0 + b) + kLanes * part,
-            value(sum[b][h]) * (scale * all(q.step[t.rotated][h])) + offset * all(q.sum[t.rotated][h]));
+            value(sum[b][h]) * (scale * all(q.step[form][h])) + offset * all(q.sum[form][h]));
   }
 }
 template <int NB>
@@ -429,7 +499,7 @@ KVC_INLINE void byte_logits(const Tile& t, const Queries& q, int b0, int d, floa
       }
       KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) settle(sum[b][h]);
     }
-    store_logits<G, NB>(t, q, b0, part, sum, s);
+    store_logits<G, NB>(t, q, t.rotated, b0, part, sum, s);
   }
 }
 
@@ -453,9 +523,37 @@ KVC_INLINE void word_logits(const Tile& t, const Queries& q, int b0, int d, floa
         }
       }
     }
-    store_logits<G, NB>(t, q, b0, part, sum, s);
+    store_logits<G, NB>(t, q, t.rotated, b0, part, sum, s);
   }
 }
+
+#if KVC_ISA_avx512
+template <int G, int NB>
+KVC_INLINE void mixed_logits(const Tile& t, const Queries& q, int b0, int d, float (*s)[kTile]) {
+  const int n = d / 4;
+  prefetch_key_params<NB>(t, b0);
+  Dot sum[NB][G];
+  KVC_UNROLL for (int b = 0; b < NB; ++b) KVC_UNROLL for (int h = 0; h < G; ++h) sum[b][h] = dot_zero();
+  int i = 0;
+  for (; i < q.one_byte; ++i) {
+    const int quad = q.order[i];
+    KVC_UNROLL for (int b = 0; b < NB; ++b) {
+      prefetch(t.next_keys[b0 + b] + 64 * i);
+      const Raw x = load_raw(t.keys[b0 + b] + 64 * quad);
+      KVC_UNROLL for (int h = 0; h < G; ++h) dpbusd(sum[b][h].low, x, _mm512_set1_epi32(q.mixed.low[h][quad]));
+    }
+  }
+  for (; i < n; ++i) {
+    const int quad = q.order[i];
+    KVC_UNROLL for (int b = 0; b < NB; ++b) {
+      prefetch(t.next_keys[b0 + b] + 64 * i);
+      const Raw x = load_raw(t.keys[b0 + b] + 64 * quad);
+      KVC_UNROLL for (int h = 0; h < G; ++h) dot(sum[b][h], x, q.mixed, h, quad);
+    }
+  }
+  store_logits<G, NB>(t, q, 2, b0, 0, sum, s);
+}
+#endif
 
 template <int DTYPE, int G, int NB>
 KVC_INLINE void native_logits(const Tile& t, const Queries& q, int b0, int d, float scale, float (*s)[kTile]) {
@@ -552,6 +650,15 @@ static void all_byte_logits(const Tile& t, const Queries& q, int d, float (*s)[k
   for (; b + kOnce <= t.blocks; b += kOnce) byte_logits<BITS, G, kOnce>(t, q, b, d, s);
   for (; b < t.blocks; ++b) byte_logits<BITS, G, 1>(t, q, b, d, s);
 }
+#if KVC_ISA_avx512
+template <int G>
+static void all_mixed_logits(const Tile& t, const Queries& q, int d, float (*s)[kTile]) {
+  constexpr int kOnce = blocks_at_once<G>();
+  int b = 0;
+  for (; b + kOnce <= t.blocks; b += kOnce) mixed_logits<G, kOnce>(t, q, b, d, s);
+  for (; b < t.blocks; ++b) mixed_logits<G, 1>(t, q, b, d, s);
+}
+#endif
 template <int DTYPE, int G>
 static void all_native_logits(const Tile& t, const Queries& q, int d, float scale, float (*s)[kTile]) {
   constexpr int kOnce = blocks_at_once<G>();
@@ -569,6 +676,9 @@ static void tile_logits(const Tile& t, const Queries& q, const KvcLayout& layout
   const int d = layout.head_dim;
   if (t.kind == kCodes) {
     const bool narrow = q.narrow && t.rotated;
+#if KVC_ISA_avx512
+    if (q.narrow && is_mixed(t.key_bits, t.value_bits)) return all_mixed_logits<G>(t, q, d, s);
+#endif
     if (t.key_bits == 8) all_word_logits<8, G>(t, q, d, s);
     else if (t.key_bits == 4) narrow ? all_byte_logits<4, G>(t, q, d, s) : all_word_logits<4, G>(t, q, d, s);
     else narrow ? all_byte_logits<2, G>(t, q, d, s) : all_word_logits<2, G>(t, q, d, s);

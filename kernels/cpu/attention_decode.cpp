@@ -166,6 +166,9 @@ struct Decode {
       q[c].count = count(c);
       for (int i = 0; i < q[c].count; ++i)
         set_query(q[c], i, a->q, b * a->q_b + (h0 + c * kHeads + i) * a->q_h, *layout, forms, logits);
+#if KVC_ISA_avx512
+      if (forms.mixed) mix_queries(q[c], layout->head_dim, logits.scale);
+#endif
       clear(s[c], q[c].count, layout->head_dim);
     }
   }

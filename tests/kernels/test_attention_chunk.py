@@ -103,7 +103,7 @@ def test_nothing_is_stored(build_cache, backend, exact):
 
 
 def test_one_query_equals_decode(build_cache, backend, relative_error):
-    cache = build_cache(backend, tiers=[(8, 4), (0, 0)], dtype=F32)
+    cache = build_cache(backend, tiers=[(8, 8), (0, 0)], dtype=F32)
     q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
     chunk = backend.chunk_attention(q, k, v, cache.rows, cache.tail, position=900, scale=0.125)
     step = backend.decode_attention(q, k, v, cache.rows, cache.tail, position=900, scale=0.125)

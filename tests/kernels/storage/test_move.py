@@ -95,9 +95,7 @@ def test_any_sequence_of_moves_and_retiers(make_twins, make_states, data):
         row = data.draw(st.lists(st.integers(0, 3), max_size=20).map(sorted))
         slots = torch.stack([torch.randperm(64)[:40] for _ in range(4)]).int()
         which = _ints([row[:i].count(r) for i, r in enumerate(row)])
-        dst, src = (
-            slots[_ints(row).long(), which.long() + shift] if row else _ints([]) for shift in (0, 20)
-        )
+        dst, src = (slots[_ints(row).long(), which.long() + shift] if row else _ints([]) for shift in (0, 20))
         tier = data.draw(st.integers(0, 1))
         if data.draw(st.booleans()):
             twins.both("move", tier, _ints(row), dst, src)
