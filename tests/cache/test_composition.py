@@ -195,6 +195,19 @@ def test_bytes_stay_flat_in_a_long_decode(preset):
     assert max(sizes) - min(sizes) <= LAYERS * KV_HEADS * layout.page_bytes * len(recipe.tiers)
 
 
+@pytest.mark.parametrize("budget", [1 / 4, "160KiB"])
+@pytest.mark.parametrize("preset", DECODING)
+def test_measured_bytes_never_exceed_the_budget(preset, budget):
+    """Everything counted, tail and tables included, after the prompt and at every decode step."""
+    prompt, steps = 600, 96
+    recipe = kvc.get_preset(preset).with_overrides(budget=budget)
+    cache = cache_of(recipe, prompt_tokens=prompt)
+    for seen, _ in read(cache, states_of(prompt + steps), [prompt] + [1] * steps):
+        allowed = parse_bytes(budget) if isinstance(budget, str) else budget * DENSE * seen
+        assert cache.memory().total <= allowed, seen
+    assert cache.run_report.statistics.plans > 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("preset", PLANNING)
 def test_statistics_are_fp32_and_finite_in_half_precision(preset, dtype):
