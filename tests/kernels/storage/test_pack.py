@@ -74,9 +74,7 @@ def test_nan_and_infinity_are_counted_and_stored_finite(make_twins, make_states,
     twins.assert_same_pages()
 
 
-@pytest.mark.parametrize(
-    ("bits", "bound"), [(8, 0.009), (4, 0.14), (2, 0.42)], ids=["8 bits", "4 bits", "2 bits"]
-)
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.009), (4, 0.14), (2, 0.42)], ids=["8 bits", "4 bits", "2 bits"])
 @pytest.mark.parametrize("head_dim", [48, 64, 128, 256])
 def test_round_trip_error(make_twins, backend, bits, bound, head_dim):
     generator = torch.Generator().manual_seed(0)
