@@ -1,12 +1,14 @@
 """One command for a machine with a GPU: checks every kernel, then measures decoding, and writes JSON.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu_h100.json
+    python benchmarks/gpu.py --parts throughput --json benchmarks/results/gpu_h100_throughput.json
 
-Meant for ten minutes without network. In order, so that a run that is cut short has the most important part:
+Each meant for ten minutes without network. In order, so that a run that is cut short has the most important part:
 `tests/gpu`; the speed of memory; decode attention of one layer against SDPA (and flash-attn where it is installed);
 window scores against the prefill they belong to; packing; decode steps of a model of Llama-8B's shape with random
-weights against `DynamicCache`. Forms take turns within a setting. What does not fit into memory is reported as such.
-`--device cpu` runs the same on the CPU backend in small, to see that the command works.
+weights against `DynamicCache`. `throughput`: how many sequences fit into a fixed KV memory, and tokens per second with
+that many. Forms take turns within a setting. What does not fit into memory is reported as such. `--device cpu` runs the
+same on the CPU backend in small, to see that the command works.
 """
 
 from __future__ import annotations
@@ -25,14 +27,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.kernels import Rows, Tail, get_backend, page_layout
+from kvcompress_hf.units import parse_bytes
 
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
 SLAB_BYTES = 4 << 20  # as the cache allocates its pages
 RECIPES = ("lossless", "k8v4", "k4v2")
+PARTS = ("tests", "decode", "prefill", "model", "throughput")
+SLICE = 16384  # tokens that go through an MLP at once: the whole prompt's activations would take the cache's room
 Form = Callable[[], object]
 
 
@@ -163,15 +168,15 @@ def prefill_table(args: argparse.Namespace, context: int) -> list[dict]:
     return [dict(context=context, form=name, ms=ms, share=ms / whole) for name, ms in times.items()]
 
 
-@torch.no_grad()
-def model_table(args: argparse.Namespace, context: int, batch: int) -> list[dict]:
-    """Milliseconds per decode step of a random model, one cache after the other."""
+def random_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    """A model of Llama-8B's shape with random weights; on the CPU a tiny one."""
     torch.manual_seed(0)
-    heads, layers, hidden, inner = (32, 32, 4096, 14336) if args.device.type == "cuda" else (4, 2, 128, 256)
+    large = args.device.type == "cuda"
+    heads, layers, hidden, inner = (32, 32, 4096, 14336) if large else (4, 2, 128, 256)
     config = LlamaConfig(
-        vocab_size=32000 if args.device.type == "cuda" else 128, hidden_size=hidden, intermediate_size=inner,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 4,
-        head_dim=hidden // heads, max_position_embeddings=1 << 20,
+        vocab_size=32000 if large else 128, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 4, head_dim=hidden // heads,
+        max_position_embeddings=1 << 20,
     )  # fmt: skip
     with torch.device(args.device):
         before = torch.get_default_dtype()
@@ -180,22 +185,45 @@ def model_table(args: argparse.Namespace, context: int, batch: int) -> list[dict
             model = LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(before)
+    for layer in model.model.layers:
+        layer.mlp.forward = partial(in_slices, layer.mlp.forward)
+    return model
+
+
+def in_slices(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """An MLP over some tokens after the other; for every cache alike."""
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.cat([mlp(part) for part in flat.split(SLICE)]).view(x.shape)
+
+
+def new_cache(model: LlamaForCausalLM, recipe: kvc.Recipe | None) -> Cache:
+    """A `DynamicCache` for the stock model, or the model patched and a cache for the recipe."""
+    kvc.unpatch(model)
+    if recipe is None:
+        return DynamicCache(config=model.config)
+    kvc.patch(model, recipe)
+    return kvc.CompressedPagedCache(model.config, recipe)
+
+
+def dense_token(config: LlamaConfig, dtype: torch.dtype) -> int:
+    """Bytes of a token in a `DynamicCache`."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+@torch.no_grad()
+def model_table(args: argparse.Namespace, model: LlamaForCausalLM, context: int, batch: int) -> list[dict]:
+    """Milliseconds per decode step of a random model, one cache after the other."""
+    config = model.config
     ids = torch.randint(4, config.vocab_size, (batch, context), device=args.device)
-    results = []
-    print(f"\nmodel of {layers} layers, context {context}, batch {batch}:")
+    results: list[dict] = []
+    print(f"\nmodel of {config.num_hidden_layers} layers, context {context}, batch {batch}:")
     for name in ("DynamicCache", *RECIPES):
         try:
-            if name == "DynamicCache":
-                cache = DynamicCache(config=config)
-            else:
-                kvc.patch(model, name)
-                cache = kvc.CompressedPagedCache(config, name)
+            cache = new_cache(model, None if name == "DynamicCache" else kvc.get_preset(name))
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ms = clock({name: partial(model, ids[:, :1], past_key_values=cache, use_cache=True)}, args.device, 5)
-            if name == "DynamicCache":
-                size = 2 * layers * batch * context * config.num_key_value_heads * config.head_dim * 2
-            else:
-                size = cache.memory().total
+            dense = batch * context * dense_token(config, args.dtype)
+            size = dense if name == "DynamicCache" else cache.memory().total
             results.append(dict(context=context, batch=batch, cache=name, ms=ms[name], bytes=size))
             stock = next((r["ms"] for r in results if r["cache"] == "DynamicCache" and "ms" in r), None)
             times = f"{stock / ms[name]:8.2f} x stock" if stock else ""
@@ -206,6 +234,60 @@ def model_table(args: argparse.Namespace, context: int, batch: int) -> list[dict
         cache = None
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
+    kvc.unpatch(model)
+    return results
+
+
+def seconds(start: float, device: torch.device) -> float:
+    """Seconds since `start`, everything on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def throughput_table(args: argparse.Namespace, model: LlamaForCausalLM) -> list[dict]:
+    """Tokens per second with as many sequences as fit into a fixed KV memory."""
+    settings: dict[str, kvc.Recipe | None] = {"DynamicCache": None, "auto": kvc.get_preset("auto")}
+    for part in args.budgets:
+        settings[f"kv-compress 1/{part}"] = kvc.get_preset("kv-compress").with_overrides(budget=1 / part)
+    length = args.prompt + args.new
+    print(f"\n{args.kv_memory / 2**20:.0f} MiB of KV memory, prompts of {args.prompt}, {args.new} new tokens:")
+    results = []
+    for name, recipe in settings.items():
+        try:
+            each = length * dense_token(model.config, args.dtype)
+            if recipe is not None:  # what one sequence takes when it is decoded from, and its share of new tokens
+                cache = new_cache(model, recipe)
+                for tokens in (args.prompt, 1):
+                    model(torch.full((1, tokens), 4, device=args.device), past_key_values=cache, logits_to_keep=1)
+                each = cache.memory().total * length // args.prompt
+            batch = max(1, min(args.most_sequences, args.kv_memory // each))
+            ids = torch.randint(4, model.config.vocab_size, (batch, args.prompt), device=args.device)
+            cache = new_cache(model, recipe)
+            start = time.perf_counter()
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            prefill = seconds(start, args.device)
+            start = time.perf_counter()
+            for _ in range(args.new):
+                model(ids[:, :1], past_key_values=cache)
+            decode = seconds(start, args.device)
+            row = dict(setting=name, batch=batch, prefill_s=prefill, decode_s=decode)
+            row |= dict(tokens_per_s=batch * args.new / (prefill + decode), decoded_per_s=batch * args.new / decode)
+            if recipe is not None:
+                events = cache.run_report.statistics
+                row |= dict(bytes=cache.memory().total, packing_s=events.seconds_packing)
+                row |= dict(planning_s=events.seconds_planning)
+            results.append(row)
+            speeds = f"{row['tokens_per_s']:12.1f} tokens/s{row['decoded_per_s']:12.1f} decoding"
+            print(f"  {name:20}{batch:6} sequences{speeds}")
+        except torch.OutOfMemoryError:
+            results.append(dict(setting=name, error="out of memory"))
+            print(f"  {name:20} out of memory")
+        cache = None
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+    kvc.unpatch(model)
     return results
 
 
@@ -236,7 +318,14 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float16)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--skip-tests", action="store_true", help="do not run tests/gpu first")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS[:-1]), choices=PARTS)
+    parser.add_argument("--prompt", type=int, default=6000, help="throughput: tokens of a prompt")
+    parser.add_argument("--new", type=int, default=500, help="throughput: tokens decoded after each")
+    parser.add_argument("--kv-memory", type=parse_bytes, default="20GiB", help="throughput: what all caches may take")
+    parser.add_argument("--budgets", nargs="*", type=int, default=[1, 4, 8, 16, 64], help="throughput: 1/n of dense")
+    parser.add_argument(
+        "--most-sequences", type=int, default=96, help="throughput: a prompt's activations need room too"
+    )
     parser.add_argument("--json", type=Path, help="file to write the results to, after every part")
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
@@ -252,20 +341,29 @@ def main() -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    if not args.skip_tests:
+    if "tests" in args.parts:
         folder = Path(__file__).parents[1] / "tests" / "gpu"
-        result = subprocess.run([sys.executable, "-m", "pytest", "-q", str(folder)], capture_output=True, text=True)
+        # From that folder, so that the installed package is found and not the half of it in the repository's root.
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         print(result.stdout[-3000:])
         keep("tests", {"exit_status": result.returncode, "summary": result.stdout.strip().splitlines()[-1]})
-    speed = memory_speed(args.device, (1 << 30) if args.device.type == "cuda" else (1 << 24))
-    print(f"memory read {speed / 1e9:.0f} GB/s")
-    keep("bytes_per_second", speed)
-    for context in args.contexts:
-        for batch in args.batches:
-            keep("decode", decode_table(args, context, batch, speed))
+    if "decode" in args.parts:
+        speed = memory_speed(args.device, (1 << 30) if args.device.type == "cuda" else (1 << 24))
+        print(f"memory read {speed / 1e9:.0f} GB/s")
+        keep("bytes_per_second", speed)
+        for context in args.contexts:
+            for batch in args.batches:
+                keep("decode", decode_table(args, context, batch, speed))
+    for context in args.contexts if "prefill" in args.parts else ():
         keep("prefill", prefill_table(args, context))
-        for batch in args.model_batches:
-            keep("model", model_table(args, context, batch))
+    if {"model", "throughput"} & {*args.parts}:
+        model = random_model(args)
+        for context in args.contexts if "model" in args.parts else ():
+            for batch in args.model_batches:
+                keep("model", model_table(args, model, context, batch))
+        if "throughput" in args.parts:
+            keep("throughput", throughput_table(args, model))
     return 0
 
 

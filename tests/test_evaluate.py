@@ -120,8 +120,7 @@ def test_a_replayed_prompt_is_a_prefill(model, samples, recipe):
         assert replayed.memory() == prefilled.memory()
         assert all(torch.equal(a, b) for a, b in zip(replayed.slots(), prefilled.slots(), strict=True))
         outputs = [
-            suites_run.answer_on(model, cache, question.ids, question.answer).logits
-            for cache in (replayed, prefilled)
+            suites_run.answer_on(model, cache, question.ids, question.answer).logits for cache in (replayed, prefilled)
         ]
     assert torch.equal(*outputs)
 

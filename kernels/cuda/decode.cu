@@ -116,7 +116,7 @@ struct Loaded {
   static constexpr int kKeyWords = KeyRow<kDim, kKeyBits>::kWords;
   static constexpr int kValueWords = ValueRow<kDim, kValueBits>::kWords;
   // Whether there are registers for the keys of a block and the values of another.
-  static constexpr bool kBoth = kDim <= 128 || 2 * kKeyWords + 4 * kValueWords <= 24;
+  static constexpr bool kBoth = kDim <= 128;
   uint32_t k[2][kKeyWords];    // slots g and g + 8
   uint32_t v[4][kValueWords];  // slots 2t, 2t + 1, 2t + 8, 2t + 9
   uint32_t key_scale[2], key_offset[2], value_scale[2], value_offset[2];  // fp16 pairs of slots 2t and 2t + 8

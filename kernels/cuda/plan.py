@@ -166,7 +166,12 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         at = partial.data_ptr()
         sums = 2 * self._blocks * TILE * partial.element_size()
         self._pointers = KvcWorkspace(
-            at, at + sums * head_dim, at + sums * (head_dim + 1), arrived.data_ptr(), self._lse.data_ptr(), self._clock.data_ptr()
+            at,
+            at + sums * head_dim,
+            at + sums * (head_dim + 1),
+            arrived.data_ptr(),
+            self._lse.data_ptr(),
+            self._clock.data_ptr(),
         )
 
     def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import subprocess
@@ -40,9 +41,15 @@ def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
     ]
     newest = max(path.stat().st_mtime_ns for path in sources if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
     library = folder / f"libkvc_shim{'_asan' if sanitize else ''}.so"
-    if library.exists() and library.stat().st_mtime_ns > newest:
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # processes that run tests side by side build it once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists() or library.stat().st_mtime_ns <= newest:
+            _compile(library, sanitize)
+    return library
+
+
+def _compile(library: Path, sanitize: bool) -> None:
     unfinished = library.with_suffix(f".{os.getpid()}")
     command = [
         os.environ.get("CXX", "g++"),
@@ -64,7 +71,6 @@ def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
     if result.returncode:
         raise ShimError(f"the host shim does not compile:\n{result.stderr[-4000:]}")
     unfinished.replace(library)
-    return library
 
 
 class ShimLauncher:

@@ -98,7 +98,9 @@ class Arena:
             self._grow(missing)
         # By a prefix sum, because the device need not be asked how many are free.
         free = (self.references == 0).cumsum(0, dtype=torch.int32)
-        ids = torch.searchsorted(free, torch.arange(1, count + 1, dtype=torch.int32, device=free.device), out_int32=True)
+        ids = torch.searchsorted(
+            free, torch.arange(1, count + 1, dtype=torch.int32, device=free.device), out_int32=True
+        )
         self.references[ids] = 1
         self.live += count
         # A file of this cache must not hold, in the unused ends of its pages, what others had stored there.

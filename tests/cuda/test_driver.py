@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import types
 
 import pytest
 import torch
 
 from kvcompress_hf.kernels import dispatch
-from kvcompress_hf.kernels.cuda import CudaBackend, CudaLauncher, DriverError, NvrtcError, driver, images, load_driver
+from kvcompress_hf.kernels.cuda import CudaBackend, CudaLauncher, DriverError, driver, images, load_driver, nvrtc
 
 STREAM = types.SimpleNamespace(cuda_stream=0)
 
@@ -69,22 +70,43 @@ def test_no_driver():
         load_driver("libm.so.6")
 
 
-@pytest.mark.parametrize("error", [DriverError("no driver"), NvrtcError("no compiler")])
-def test_what_cannot_be_used_falls_back_with_a_reason(monkeypatch, error):
-    def fail(index):
-        raise error
-
+@pytest.mark.parametrize(
+    "capability, library, compiler, why",
+    [
+        (
+            (9, 0),
+            "libnothing_of_the_kind.so.1",
+            True,
+            "the CUDA driver library libnothing_of_the_kind.so.1 cannot be loaded",
+        ),
+        ((7, 5), None, True, "compute capability 8.0 .Ampere. or newer is needed, this device has 7.5"),
+        ((8, 7), None, False, "NVRTC was not found: `pip install nvidia-cuda-nvrtc`"),
+    ],
+    ids=["no driver", "old device", "no code and no compiler"],
+)
+def test_what_cannot_be_used_falls_back_with_a_reason(
+    monkeypatch, tmp_path, shim_library, capability, library, compiler, why
+):
+    device = types.SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(dispatch, "launcher_for", fail)
-    dispatch._backend_for.cache_clear()
+    monkeypatch.setattr(driver, "load_driver", lambda: load_driver(library or str(shim_library)))
+    monkeypatch.setattr(images, "CUBIN_DIR", tmp_path)
+    caches = [dispatch._backend_for, driver.launcher_for, nvrtc._library]
+    if not compiler:
+        monkeypatch.setattr(nvrtc, "_candidates", lambda: iter(()))
+    for cache in caches:
+        cache.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=f"falls back to plain torch on cuda:0, .*{error}"):
+        with pytest.warns(UserWarning, match=f"falls back to plain torch on cuda:0, .*{why}"):
             backend = dispatch.get_backend("cuda")
-        assert backend.name == "reference" and str(error) in backend.reason
+        assert backend.name == "reference" and re.search(why, backend.reason)
     finally:
-        dispatch._backend_for.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_without_a_device():

@@ -10,7 +10,7 @@ from kvcompress_hf.kernels.host_shim import ShimLauncher
 
 
 class Recorder(ShimLauncher):
-    """While `recording`, keeps launches with their arguments instead of running them, as a stream being captured does."""
+    """While `recording`, keeps launches with their arguments instead of running them, like a captured stream."""
 
     def __init__(self, library, order):
         super().__init__(library, order)
@@ -67,7 +67,9 @@ def test_a_captured_step_replays(make_twins, recorder, exact, close, head_dim):
     for tier in range(2):
         for field in ("sum", "square"):
             got = CudaBackend(recorder).read_field(twins.rows, tier, field, 90)
-            torch.testing.assert_close(got, exact.read_field(twins.expected_rows, tier, field, 90), rtol=2e-3, atol=1e-5)
+            torch.testing.assert_close(
+                got, exact.read_field(twins.expected_rows, tier, field, 90), rtol=2e-3, atol=1e-5
+            )
 
 
 def test_replays_beyond_the_tail_write_nothing(make_twins, recorder):

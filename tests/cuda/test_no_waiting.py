@@ -21,14 +21,18 @@ class Questions(TorchDispatchMode):
         self.asked: list[str] = []
         for name in ("tolist", "cpu", "numpy"):  # on the CPU these pass the dispatcher by
             plain = getattr(torch.Tensor, name)
-            monkeypatch.setattr(torch.Tensor, name, lambda x, *a, plain=plain, name=name: self.note(name) or plain(x, *a))
+            monkeypatch.setattr(
+                torch.Tensor, name, lambda x, *a, plain=plain, name=name: self.note(name) or plain(x, *a)
+            )
 
     def note(self, name: str) -> None:
         self.asked.append(name)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        index = args[1] if name.startswith("aten.index") and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        index = (
+            args[1] if name.startswith("aten.index") and len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        )
         masks = [x for x in index if isinstance(x, torch.Tensor) and x.dtype is torch.bool]
         if any(part in name for part in ASKING) or (masks and not name.startswith("aten.index_put")):
             self.note(name)

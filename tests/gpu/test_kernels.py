@@ -202,7 +202,33 @@ def test_another_stream(gpu):
     close(got, wanted, F16)
 
 
-@pytest.mark.parametrize("preset", ["lossless", "k8v4", "kv-compress", "leankv", "roco", "auto"])
+@pytest.mark.parametrize("head_dim", [128, 80])
+def test_a_step_in_a_cuda_graph(gpu, head_dim):
+    case = make([(8, 4)], head_dim, F16)
+    fill(case, gpu)
+    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, scale=0.1, q_heads=16, window=1500, sum_field="sum")
+    options = dict(scale=0.1, window=1500, sum_field="sum")
+    static = [torch.empty(2, heads, 1, head_dim, dtype=F16, device="cuda") for heads in (16, 4, 4)]
+    graph, out = torch.cuda.CUDAGraph(), None
+    for position in range(2000, 2006):
+        new = [case.randn(heads, 1) for heads in (16, 4, 4)]
+        for x, y in zip(static, new, strict=True):
+            x.copy_(y)
+        if position == 2001:
+            with torch.cuda.graph(graph):
+                out = plan.run(*static, position)
+        if position in (2000, 2004):
+            got = plan.run(*static, position)
+        else:
+            graph.replay()
+            got = out
+        close(got, EXACT.decode_attention(*new, case.rows, case.tail, position=position, **options), F16)
+    case.check_tail()
+    fields = (gpu.read_field(case.gpu_rows, 0, "sum", 700).cpu(), EXACT.read_field(case.rows, 0, "sum", 700))
+    torch.testing.assert_close(*fields, rtol=3e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["lossless", "k8v4", "kv-compress", "leankv", "roco", "auto", "kvzip"])
 def test_generate(gpu, preset):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -217,7 +243,8 @@ def test_generate(gpu, preset):
     ids = torch.randint(3, 101, (2, 300), device="cuda")
     options = dict(max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     stock = model.generate(ids, **options).sequences
-    changes = {"budget": 0.3} if preset in ("kv-compress", "auto") else {"budget": 64} if preset == "roco" else {}
+    budgets = {"kv-compress": 0.3, "auto": 0.3, "kvzip": 0.3, "roco": 64}
+    changes = {"budget": budgets[preset]} if preset in budgets else {}
     with kvc.patched(model, preset, **changes):
         result = model.generate(ids, **options)
     assert result.sequences.shape == stock.shape
