@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
 
 import torch
 
 from kvcompress_hf import kernels
 from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.importance.base import Chunk, Observer
+from kvcompress_hf.new_tokens import NewTokens, real_tokens, split_mask
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
 from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
@@ -51,26 +51,6 @@ class RunStatistics:
     peak_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A recorded token whose queries have not been counted yet: it may still be taken back."""
-
-    query: torch.Tensor  # [batch, q_heads, 1, head_dim]
-    key: torch.Tensor
-    value: torch.Tensor
-    valid: torch.Tensor | None
-    scaling: float
-    softcap: float | None
-    window: int | None
-    sinks: torch.Tensor | None
-
-    def select(self, index: torch.Tensor) -> "_Held":
-        """The same token of other sequences."""
-        at = index.to(self.key.device)
-        valid = None if self.valid is None else self.valid[at]
-        return replace(self, query=self.query[at], key=self.key[at], value=self.value[at], valid=valid)
-
-
 @dataclass
 class _Layer:
     """What belongs to one layer of the model."""
@@ -84,7 +64,7 @@ class _Layer:
     tail_used: int = 0  # most slots any sequence has in the tail
     plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = ()
-    held: list[_Held] = field(default_factory=list)  # the newest tokens, oldest first
+    held: list[NewTokens] = field(default_factory=list)  # the newest tokens, oldest first
 
 
 @dataclass
@@ -255,41 +235,25 @@ class PagedAttention:
                 f"{store.geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh "
                 "cache."
             )
-        valid = None if mask is None else _real_tokens(mask, query.shape[2], tokens, key.shape[0])
+        valid = None if mask is None else real_tokens(mask, query.shape[2], tokens, key.shape[0])
         layer.group = query.shape[1] // key.shape[1]
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
         if position == 0 and self.recipe.centres_keys and softcap is None and sinks is None:
             store.settle_key_shift(layer.index, key.detach(), valid)
-        key = store.centre(layer.index, key)
+        new = NewTokens(query, store.centre(layer.index, key), value, valid, scaling, softcap, window, sinks)
         if self._reading_again:
-            return self._read_again(layer, store, query, key, value, mask, valid, scaling, softcap, window, sinks)
+            return self._read_again(layer, store, new.detached(), mask)
         if tokens == 1 and position:
-            output = self._decode(layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+            output = self._decode(layer, store, new)
         elif self._verifies(layer, mask, valid, tokens):
             outputs = []
-            for token in range(tokens):
-                one = slice(token, token + 1)
-                real = None if valid is None else valid[:, one].contiguous()
-                new = (query[:, :, one], key[:, :, one], value[:, :, one])
-                outputs.append(self._decode(layer, store, *new, real, scaling, softcap, window, sinks))
+            for token in new.singly():
+                outputs.append(self._decode(layer, store, token))
                 layer.seen += 1
             output = torch.cat(outputs, dim=1)
         else:
             try:
-                output = self._chunk(
-                    layer,
-                    store,
-                    query,
-                    key.detach(),
-                    value.detach(),
-                    mask,
-                    valid,
-                    scaling,
-                    dense,
-                    softcap,
-                    window,
-                    sinks,
-                )
+                output = self._chunk(layer, store, new.detached(), mask, dense)
             except CacheMemoryError:
                 self._undo_forward()
                 raise
@@ -351,30 +315,15 @@ class PagedAttention:
             output = dense()
         else:
             store = source.store
-            key = store.centre(source.index, key)
+            new = NewTokens(query, store.centre(source.index, key), value, None, scaling, softcap, window, sinks)
             store.reserve_tail(source.tail_used)
             tail = store.tail(source.index)
             if tokens == 1:
                 # The token is in the tail already; it comes as a new key, as in a chunk that is not stored yet.
-                newest = 1 if mask is None else _real_tokens(mask, 1, 1, self.batch)[:, 0].to(torch.int32)
+                newest = 1 if mask is None else real_tokens(mask, 1, 1, self.batch)[:, 0].to(torch.int32)
                 tail = replace(tail, lengths=tail.lengths - newest)
-            allowed, bias = _split_mask(mask)
-            attended = store.backend.chunk_attention(
-                query.detach(),
-                key,
-                value,
-                store.rows(source.index),
-                tail,
-                position=source.seen - query.shape[2],
-                key_position=position,
-                scale=scaling,
-                softcap=softcap,
-                window=window,
-                sinks=None if sinks is None else sinks.detach().float().contiguous(),
-                allowed=allowed,
-                bias=bias,
-            )
-            output = cast(torch.Tensor, attended)
+            at = source.seen - query.shape[2]
+            output = new.detached().attend(store, source.index, tail, mask, position=at, key_position=position)
         self._end_layer(layer_idx)
         return output
 
@@ -385,19 +334,7 @@ class PagedAttention:
                 raise self._no_room()
             self._end_forward()
 
-    def _decode(
-        self,
-        layer: _Layer,
-        store: PagedStore,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _decode(self, layer: _Layer, store: PagedStore, new: NewTokens) -> torch.Tensor:
         if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
             room = layer.tail_used + 1
             store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
@@ -406,7 +343,7 @@ class PagedAttention:
         sum_field = None if observer is None else observer.sum_field
         square_field = None if observer is None else observer.square_field
         if self._holds:
-            layer.held.append(_Held(query, key, value, valid, scaling, softcap, window, sinks))
+            layer.held.append(new)
             sum_field = square_field = None
         if sum_field or square_field:
             if store.arena.shared:
@@ -415,11 +352,11 @@ class PagedAttention:
                 store.clear_field(str(sum_field), layer.index)
         plan_key = (
             store.version,
-            query.shape[1],
-            scaling,
-            softcap,
-            window,
-            None if sinks is None else sinks.data_ptr(),
+            new.query.shape[1],
+            new.scaling,
+            new.softcap,
+            new.window,
+            None if new.sinks is None else new.sinks.data_ptr(),
             sum_field,
             square_field,
         )
@@ -427,39 +364,27 @@ class PagedAttention:
             layer.plan = store.backend.plan_decode(
                 store.rows(layer.index),
                 replace(store.tail(layer.index), used=layer.tail_used),
-                scale=scaling,
-                softcap=softcap,
-                window=window,
-                sinks=None if sinks is None else sinks.detach().float().contiguous(),
+                scale=new.scaling,
+                softcap=new.softcap,
+                window=new.window,
+                sinks=new.sink_logits(),
                 sum_field=sum_field,
                 square_field=square_field,
-                q_heads=query.shape[1],
+                q_heads=new.query.shape[1],
             )
             layer.plan_key = plan_key
         fields: dict[str, torch.Tensor] = {}
         if observer is not None and observer.observes_steps and not self._holds:
-            fields = self._observe(observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks)
+            fields = self._observe(observer, layer, store, new.detached())
         before = store.tail_lengths[layer.index].clone() if fields else None
-        output = layer.plan.run(query, key, value, layer.seen, None if valid is None else valid[:, 0])
+        valid = new.valid
+        output = layer.plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None:
             self._write_fields(store, layer, before, valid, fields)
         layer.tail_used += 1
         return output
 
-    def _observe(
-        self,
-        observer: Observer,
-        layer: _Layer,
-        store: PagedStore,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
+    def _observe(self, observer: Observer, layer: _Layer, store: PagedStore, new: NewTokens) -> dict[str, torch.Tensor]:
         """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`.
 
         Tokens that are read again have none: what they look at goes to the fields of what is stored.
@@ -471,15 +396,15 @@ class PagedAttention:
         chunk = Chunk(
             store=store,
             layer=layer.index,
-            query=query.detach(),
-            keys=key.detach(),
-            values=value.detach(),
+            query=new.query,
+            keys=new.key,
+            values=new.value,
             position=layer.seen,
-            scale=scaling,
-            softcap=softcap,
-            window=window,
-            sinks=None if sinks is None else sinks.detach().float().contiguous(),
-            valid=valid,
+            scale=new.scaling,
+            softcap=new.softcap,
+            window=new.window,
+            sinks=new.sink_logits(),
+            valid=new.valid,
         )
         fields: dict[str, torch.Tensor] = {}
         if self._reading_again:
@@ -489,59 +414,24 @@ class PagedAttention:
         self.statistics.seconds_planning += time.perf_counter() - started
         return fields
 
-    def _measure(
-        self,
-        layer: _Layer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float,
-        valid: torch.Tensor | None,
-    ) -> None:
+    def _measure(self, layer: _Layer, new: NewTokens) -> None:
         """Measures what tiers lose on the first tokens of every sequence."""
         number = next(i for i, each in enumerate(self._layers) if each is layer)
         known = self._distortion.get(number)
         if known is not None and not bool(known.isnan().any()):
             return
-        padding = None if valid is None else (~valid).sum(1)
+        padding = None if new.valid is None else (~new.valid).sum(1)
         tiers = [TIERS[name] for name in self.recipe.tiers]
-        measured = measure_distortion(query, key, value, scaling, tiers, padding)
+        measured = measure_distortion(new.query, new.key, new.value, new.scaling, tiers, padding)
         self._distortion[number] = measured if known is None else torch.where(known.isnan(), measured, known)
 
-    def _read_again(
-        self,
-        layer: _Layer,
-        store: PagedStore,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        valid: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _read_again(self, layer: _Layer, store: PagedStore, new: NewTokens, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
         store.reserve_tail(layer.tail_used)
-        allowed, bias = _split_mask(mask)
-        attended = store.backend.chunk_attention(
-            query.detach(),
-            key.detach(),
-            value.detach(),
-            store.rows(layer.index),
-            store.tail(layer.index),
-            position=layer.seen,
-            scale=scaling,
-            softcap=softcap,
-            window=window,
-            sinks=None if sinks is None else sinks.detach().float().contiguous(),
-            allowed=allowed,
-            bias=bias,
-        )
+        output = new.attend(store, layer.index, store.tail(layer.index), mask, position=layer.seen)
         if self._observer is not None:
-            self._observe(self._observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks)
-        return cast(torch.Tensor, attended)
+            self._observe(self._observer, layer, store, new)
+        return output
 
     @contextlib.contextmanager
     def second_reading(self) -> Iterator[None]:
@@ -590,71 +480,40 @@ class PagedAttention:
         self,
         layer: _Layer,
         store: PagedStore,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        new: NewTokens,
         mask: torch.Tensor | None,
-        valid: torch.Tensor | None,
-        scaling: float,
         dense: Callable[[], torch.Tensor],
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        position, tokens = layer.seen, key.shape[2]
+        position = layer.seen
         if position == 0:
             output = dense()
         else:
             store.reserve_tail(layer.tail_used)
-            allowed, bias = _split_mask(mask)
-            attended = store.backend.chunk_attention(
-                query.detach(),
-                key,
-                value,
-                store.rows(layer.index),
-                store.tail(layer.index),
-                position=position,
-                scale=scaling,
-                softcap=softcap,
-                window=window,
-                sinks=None if sinks is None else sinks.detach().float().contiguous(),
-                allowed=allowed,
-                bias=bias,
-            )
-            output = cast(torch.Tensor, attended)  # without return_lse it is the output alone
+            output = new.attend(store, layer.index, store.tail(layer.index), mask, position=position)
         fields: dict[str, torch.Tensor] = {}
         if self.recording and position:
             if self._holds:
-                self._hold(layer, query.detach(), key, value, valid, scaling, softcap, window, sinks)
+                layer.held.extend(new.singly())
         elif self._observer is not None:
-            fields = self._observe(
-                self._observer, layer, store, query, key, value, valid, scaling, softcap, window, sinks
-            )
+            fields = self._observe(self._observer, layer, store, new)
             if self._needs_distortion:
-                self._measure(layer, query.detach(), key, value, scaling, valid)
-        if layer.sharing == "store" and tokens > 1:
+                self._measure(layer, new)
+        if layer.sharing == "store" and new.tokens > 1:
             # The layers that read it must see what was there before and the new tokens apart, as this one did.
-            self._waiting.append(partial(self._store, layer, store, key, value, valid, fields, position))
+            self._waiting.append(partial(self._store, layer, store, new, fields, position))
             self._unfinished = not self.recording
         else:
-            self._store(layer, store, key, value, valid, fields, position)
+            self._store(layer, store, new, fields, position)
         return output
 
     def _store(
-        self,
-        layer: _Layer,
-        store: PagedStore,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor | None,
-        fields: dict[str, torch.Tensor],
-        position: int,
+        self, layer: _Layer, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor], position: int
     ) -> None:
         started = time.perf_counter()
-        if self.recording or key.shape[2] == 1:
-            self._append(layer, store, key, value, valid, fields, position)
+        if self.recording or new.tokens == 1:
+            self._append(layer, store, new, fields, position)
         else:
-            self._pack_chunk(layer, store, key, value, valid, fields, position)
+            self._pack_chunk(layer, store, new, fields, position)
             self._unfinished = True
         self.statistics.seconds_packing += time.perf_counter() - started
 
@@ -679,7 +538,7 @@ class PagedAttention:
             return False
         if mask is None or valid is None:
             return True
-        allowed, bias = _split_mask(mask)
+        allowed, bias = split_mask(mask)
         causal = torch.ones((tokens, tokens), dtype=torch.bool, device=mask.device).tril() & valid[:, None]
         same = allowed is not None and bool(((allowed == causal) | ~valid[:, :, None]).all())
         return same and bias is None
@@ -692,56 +551,23 @@ class PagedAttention:
             return False
         return bool(observer.sum_field or observer.square_field or observer.observes_steps)
 
-    def _hold(
-        self,
-        layer: _Layer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
-    ) -> None:
-        for token in range(key.shape[2]):
-            one = slice(token, token + 1)
-            real = None if valid is None else valid[:, one]
-            layer.held.append(
-                _Held(query[:, :, one], key[:, :, one], value[:, :, one], real, scaling, softcap, window, sinks)
-            )
-
     def _append(
-        self,
-        layer: _Layer,
-        store: PagedStore,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor | None,
-        fields: dict[str, torch.Tensor],
-        position: int,
+        self, layer: _Layer, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor], position: int
     ) -> None:
         """Puts new tokens into the tail, where they can still be taken back."""
-        tokens = key.shape[2]
-        store.reserve_tail(max(self.recipe.when.every, layer.tail_used + tokens))
+        store.reserve_tail(max(self.recipe.when.every, layer.tail_used + new.tokens))
         tail = store.tail(layer.index)
         before = tail.lengths.clone()
-        store.backend.append(tail, key, value, position, valid)
+        store.backend.append(tail, new.key, new.value, position, new.valid)
         if fields:
-            self._write_fields(store, layer, before, valid, fields)
-        layer.tail_used += tokens
+            self._write_fields(store, layer, before, new.valid, fields)
+        layer.tail_used += new.tokens
 
     def _pack_chunk(
-        self,
-        layer: _Layer,
-        store: PagedStore,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        valid: torch.Tensor | None,
-        fields: dict[str, torch.Tensor],
-        position: int,
+        self, layer: _Layer, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor], position: int
     ) -> None:
         """Packs a chunk of a prompt straight into pages; padding and what no later query can see is left out."""
+        key, value, valid = new.key, new.value, new.valid
         batch, heads, tokens, _ = key.shape
         store.pack_tail(_BEST, layer.index, self._describe)
         layer.tail_used = 0
@@ -794,7 +620,7 @@ class PagedAttention:
             # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
             self._end_forward()
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
-        padding = None if mask is None else (~_real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
+        padding = None if mask is None else (~real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
         if tokens > 1 and not self.recording:
             self._make_room(tokens)
         if not self.batch:
@@ -1133,19 +959,7 @@ class PagedAttention:
             for token in range(count):
                 for layer, tokens in zip(self._layers, held, strict=True):
                     if layer.store is not None and tokens:
-                        one = tokens[token]
-                        self._decode(
-                            layer,
-                            layer.store,
-                            one.query,
-                            one.key,
-                            one.value,
-                            one.valid,
-                            one.scaling,
-                            one.softcap,
-                            one.window,
-                            one.sinks,
-                        )
+                        self._decode(layer, layer.store, tokens[token])
                         layer.seen += 1
                 self.seen += 1
                 self._settle()
@@ -1396,28 +1210,3 @@ def layout_for(recipe: Recipe, geometry: Geometry) -> kernels.PageLayout:
     fields = ("position", *observed) if recipe.evicts or geometry.windowed else ()
     tiers = [TIERS[name] for name in recipe.tiers]
     return kernels.page_layout(geometry.head_dim, geometry.dtype, tiers, fields, recipe.page_bytes)
-
-
-def _real_tokens(mask: torch.Tensor, queries: int, tokens: int, batch: int) -> torch.Tensor:
-    """Which new tokens are real: those that may see themselves. `bool` `[batch, tokens]`."""
-    if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
-        raise UnsupportedFeatureError(
-            f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
-            f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
-            "instead and let transformers build the 4-D one."
-        )
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    return real.expand(batch, -1).contiguous()
-
-
-def _split_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Who of the new tokens sees whom, and what is added to the logits, each `[batch, tokens, tokens]` or `None`."""
-    if mask is None:
-        return None, None
-    block = mask[:, 0]
-    if block.dtype == torch.bool:
-        return block.contiguous(), None
-    allowed = block > torch.finfo(block.dtype).min / 2
-    bias = torch.where(allowed, block, 0).float()
-    return allowed.contiguous(), bias.contiguous() if bool(bias.any()) else None

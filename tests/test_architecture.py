@@ -12,6 +12,7 @@ LEVEL = {
     "paging": 1,
     "importance": 2,
     "planning": 2,
+    "new_tokens": 2,
     "presets": 3,
     "attention": 3,
     "reports": 4,

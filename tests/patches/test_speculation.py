@@ -88,7 +88,7 @@ def test_speculation_equals_plain_decoding(preset, how, model, draft, prompt, mo
         if cache.recipe.tiers == ("native",):
             torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
         else:  # rounding of attention moves some keys and values to the next code
-            assert float((mine - theirs).abs().sum()) <= 1e-2 * float(theirs.abs().sum())
+            assert float((mine - theirs).abs().sum()) <= 5e-2 * float(theirs.abs().sum())
 
 
 def test_statistics_of_what_is_taken_back_are_not_counted(model, prompt):
