@@ -95,7 +95,7 @@ def tier_form(backend: CpuBackend, tier: str, q: Tensor, setting: Setting) -> Fo
 
 
 def dense_forms(q: Tensor, setting: Setting, gqa: bool) -> Iterator[Form | tuple[str, str]]:
-    """Keys and values in the model's dtype, contiguous: torch's forms, and our own dense kernel or why it is not here."""
+    """Contiguous keys and values in the model's dtype: torch's forms, and our dense kernel or why there is none."""
     size = setting.dense_bytes
     sets = [(tensors(setting, setting.context), tensors(setting, setting.context)) for _ in range(setting.sets(size))]
     packed = q.view(1, setting.kv_heads, setting.group, setting.head_dim)

@@ -131,8 +131,8 @@ struct Tile {
   float weight_step;
 };
 
-// Precision of the integer weights. Next to 8-bit codes, queries and probabilities have 16 bits: what they lose is
-// far below the codes' own error. Next to codes of 4 and 2 bits, probabilities have 8. Rounding a slot's weight costs at most
+// Precision of the integer weights. Next to 8-bit codes, queries (but see mix_queries()) and probabilities have 16
+// bits: what they lose is far below the codes' own error. Next to codes of 4 and 2 bits, probabilities have 8. Rounding a slot's weight costs at most
 // 1/510 of the tile's largest weight w, times the spread of a code (below 3 steps of 4 bits, 0.9 of 2 bits), for each
 // of kTile slots: together below w * 0.29 / 255 * 3 * sqrt(128) steps. The slot with that weight alone already has an
 // error of w * 0.29 steps from quantising its value, so that the sum is off by an eighth of that at worst, and by a

@@ -1,4 +1,4 @@
-"""Kernel tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer: a part of what `make sanitize` runs."""
+"""Kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer: a part of what `make sanitize` runs."""
 
 from __future__ import annotations
 
