@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kRows = 16;                       // query rows handled together
-constexpr int kPitch = KVC_MAX_HEAD_DIM + 1;    // of a slot in shared memory
+constexpr int kPitch = KVC_MAX_HEAD_DIM + 1;    // of a query or slot in shared memory: rows begin in different banks
 constexpr int kTail = KVC_MAX_TIERS, kFresh = KVC_MAX_TIERS + 1;  // sections after the tiers
 constexpr float kLowest = -1e30f;
 constexpr int kLargest = 4;                     // in KvcScores::powers
@@ -78,7 +78,7 @@ KVC_DEVICE float dot(const float* a, const float* b, int n) {
 }
 
 // Rotates the rows of q[kRows][head_dim], one warp to a row.
-KVC_DEVICE void rotate_rows(float (*q)[KVC_MAX_HEAD_DIM], const KvcLayout& layout) {
+KVC_DEVICE void rotate_rows(float (*q)[kPitch], const KvcLayout& layout) {
   for (int m = thread_warp(); m < kRows; m += kThreads / 32) {
     rotate(q[m], layout.head_dim, layout.rotation_block);
   }
@@ -90,7 +90,7 @@ KVC_DEVICE void rotate_rows(float (*q)[KVC_MAX_HEAD_DIM], const KvcLayout& layou
 // Without `out` only the log-sum-exp is computed. key_valid: [batch, n_k], 0 = a new key that nobody sees; or null.
 KVC_KERNEL __launch_bounds__(kThreads, 1)
 kvc_chunk(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcChunk a, const uint8_t* key_valid, const int32_t* clock) {
-  __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
+  __shared__ float q[kRows][kPitch];
   __shared__ float tile[kBlock][kPitch];
   __shared__ float p[kRows][kBlock + 1];
   const int tiles = (a.n_q * a.group + kRows - 1) / kRows;
@@ -205,7 +205,7 @@ kvc_chunk(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcChunk a, const uint8_
 // batch x kv_heads x tiles of 16 slots, `tiles` of them: those of each tier, then the tail's, then the new tokens'.
 KVC_KERNEL __launch_bounds__(kThreads, 1)
 kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const float* lse, int32_t tiles) {
-  __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
+  __shared__ float q[kRows][kPitch];
   __shared__ float tile[kBlock][kPitch];
   __shared__ float sums[2][kRows][kBlock + 1];
   const int row = blockIdx.x / tiles, b = row / a.kv_heads, h = row % a.kv_heads;
@@ -289,7 +289,7 @@ kvc_scores(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const floa
 KVC_KERNEL __launch_bounds__(kThreads, 1)
 kvc_statistics(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, const float* lse, KVC_PARAMETER KvcWidths w,
                const int32_t* clock) {
-  __shared__ float q[kRows][KVC_MAX_HEAD_DIM];
+  __shared__ float q[kRows][kPitch];
   __shared__ float tile[kBlock][kPitch];
   __shared__ float p[kRows][kBlock + 1];
   const int row = blockIdx.x / w.tiles, b = row / a.kv_heads, h = row % a.kv_heads;
