@@ -478,5 +478,5 @@ def draw_curves(figures: dict[str, Any], modes: Sequence[str], suite: str, path:
     figure.legend(*handles, loc="outside right upper", fontsize=8)
     figure.suptitle(f"{figures['model']}, {figures['context_tokens']} tokens", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     print(f"Curves: {path}")
