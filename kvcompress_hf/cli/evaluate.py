@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 SUITES = ("quick", "output-error")
 MODES = ("unseen", "seen")
 RECIPES = (
-    "lossless,k8v4,k4v4,k4v2,auto,kv-compress,kv-compress@k4v4,snapkv,pyramidkv,ada-snapkv,leankv,h2o,tova,roco,"
-    "streaming,keydiff,random"
+    "lossless,k8v4,k4v4,k4v2,auto,auto-kvzip,kv-compress,kv-compress@k4v4,leankv,snapkv,kvzip,h2o,roco,pyramidkv,"
+    "ada-snapkv,tova,scissorhands,expected-attention,streaming,keydiff"
 )
 BUDGETS = "1/2,1/4,1/8,1/16,1/32,1/64"
 _PROSE = "prose"
@@ -142,7 +142,9 @@ def run_eval(args: argparse.Namespace) -> int:
         "modes": modes,
         "seed": args.seed,
     }
-    before = read_before(args.json, setting) if args.add and args.json.exists() else {"seconds": 0.0, "cells": []}
+    before: dict[str, Any] = {"seconds": 0.0, "cells": []}
+    if args.add and args.json.exists():
+        before = read_before(args.json, setting)
     known = {(cell["recipe"], cell["budget"]) for cell in before["cells"]}
     cells = [cell for cell in cells if (cell.name, cell.budget) not in known]
     print(
@@ -476,5 +478,5 @@ def draw_curves(figures: dict[str, Any], modes: Sequence[str], suite: str, path:
     figure.legend(*handles, loc="outside right upper", fontsize=8)
     figure.suptitle(f"{figures['model']}, {figures['context_tokens']} tokens", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     print(f"Curves: {path}")

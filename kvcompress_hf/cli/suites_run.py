@@ -221,8 +221,7 @@ def output_errors(outputs: Outputs, full: Outputs) -> dict[str, Any]:
     tokens = outputs.logits.shape[0]
     wanted = full.logits[-tokens:]
     layers = [
-        relative_error(states, whole[-tokens:])
-        for states, whole in zip(outputs.attention, full.attention, strict=True)
+        relative_error(states, whole[-tokens:]) for states, whole in zip(outputs.attention, full.attention, strict=True)
     ]
     return {
         "logits": relative_error(

@@ -88,7 +88,7 @@ class Arena:
             count (`int`): Number of pages.
 
         Returns:
-            `torch.Tensor`: Page ids, `int32` `[count]`, each with one reference; the pages are zeros.
+            `torch.Tensor`: Page ids, `int32` `[count]`, each with one reference; on the CPU the pages are zeros.
 
         Raises:
             CacheMemoryError: If the arena would grow beyond `max_bytes`; nothing has changed then.
@@ -103,10 +103,12 @@ class Arena:
         )
         self.references[ids] = 1
         self.live += count
-        # A file of this cache must not hold, in the unused ends of its pages, what others had stored there.
-        inner = (ids & ((1 << self.slab_shift) - 1)).long()
-        for index in torch.unique(ids >> self.slab_shift).tolist():
-            self.slabs[index][inner[(ids >> self.slab_shift) == index]] = 0
+        if self.device.type == "cpu":
+            # A file of this cache must not hold, in the unused ends of its pages, what others had stored there. A GPU
+            # would have to be asked which slabs these are.
+            inner = (ids & ((1 << self.slab_shift) - 1)).long()
+            for index in torch.unique(ids >> self.slab_shift).tolist():
+                self.slabs[index][inner[(ids >> self.slab_shift) == index]] = 0
         return ids
 
     def retain(self, ids: torch.Tensor) -> None:

@@ -128,7 +128,6 @@ class PlanView:
             total += ((counts + per_page - 1) // per_page * self.page_bytes).sum(1)
         return total
 
-
     def ragged_bytes(self, targets: torch.Tensor) -> torch.Tensor:
         """Bytes of page tables beyond an entry per page: a table is as wide as its longest row.
 
