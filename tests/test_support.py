@@ -18,7 +18,7 @@ HANDFUL = {
     "llama": ("supported", "swap"),
     "cohere2": ("supported", "interface"),
     "gemma3n_text": ("supported", "interface"),
-    "got_ocr2": ("supported", "interface"),
+    "aria": ("supported", "interface"),
     "deepseek_v3": ("refused", "MLA"),
     "mamba": ("refused", "recurrent"),
     "gptj": ("refused", "AttentionInterface"),
@@ -92,8 +92,8 @@ def test_command(tmp_path, capsys):
     output, findings = tmp_path / "models.md", tmp_path / "findings.json"
     assert main(["support", "qwen3", "mamba", "--output", str(output), "--json", str(findings)]) == 0
     out = capsys.readouterr().out
-    assert "qwen3  supported  interface: greedy, padded" in out and "1 supported, 1 refused" in out
-    assert "| qwen3 | Qwen3ForCausalLM | interface | all |" in output.read_text()
+    assert "qwen3  supported  swap: greedy, padded" in out and "1 supported, 1 refused" in out
+    assert "| qwen3 | Qwen3ForCausalLM | swap | all |" in output.read_text()
     assert [f["status"] for f in json.loads(findings.read_text())] == ["supported", "refused"]
     assert main(["support", "no-such"]) == 1
     assert "no-such" in capsys.readouterr().err and "llama" in families()

@@ -92,10 +92,11 @@ def test_a_prompt_in_chunks_is_read_again_as_a_whole(model):
 @pytest.mark.parametrize("preset", ["kvzip", "auto-kvzip"])
 def test_generate_reads_again_before_it_compresses(model, preset):
     ids = prompt(2)
+    arguments = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
     with kvc.patched(model, preset, budget=0.4):
-        out = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+        out = model.generate(ids, **arguments, return_dict_in_generate=True)
         stored_alone = kvc.prefill(model, ids[:1], preset, budget=0.4)
-        alone = model.generate(ids[:1], max_new_tokens=20, do_sample=False)
+        alone = model.generate(ids[:1], **arguments)
     cache = out.past_key_values
     assert not cache.awaits_second_reading and cache.run_report.statistics.evicted_slots
     assert stored_alone.run_report.statistics.evicted_slots

@@ -87,4 +87,5 @@ CpuBackend().read_slots(rows, 0, 1)
 """
     result = run(runtime, "-c", broken)
     assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr and "pack.cpp" in result.stderr
+    # overflow or use after free: what lies behind the slab is the allocator's affair
+    assert "AddressSanitizer: heap-" in result.stderr and "pack.cpp" in result.stderr
