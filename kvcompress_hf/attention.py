@@ -133,6 +133,8 @@ class PagedAttention:
         max_bytes (`int`, *optional*): Most bytes of pages per device.
         sharing (`Sequence[str | None]`, *optional*): Per layer `"store"` where later layers read its keys and values as
             well, `"reuse"` where it reads those of an earlier layer and has none itself, else `None`.
+        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`;
+            for recipes with `positions="reindexed"`, and for no others.
     """
 
     def __init__(
@@ -142,7 +144,9 @@ class PagedAttention:
         prompt_tokens: int | None = None,
         max_bytes: int | None = None,
         sharing: Sequence[str | None] | None = None,
+        inv_freq: torch.Tensor | None = None,
     ) -> None:
+        self.inv_freq = inv_freq
         self.recipe = recipes[0]  # what sequences share: observer, tiers, when
         self._recipes = tuple(recipes)
         self._observer: Observer | None = self.recipe.observer
@@ -842,7 +846,7 @@ class PagedAttention:
                 planned = torch.where(fits.to(planned.device)[:, None, None], unchanged, planned)
             targets[rows] = planned
         self.statistics.plans += 1
-        self.statistics.evicted_slots += apply_targets(parts, slots, targets)
+        self.statistics.evicted_slots += apply_targets(parts, slots, targets, self.inv_freq)
         self._note_room(ruled, torch.stack([bytes_held(part.store) for part in parts]))
 
     def _note_room(
@@ -1037,7 +1041,9 @@ class PagedAttention:
         Returns:
             `PagedAttention`: The copy.
         """
-        other = PagedAttention(self._recipes, self.windows, self.prompt_tokens, self.max_bytes, self.sharing)
+        other = PagedAttention(
+            self._recipes, self.windows, self.prompt_tokens, self.max_bytes, self.sharing, self.inv_freq
+        )
         other.seen, other.batch, other.recording = self.seen, self.batch, self.recording
         other._unfinished, other._prompt = self._unfinished, self._prompt
         other._planned, other._faded = self._planned, self._faded

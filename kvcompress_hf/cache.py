@@ -18,6 +18,7 @@ from kvcompress_hf.io import UnreadPages, layer_devices, load_cache, model_ident
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
+from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.units import format_bytes, parse_bytes
 
 __all__ = ["CompressedPagedCache", "KVHandle"]
@@ -98,6 +99,7 @@ class CompressedPagedCache(Cache):
 
     Raises:
         UnsupportedModelError: If some layers are not plain or sliding-window attention.
+        UnsupportedFeatureError: If positions are to be re-indexed and the model's rotary embedding does not allow it.
         ValueError: If the recipe is not valid.
 
     Example:
@@ -127,7 +129,9 @@ class CompressedPagedCache(Cache):
         self.recipe = recipes[0]
         windows = layer_windows(config)
         limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
-        self._take_over(PagedAttention(recipes, windows, prompt_tokens, limit, layer_sharing(config)), config)
+        inv_freq = key_frequencies(config, recipes[0], windows)
+        attention = PagedAttention(recipes, windows, prompt_tokens, limit, layer_sharing(config), inv_freq)
+        self._take_over(attention, config)
 
     def _take_over(self, attention: PagedAttention, config: PreTrainedConfig) -> None:
         self._attention, self._config = attention, config
@@ -529,6 +533,7 @@ class CompressedPagedCache(Cache):
             limit,
             layer_sharing(model.config),
         )
+        loaded.attention.inv_freq = key_frequencies(model.config, loaded.attention.recipe, windows)
         cache = cls.__new__(cls)
         cache.recipe = loaded.attention.recipe
         cache._take_over(loaded.attention, model.config)

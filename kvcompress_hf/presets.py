@@ -135,7 +135,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             plan=LowestPlan(),
             when=When(every=16),
         ),
-        "StreamingLLM (arXiv 2309.17453) with absolute positions: the first four and the newest tokens stay",
+        "StreamingLLM (arXiv 2309.17453), absolute positions by default: the first four and the newest tokens stay",
     ),
     "recency": (
         Recipe(name="recency", observer=Recency(), budget=Budget(0.5), plan=LowestPlan(), when=When(every=16)),
@@ -291,8 +291,8 @@ def resolve_rows(
 ) -> tuple[Recipe, ...]:
     """The recipes of the rows of a batch.
 
-    Rows of one batch share their pages, so what is stored per slot must be the same: the observer, tiers, page bytes
-    and `when`. Budget, plan (LeanKV's thresholds, say) and protection may differ from row to row.
+    Rows of one batch share their pages, so what is stored per slot must be the same: the observer, tiers, page bytes,
+    positions and `when`. Budget, plan (LeanKV's thresholds, say) and protection may differ from row to row.
 
     Args:
         spec: What [`resolve_recipe`] takes, for every row; or a list of such, one per row.
@@ -314,7 +314,7 @@ def resolve_rows(
         recipes = (_resolve_with_default(spec, default),)
     first = recipes[0]
     for row, recipe in enumerate(recipes):
-        for part in ("observer", "tiers", "when", "page_bytes", "centre_keys"):
+        for part in ("observer", "tiers", "when", "page_bytes", "centre_keys", "positions"):
             mine, theirs = getattr(recipe, part), getattr(first, part)
             if mine != theirs:
                 raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from kvcompress_hf.units import parse_bytes
 
-__all__ = ["TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
+__all__ = ["POSITIONS", "TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
 
 #: Storage formats of a packed slot: name to (key bits, value bits); 0 means the model's own dtype.
 TIERS: dict[str, tuple[int, int]] = {
@@ -23,6 +23,10 @@ TIERS: dict[str, tuple[int, int]] = {
     "k4v2": (4, 2),
     "k2v2": (2, 2),
 }
+
+
+#: How far what is kept looks from the next query: as far as it was in the text, or as if nothing had been between.
+POSITIONS = ("absolute", "reindexed")
 
 
 def require_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:
@@ -192,6 +196,9 @@ class Recipe:
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
         centre_keys (`bool`, *optional*): Whether what the keys of a head have in common is taken off before they are
             stored, which attention does not notice; when left out, where a tier has keys of 4 bits or fewer.
+        positions (`str`): `"absolute"`: a kept token stays as far from the next query as it was in the text.
+            `"reindexed"`: as far as if what was evicted had never been, as in StreamingLLM (arXiv 2309.17453); for the
+            tier `native` and models with plain rotary embedding.
 
     Raises:
         ValueError: For a value out of range, an unknown tier, or parts that make no sense together.
@@ -216,6 +223,7 @@ class Recipe:
     when: When = field(default_factory=When)
     page_bytes: int | None = None
     centre_keys: bool | None = None
+    positions: str = "absolute"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -233,6 +241,7 @@ class Recipe:
             require_int("Recipe", "page_bytes", self.page_bytes, 1)
         if self.centre_keys is not None and not isinstance(self.centre_keys, bool):
             raise ValueError(f"Recipe.centre_keys is {self.centre_keys!r}; it must be True, False or None.")
+        self._check_positions()
         if (self.budget is not None or self.plan is not None) and self.observer is None:
             raise ValueError(
                 f"Recipe {self.name!r} has a budget or a plan but no observer to say which slots matter; "
@@ -265,6 +274,27 @@ class Recipe:
             raise ValueError(f"Recipe.tiers is {self.tiers!r}; give each tier once, best first: {', '.join(TIERS)}.")
         if len(self.tiers) > 1 and self.plan is None:
             raise ValueError(f"Recipe.tiers is {self.tiers!r}, but without a plan no slot would ever leave the first.")
+
+    def _check_positions(self) -> None:
+        if self.positions not in POSITIONS:
+            raise ValueError(f"Recipe.positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}.")
+        if self.positions == "absolute":
+            return
+        if self.plan is None:
+            raise ValueError(
+                f"Recipe {self.name!r} has positions='reindexed' but no plan: nothing is evicted, so there is nothing "
+                "to re-index. Start from a preset that evicts, such as 'streaming'."
+            )
+        if self.tiers != ("native",):
+            raise ValueError(
+                f"Recipe {self.name!r} has positions='reindexed' and tiers {self.tiers!r}: re-indexing rotates stored "
+                "keys, and a quantised key would be rounded once more at each eviction. Use tiers='native'."
+            )
+        if self.centre_keys:
+            raise ValueError(
+                f"Recipe {self.name!r} has positions='reindexed' and centre_keys=True: re-indexing rotates whole keys. "
+                "Leave centre_keys out."
+            )
 
     @property
     def evicts(self) -> bool:

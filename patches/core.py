@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
@@ -20,6 +21,7 @@ from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
+from kvcompress_hf.rotary import key_frequencies
 
 __all__ = ["is_patched", "last_run_report", "patch", "patched", "unpatch"]
 
@@ -70,7 +72,8 @@ def patch(
         TypeError: If `model` is no transformers model or `recipe` of no known type.
         ValueError: If the recipe, an override or the route is not allowed.
         UnsupportedModelError: If the model cannot be patched; the message says why.
-        UnsupportedFeatureError: If the installed transformers version is not supported.
+        UnsupportedFeatureError: If the installed transformers version is not supported, or positions are to be
+            re-indexed and the model's rotary embedding does not allow it.
 
     Example:
 
@@ -88,9 +91,11 @@ def patch(
     inner = unwrap(model)
     record = record_of(inner) if isinstance(inner, nn.Module) else None
     if record is not None and _is_intact(inner, record) and route in ("auto", record.route):
+        key_frequencies(inner.config, resolved, layer_windows(inner.config))
         record.recipe = resolved
         return model
     check_model(inner)
+    key_frequencies(inner.config, resolved, layer_windows(inner.config))  # refuses now what a cache would refuse later
     if record is not None:
         unpatch(inner)
     with evaluating(inner):

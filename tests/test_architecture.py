@@ -17,6 +17,7 @@ LEVEL = {
     "attention": 3,
     "reports": 4,
     "io": 4,
+    "rotary": 4,
     "cache": 5,
     "patches": 6,
     "perplexity": 7,

@@ -149,6 +149,19 @@ class Arena:
             pages[chosen] = self.slabs[index][inner[chosen]]
         return pages
 
+    def write(self, ids: torch.Tensor, pages: torch.Tensor) -> None:
+        """Replaces the bytes of pages; the inverse of [`Arena.read`].
+
+        Args:
+            ids (`torch.Tensor`): Page ids, `int32` `[n]`.
+            pages (`torch.Tensor`): `uint8` `[n, page_bytes]`.
+        """
+        slabs = ids >> self.slab_shift
+        inner = (ids & ((1 << self.slab_shift) - 1)).long()
+        for index in torch.unique(slabs).tolist():
+            chosen = slabs == index
+            self.slabs[index][inner[chosen]] = pages[chosen]
+
     def adopt(self, slabs: Sequence[torch.Tensor], references: torch.Tensor) -> torch.Tensor:
         """Takes memory with pages already in it, such as a mapped file, without copying it.
 

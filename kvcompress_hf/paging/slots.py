@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kvcompress_hf.errors import CacheMemoryError
+from kvcompress_hf.paging.key_turn import newer_evicted
 from kvcompress_hf.paging.store import PagedStore
 
 
@@ -117,7 +118,9 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
     )
 
 
-def apply_targets(parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor) -> int:
+def apply_targets(
+    parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor, inv_freq: torch.Tensor | None = None
+) -> int:
     """Lowers and evicts slots.
 
     Args:
@@ -125,24 +128,43 @@ def apply_targets(parts: Sequence[StorePart], slots: Slots, targets: torch.Tenso
         slots (`Slots`): The slots, as they were gathered.
         targets (`torch.Tensor`): `int64` `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
             whose target is above its tier stays where it is.
+        inv_freq (`torch.Tensor`, *optional*): Where given, what stays is re-indexed: each key is rotated on by the
+            number of newer slots of its row that go. Radians per position of each pair of channels, float32 `[pairs]`;
+            all tiers must be native.
 
     Returns:
         `int`: Number of slots evicted.
+
+    Raises:
+        CacheMemoryError: If pages that are shared must be copied, and the arena is full.
     """
     targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
     targets = torch.where(slots.filled, targets, -1)
     evicted = int((slots.filled & (targets < 0)).sum())
+    turns: tuple[torch.Tensor, ...] = ()
+    if inv_freq is not None and evicted:
+        # The age is another one at each plan, and the same whatever a sequence is batched with.
+        turns = newer_evicted(slots.positions, slots.filled, targets < 0), slots.seen - slots.positions
     start = 0
     for part in parts:
         store = part.store
         mine = targets[:, start : start + part.rows].to(store.geometry.device)
+        counts = [each[:, start : start + part.rows].to(store.geometry.device) for each in turns]
         start += part.rows
         rows = _by_row(mine, part)
+        counts = [_by_row(each, part, 0) for each in counts]
         here = []
         for tier in range(len(store.layout.tiers)):
-            decided = rows[:, slots.tier.to(rows.device) == tier][:, : int(store.lengths[tier].max())].clone()
+            of_tier, width = slots.tier.to(rows.device) == tier, int(store.lengths[tier].max())
+            decided = rows[:, of_tier][:, :width].clone()
             # What goes for good goes first: its pages serve what is lowered.
-            _drop(store, tier, decided, decided < 0)
+            turning = [each[:, of_tier][:, :width].clone() for each in counts]
+            if turning:
+                store.own(tier, turning[0] > 0)  # a full arena refuses here, before anything has changed
+            _drop(store, tier, decided < 0, decided, *turning)
+            if turning and inv_freq is not None:
+                by, seed = turning
+                store.turn_keys(tier, by, seed, inv_freq)
             here.append(decided)
         for tier in reversed(range(len(here) - 1)):
             for lower in range(tier + 1, len(here)):
@@ -150,10 +172,11 @@ def apply_targets(parts: Sequence[StorePart], slots: Slots, targets: torch.Tenso
     return evicted
 
 
-def _drop(store: PagedStore, tier: int, decided: torch.Tensor, gone: torch.Tensor) -> None:
-    """Evicts slots; the decisions on the others, `[store rows, slots]`, move along with them."""
+def _drop(store: PagedStore, tier: int, gone: torch.Tensor, *decided: torch.Tensor) -> None:
+    """Evicts slots; what was decided on the others, each `[store rows, slots]`, moves along with them."""
     row, source, target = store.evict(tier, ~gone)
-    decided[row, target] = decided[row, source]
+    for values in decided:
+        values[row, target] = values[row, source]
 
 
 def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor) -> None:
@@ -175,7 +198,7 @@ def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor) -> N
             if rows.numel() > 1:
                 groups += rows.tensor_split(2)
                 continue
-        _drop(store, tier, decided, chosen)
+        _drop(store, tier, chosen, decided)
 
 
 def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:
@@ -185,9 +208,9 @@ def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:
     return shaped[: len(part.layers)].transpose(0, 1).flatten(1, 2)
 
 
-def _by_row(values: torch.Tensor, part: StorePart) -> torch.Tensor:
-    """The inverse of [`_by_sequence`]; rows of layers that never arrived keep nothing."""
+def _by_row(values: torch.Tensor, part: StorePart, absent: int = -1) -> torch.Tensor:
+    """The inverse of [`_by_sequence`]; rows of layers that never arrived get `absent`, which evicts as a target."""
     store = part.store
     used, heads = len(part.layers), store.geometry.kv_heads
     rows = values.view(store.batch, used, heads, values.shape[-1]).transpose(0, 1).flatten(0, 2)
-    return F.pad(rows, (0, 0, 0, store.lengths.shape[1] - rows.shape[0]), value=-1)
+    return F.pad(rows, (0, 0, 0, store.lengths.shape[1] - rows.shape[0]), value=absent)

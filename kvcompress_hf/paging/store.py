@@ -9,8 +9,10 @@ import torch
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.key_shift import steady_mean
+from kvcompress_hf.paging.key_turn import turn_keys
 
 _AHEAD = 32  # a growing table is allocated 1/32 wider than it must be
+_TURNED_BYTES = 1 << 23  # of pages whose keys are turned at once
 Describe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -590,6 +592,55 @@ class PagedStore:
             self.evicted = True
             self.truncate(tier, kept)
         return row, source, target
+
+    def own(self, tier: int, chosen: torch.Tensor) -> None:
+        """Makes the pages of some slots private, so that they can be written to.
+
+        Args:
+            tier (`int`): Index of the tier.
+            chosen (`torch.Tensor`): `bool` `[rows, slots]` over all layers, within each row's length.
+
+        Raises:
+            CacheMemoryError: If the arena is full; nothing has changed then.
+        """
+        if self.arena.shared:
+            row, column = torch.nonzero(self._by_page(tier, chosen).any(-1), as_tuple=True)
+            self._own_pages(tier, row, column)
+
+    def turn_keys(self, tier: int, by: torch.Tensor, seed: torch.Tensor, inv_freq: torch.Tensor) -> None:
+        """Rotates stored keys on, so that they look newer; see [`paging.key_turn.turn_keys`].
+
+        Args:
+            tier (`int`): Index of a native tier; the pages of slots that are turned must be private.
+            by (`torch.Tensor`): Positions to go forward, `int32` `[rows, slots]` over all layers; 0 leaves a slot as it
+                is. What lies beyond a row's length is ignored.
+            seed (`torch.Tensor`): For rounding, likewise; another one each time a slot is turned.
+            inv_freq (`torch.Tensor`): Radians per position of each pair of channels, float32 `[pairs]`.
+        """
+        filled = torch.arange(by.shape[1], device=by.device) < self.lengths[tier][:, None]
+        by, seed = self._by_page(tier, torch.where(filled, by, 0)), self._by_page(tier, seed)
+        row, column = torch.nonzero(by.any(-1), as_tuple=True)
+        layout, start = self.layout.tiers[tier], self.layout.tiers[tier].keys
+        size = layout.slots * self.layout.head_dim * self.layout.dtype.itemsize
+        step = max(1, _TURNED_BYTES // self.layout.page_bytes)
+        inv_freq = inv_freq.to(by.device)
+        if not row.numel():
+            return
+        for some_rows, some_columns in zip(row.split(step), column.split(step), strict=True):
+            ids = self.tables[tier][some_rows, some_columns]
+            pages = self.backend.to_canonical(self.layout, tier, self.arena.read(ids))
+            keys = pages[:, start : start + size].view(self.layout.dtype).unflatten(1, (layout.slots, -1))
+            amounts, seeds = by[some_rows, some_columns], seed[some_rows, some_columns]
+            turning = amounts > 0
+            keys[turning] = turn_keys(keys[turning], amounts[turning], inv_freq, seeds[turning])
+            self.arena.write(ids, self.backend.from_canonical(self.layout, tier, pages))
+
+    def _by_page(self, tier: int, values: torch.Tensor) -> torch.Tensor:
+        """`[rows, slots]` to `[rows, pages, slots of a page]`."""
+        slots = self.layout.tiers[tier].slots
+        pages = -(-values.shape[1] // slots)
+        padded = torch.nn.functional.pad(values, (0, pages * slots - values.shape[1]))
+        return padded.view(-1, pages, slots)
 
     def demote(self, tier: int, lower: int, chosen: torch.Tensor) -> None:
         """Copies slots into a lower tier, re-quantised from what is stored; [`PagedStore.evict`] then drops them here.
