@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kvcompress demo
 
 test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # The package's parts lie in three folders; they are put together the way the wheel does before mypy reads them.
 lint: $(VENV)/.installed

@@ -27,7 +27,11 @@ def library():
 
 def run(library: Path, *arguments: str) -> subprocess.CompletedProcess:
     compiler = os.environ.get("CXX", "g++")
-    runtime = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()
+    # libstdc++ too: what Python imports may throw, which AddressSanitizer must find the way to.
+    names = ("libasan.so", "libstdc++.so")
+    runtime = " ".join(
+        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in names
+    )
     return subprocess.run(
         [sys.executable, str(SCRIPT), str(library), *arguments],
         env=os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"},
