@@ -173,9 +173,7 @@ def retrieval(
 
 
 @torch.no_grad()
-def perplexity(
-    model: LlamaForCausalLM, tok: PreTrainedTokenizerBase, data: Path, window: int, per_novel: int
-) -> dict:
+def perplexity(model: LlamaForCausalLM, tok: PreTrainedTokenizerBase, data: Path, window: int, per_novel: int) -> dict:
     """Perplexity of held-out text by position in the window, and bits per character overall."""
     edges = [0, 256, 512, 1024, 2048, window]
     sums, counts, chars = [0.0] * 5, [0] * 5, 0
@@ -207,9 +205,7 @@ def perplexity(
 
 
 @torch.no_grad()
-def ablation(
-    model: LlamaForCausalLM, tok: PreTrainedTokenizerBase, data: Path, args: argparse.Namespace
-) -> dict:
+def ablation(model: LlamaForCausalLM, tok: PreTrainedTokenizerBase, data: Path, args: argparse.Namespace) -> dict:
     """Right answers with one attention head's output set to zero, for every head, at 512 tokens."""
     prompts = Prompts(tok, data, args.seed + 1)
     tests = []

@@ -53,9 +53,7 @@ def main() -> None:
     train = {n: t for n, t in novels.items() if n not in HELD_OUT}
     words, words_eval = key_words(list(train.values()))
     # the generated tasks' wording, repeated, so that its words become tokens too
-    wording = (
-        "".join(INSTRUCTIONS) + " The pass key is the special magic number mentioned in the provided text."
-    )
+    wording = "".join(INSTRUCTIONS) + " The pass key is the special magic number mentioned in the provided text."
     tok = train_tokenizer([t[:200_000] for t in train.values()] + [wording] * 50)
     tok.save_pretrained(args.work / "tokenizer")
 

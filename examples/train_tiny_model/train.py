@@ -220,9 +220,7 @@ def main() -> None:
     matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
-    muon = torch.optim.Muon(
-        matrices, lr=args.muon_lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original"
-    )
+    muon = torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original")
     adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     pairs = [part.split(":") for part in args.schedule.split(",")]
     lengths, ends = [int(p[0]) for p in pairs], np.cumsum([float(p[1]) for p in pairs])
