@@ -7,7 +7,7 @@ from .backend import Backend, DecodePlan, WindowScores
 from .cpu import CpuBackend
 from .dispatch import get_backend
 from .layout import PageLayout, TierLayout, page_layout
-from .reference import ReferenceBackend
+from .reference import ReferenceBackend, page_section
 from .types import Rows, Tail
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "WindowScores",
     "get_backend",
     "page_layout",
+    "page_section",
 ]

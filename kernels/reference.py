@@ -17,17 +17,24 @@ from .layout import POSITION, PageLayout
 from .quantize import dequantize, hadamard, pack_codes, quantize, unpack_codes
 from .types import Rows, Tail
 
-__all__ = ["ReferenceBackend"]
+__all__ = ["ReferenceBackend", "page_section"]
 
 QUERY_BLOCK = 256  # queries handled at once, so that no full queries x keys matrix is made
 
 
 # ------------------------------------------------------------------------------------------------- pages
-def _section(slab: Tensor, layout: PageLayout, tier: int, name: str) -> Tensor:
-    """A view of one section of all pages of a slab, `[pages, slots, width]`.
+def page_section(slab: Tensor, layout: PageLayout, tier: int, name: str) -> Tensor:
+    """A view of one section of pages in canonical order.
 
-    keys and values have the width in elements (native) or bytes (codes), params `(scale, offset)`, fields one
-    int32 per field.
+    Args:
+        slab: `uint8` `[pages, page_bytes]`.
+        layout: Their layout.
+        tier: Index of the tier they hold.
+        name: `"keys"`, `"values"`, `"key_params"`, `"value_params"` or `"fields"`.
+
+    Returns:
+        `[pages, slots, width]`: keys and values have the width in elements (native) or bytes (codes), params are
+        `(scale, offset)`, fields one int32 per field.
     """
     t = layout.tiers[tier]
     if name in ("keys", "values"):
@@ -51,7 +58,7 @@ def _load(rows: Rows, tier: int, name: str, page: Tensor, slot: Tensor | None = 
     slab_ids, inner = page.long() >> rows.slab_shift, page.long() & ((1 << rows.slab_shift) - 1)
     result: Tensor | None = None
     for i in slab_ids.unique().tolist():
-        section = _section(rows.slabs[i], rows.layout, tier, name)
+        section = page_section(rows.slabs[i], rows.layout, tier, name)
         here = slab_ids == i
         part = section[inner[here]] if slot is None else section[inner[here], slot[here].long()]
         if result is None:
@@ -67,7 +74,7 @@ def _store(rows: Rows, tier: int, name: str, page: Tensor, slot: Tensor, values:
     slab_ids, inner = page.long() >> rows.slab_shift, page.long() & ((1 << rows.slab_shift) - 1)
     for i in slab_ids.unique().tolist():
         here = slab_ids == i
-        _section(rows.slabs[i], rows.layout, tier, name)[inner[here], slot[here].long()] = values[here]
+        page_section(rows.slabs[i], rows.layout, tier, name)[inner[here], slot[here].long()] = values[here]
 
 
 def _locate(rows: Rows, tier: int, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +146,7 @@ def _read_all(rows: Rows, tier: int, width: int, names: Sequence[str]) -> dict[s
     used = torch.arange(table.shape[1], device=device) * slots < lengths  # [rows, pages]
     sections = {}
     for name in names:
-        empty = _section(
+        empty = page_section(
             torch.empty(1, rows.layout.page_bytes, dtype=torch.uint8, device=device), rows.layout, tier, name
         )
         whole = empty.new_zeros((rows.count, pages, *empty.shape[1:]))

@@ -245,7 +245,7 @@ class Arena:
         targets = torch.nonzero(room).flatten()[: sources.numel()]
         for index in kept:
             chosen = (sources >> self.slab_shift) == index
-            self._copy_out(index, sources[chosen], targets[chosen])
+            self.write(targets[chosen], self.read(sources[chosen]))
         self.references[targets] = self.references[sources]
         moved = torch.arange(self.references.numel(), dtype=torch.int32, device=self.device)
         moved[sources] = targets.to(torch.int32)
@@ -267,16 +267,8 @@ class Arena:
         copies = self.allocate(ids.numel())
         for index in torch.unique(ids >> self.slab_shift).tolist():
             chosen = (ids >> self.slab_shift) == index
-            self._copy_out(index, ids[chosen], copies[chosen])
+            self.write(copies[chosen], self.read(ids[chosen]))
         return copies
-
-    def _copy_out(self, slab: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        mask = (1 << self.slab_shift) - 1
-        pages = self.slabs[slab][(sources & mask).long()]
-        target_slabs = targets >> self.slab_shift
-        for index in torch.unique(target_slabs).tolist():
-            chosen = target_slabs == index
-            self.slabs[index][(targets[chosen] & mask).long()] = pages[chosen]
 
     def _slab_ids(self, index: int) -> torch.Tensor:
         first = index << self.slab_shift

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
+from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail, page_section
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.key_shift import steady_mean
 from kvcompress_hf.paging.key_turn import turn_keys
@@ -620,8 +620,6 @@ class PagedStore:
         filled = torch.arange(by.shape[1], device=by.device) < self.lengths[tier][:, None]
         by, seed = self._by_page(tier, torch.where(filled, by, 0)), self._by_page(tier, seed)
         row, column = torch.nonzero(by.any(-1), as_tuple=True)
-        layout, start = self.layout.tiers[tier], self.layout.tiers[tier].keys
-        size = layout.slots * self.layout.head_dim * self.layout.dtype.itemsize
         step = max(1, _TURNED_BYTES // self.layout.page_bytes)
         inv_freq = inv_freq.to(by.device)
         if not row.numel():
@@ -629,7 +627,7 @@ class PagedStore:
         for some_rows, some_columns in zip(row.split(step), column.split(step), strict=True):
             ids = self.tables[tier][some_rows, some_columns]
             pages = self.backend.to_canonical(self.layout, tier, self.arena.read(ids))
-            keys = pages[:, start : start + size].view(self.layout.dtype).unflatten(1, (layout.slots, -1))
+            keys = page_section(pages, self.layout, tier, "keys")
             amounts, seeds = by[some_rows, some_columns], seed[some_rows, some_columns]
             turning = amounts > 0
             keys[turning] = turn_keys(keys[turning], amounts[turning], inv_freq, seeds[turning])
