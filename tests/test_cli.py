@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvcompress_hf.cli import main
+from kvcompress_hf.cli.models import find_model
 
 MODEL = str(Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny")
 
@@ -53,3 +54,19 @@ def test_a_small_demo_writes_its_table_figures_and_heatmaps(capsys, tmp_path):
     lossless = figures["methods"][titles.index("lossless")]
     assert lossless["same_tokens"] == 1.0
     assert len(list(tmp_path.glob("slots_*.png"))) >= 2
+
+
+def test_short_names_stand_for_the_repositorys_models(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert find_model() == MODEL and find_model("tiny") == MODEL
+    assert find_model("some/hub-id") == "some/hub-id" and find_model("kvlm") == "kvlm"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert find_model("tiny") == "tiny"  # a folder of that name goes first
+
+
+def test_a_short_name_without_a_checkout_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvcompress_hf.cli.models.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    with pytest.raises(FileNotFoundError, match="kvlm-eval here: run this inside a clone"):
+        find_model("eval")

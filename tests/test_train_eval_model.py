@@ -1,5 +1,6 @@
 """examples/train_eval_model on a corpus made here: text to tokens, training in pieces, export, measuring."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -221,6 +222,15 @@ def test_training_in_pieces_gives_the_curve_of_one_run(scripts, train, whole):
     assert again == log
     read = scripts["weights"].read_weights
     assert all(torch.equal(tensor, read(pieces)[0][name]) for name, tensor in read(weights)[0].items())
+
+
+def test_training_with_muon_in_pieces_gives_the_curve_of_one_run(scripts, train, whole, monkeypatch):
+    recipes = scripts["recipe"].RECIPES
+    monkeypatch.setitem(recipes, "toy", dataclasses.replace(recipes["toy"], muon=True))
+    log, _ = train("muon", "--steps", 4)
+    assert log[-1]["loss"] < log[0]["loss"] and log != whole[0][:4]
+    train("muon pieces", "--steps", 2)
+    assert train("muon pieces", "--steps", 4)[0] == log
 
 
 def test_training_goes_on_from_weights_alone(scripts, train, whole):

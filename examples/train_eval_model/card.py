@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from recipe import RECIPES
+
 _HEAD = """---
 license: apache-2.0
 language: en
@@ -40,9 +42,11 @@ _UNMEASURED = "## Measured\n\nNothing yet: see `prove.py`.\n"
 _LICENCES = """## Data and licences
 
 The weights are under Apache-2.0. No text is shipped but `haystack.txt`, the beginning of a held-out novel in the public
-domain. Licences are those that the packages' metadata name; vendored copies of other projects were left out. A quarter
+domain. Licences are those that the packages' metadata name; vendored copies of other projects were left out. {tasks:.0%}
 of the tokens, text between their facts included, were generated tasks: needles, keys and values, repetitions, chains of
-variables, sorting, counting.
+variables, sorting, counting. The wording of the needles and of the keys and values is that of the suites of
+`kvcompress eval` - the words in their keys and the text around them are not - so that right answers there say what the
+cache keeps, and nothing of how the model would take to other tasks.
 
 | use | licence | M tokens | sources |
 |---|---|---|---|"""
@@ -70,7 +74,7 @@ def write_card(folder: Path) -> None:
             minutes=run["seconds"] / 60,
             schedule="learning rate down to zero" if run["finished"] else "stopped before the learning rate fell",
         ),
-        _sources(manifest),
+        _sources(manifest, RECIPES[run["recipe"]].task_share),
         _curve(log),
         _figures(json.loads(figures.read_text())) if figures.is_file() else _UNMEASURED,
     ]
@@ -84,11 +88,11 @@ def _parameters(config: dict[str, Any]) -> int:
     return config["vocab_size"] * hidden + config["num_hidden_layers"] * layer + hidden
 
 
-def _sources(manifest: dict[str, Any]) -> str:
+def _sources(manifest: dict[str, Any], task_share: float) -> str:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for source in manifest["sources"]:
         groups[source["stream"], source["licence"]].append(source)
-    lines = [_LICENCES]
+    lines = [_LICENCES.format(tasks=task_share)]
     for (stream, licence), sources in sorted(groups.items()):
         tokens = sum(source["tokens"] for source in sources) / 1e6
         lines.append(f"| {stream} | {licence} | {tokens:.2f} | {', '.join(source['name'] for source in sources)} |")

@@ -93,7 +93,7 @@ class Losses:
 
 
 class Trainer:
-    """bf16 parameters, their float32 masters and AdamW.
+    """bf16 parameters, their float32 masters and the optimisers: AdamW, and Muon where the recipe says so.
 
     Args:
         model: on its device.
@@ -108,11 +108,16 @@ class Trainer:
         decayed = [m for n, m in zip(self.names, self.masters, strict=True) if m.ndim == 2 and "embed" not in n]
         ids = {id(master) for master in decayed}
         others = [master for master in self.masters if id(master) not in ids]
-        groups = [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        groups = [{"params": others, "weight_decay": 0.0}]
+        self.optimisers: list[torch.optim.Optimizer] = []
+        if recipe.muon:
+            muon = torch.optim.Muon(
+                decayed, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimisers.append(muon)
+        else:
+            groups.append({"params": decayed, "weight_decay": recipe.weight_decay})
+        self.optimisers.append(torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), eps=1e-8, fused=True))
         for master in self.masters:
             master.grad = torch.zeros_like(master)
 
@@ -120,22 +125,24 @@ class Trainer:
         """Apply the gradients of the parameters, and clear them."""
         torch._foreach_copy_([master.grad for master in self.masters], [param.grad for param in self.params])
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+            optimiser.step()
         with torch.no_grad():
             torch._foreach_copy_(self.params, self.masters)
         for param in self.params:
             param.grad = None
 
     def state(self) -> dict[str, Any]:
-        return {"masters": self.masters, "adam": self.adam.state_dict()}
+        return {"masters": self.masters, "optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
 
     def load(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self.masters, state["masters"])
             torch._foreach_copy_(self.params, self.masters)
-        self.adam.load_state_dict(state["adam"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
 
 
 @dataclass
@@ -311,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(recipe, corpus.vocab).to(device)
     trainer = Trainer(model, recipe)
     progress = resume(args, model, trainer, device)
-    losses = Losses(model, compiled=on_gpu and not args.no_compile)
+    losses = Losses(model, compiled=on_gpu if args.compile is None else args.compile)
     held_out = HeldOut(Maker(corpus, "heldout", recipe), device)
     workers = max(1, (os.cpu_count() or 2) - 3) if on_gpu else 0
     loader = DataLoader(
@@ -385,7 +392,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     ap.add_argument("--finish", action="store_true", help="let the learning rate fall to zero by the end of this piece")
     ap.add_argument("--recipe", choices=sorted(RECIPES), default="eval")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--no-compile", action="store_true", help="where torch.compile fails")
+    ap.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="with torch.compile (default: on a GPU only)"
+    )
     return ap.parse_args(argv)
 
 

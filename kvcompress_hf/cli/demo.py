@@ -17,13 +17,11 @@ from .table import columns
 if TYPE_CHECKING:
     from .measure import Summary
 
-MODEL = Path("examples") / "models" / "kvlm-tiny"
-
 
 def add_commands(commands: Any) -> None:
     """Add the subcommand to the parser's subparsers action."""
     demo = commands.add_parser("demo", help="compare caches on facts hidden in a long text, with the tiny model")
-    demo.add_argument("--model", help="folder or hub id of a causal language model (default: this repository's)")
+    demo.add_argument("--model", default="tiny", help="tiny, eval, a folder or a hub id (default: %(default)s)")
     demo.add_argument("--text", type=Path, help="a long text (default: haystack.txt beside the model)")
     demo.add_argument("--questions", type=int, default=16, help="how many (default: %(default)s)")
     demo.add_argument("--prompt-tokens", type=int, default=2200, help="length of a prompt (default: %(default)s)")
@@ -34,20 +32,6 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
     demo.add_argument("--debug", action="store_true", help="show the traceback of an error")
     demo.set_defaults(run=run_demo)
-
-
-def find_model() -> Path:
-    """The repository's tiny model, seen from the working directory or from this file's checkout.
-
-    Raises:
-        FileNotFoundError: where neither has it, as in an install from a wheel.
-    """
-    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        if (root / MODEL / "config.json").is_file():
-            return root / MODEL
-    raise FileNotFoundError(
-        f"no {MODEL} here: run the demo inside a clone of the repository, or give --model and --text"
-    )
 
 
 def find_text(model: str, text: Path | None) -> Path:
@@ -69,6 +53,7 @@ def run_demo(args: argparse.Namespace) -> int:
     from . import measure
     from .facts import make_questions
     from .generate import load
+    from .models import find_model
 
     methods = [
         measure.Method("stock (DynamicCache)", stock=True),
@@ -81,7 +66,7 @@ def run_demo(args: argparse.Namespace) -> int:
         measure.Method("auto, 1/4", "auto", {"budget": 1 / 4}),
         measure.Method("auto, 1/8", "auto", {"budget": 1 / 8}),
     ]
-    name = args.model or str(find_model())
+    name = find_model(args.model)
     text = find_text(name, args.text)
     model, tokenizer = load(name, dtype=args.dtype, device=args.device)
     questions = make_questions(

@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     """Add the subcommand to the parser's subparsers action."""
     ev = commands.add_parser("eval", help="compare recipes and budgets by answers, output error and measured bytes")
     ev.add_argument("--suite", choices=SUITES, default="quick", help="what to measure (default: %(default)s)")
-    ev.add_argument("--model", help="folder or hub id of a causal language model (default: this repository's)")
+    ev.add_argument("--model", default="tiny", help="tiny, eval, a folder or a hub id (default: %(default)s)")
     ev.add_argument("--text", type=Path, help="a long text (default: haystack.txt beside the model)")
     ev.add_argument(
         "--recipes", default=RECIPES, help="presets, with changes as in kv-compress@k4v4 or auto@page_bytes=4096"
@@ -117,13 +117,14 @@ def _change(text: str) -> tuple[str, Any]:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Run a suite, print its table, and write the figures and the curves that were asked for."""
-    from .demo import find_model, find_text
+    from .demo import find_text
     from .generate import load
+    from .models import find_model
     from .suites import make_samples
 
     cells = make_cells(args.recipes, args.budgets)
     modes = read_modes(args.modes)
-    name = args.model or str(find_model())
+    name = find_model(args.model)
     text = find_text(name, args.text)
     model, tokenizer = load(name, dtype=args.dtype, device=args.device)
     samples = make_samples(

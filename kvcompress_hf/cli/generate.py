@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
     from . import parse_budget
 
     gen = commands.add_parser("generate", help="continue a prompt with a compressed cache")
-    gen.add_argument("--model", required=True, help="folder or hub id of a causal language model")
+    gen.add_argument("--model", required=True, help="a folder or hub id of a causal language model, tiny or eval")
     prompt = gen.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, help="a file with the text; - reads standard input")
@@ -67,6 +67,7 @@ def run_generate(args: argparse.Namespace) -> int:
     import kvcompress_hf as kvc
 
     from . import measure
+    from .models import find_model
 
     if args.prompt_file is not None:
         text = sys.stdin.read() if str(args.prompt_file) == "-" else args.prompt_file.read_text(encoding="utf-8")
@@ -75,7 +76,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if not text.strip():
         raise ValueError("the prompt is empty")
     overrides = {} if args.budget is None else {"budget": args.budget}
-    model, tokenizer = load(args.model, dtype=args.dtype, device=args.device)
+    model, tokenizer = load(find_model(args.model), dtype=args.dtype, device=args.device)
     if args.chat:
         encoded = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}],
