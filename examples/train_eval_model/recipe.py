@@ -57,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "eval": Recipe(),
-    # What two CPU cores can do in an hour or two: a seventh of the size, most of it on short sequences, half of it tasks.
+    # What two CPU cores can do in an hour or two: a seventh of the size, mostly short sequences, half of it tasks.
     "cpu": Recipe(
         layers=6,
         hidden=256,

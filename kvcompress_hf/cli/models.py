@@ -15,8 +15,8 @@ def find_model(name: str = "tiny") -> str:
     """What `--model` stands for.
 
     Args:
-        name: one of `MODELS`, seen from the working directory or from this file's checkout; anything else, or a name for
-            which there is a model's folder here, is a folder or hub id already.
+        name: one of `MODELS`, seen from the working directory or from this file's checkout; anything else, or a name
+            for which there is a model's folder here, is a folder or hub id already.
 
     Returns:
         A folder, or the name as it was given.
