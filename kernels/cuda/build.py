@@ -15,13 +15,17 @@ import sys
 from collections.abc import Sequence
 
 from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash
-from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
+from .nvrtc import RESIDENT, SOURCES, KernelResources, compile_source, nvrtc_version
 
 __all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems", "resident_warps"]
 
 NVRTC_VERSION = (13, 0)
 #: Most registers per thread: 168 leave room for three blocks of 128 threads on a multiprocessor, 255 for two.
-REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 232, "decode128": 255, "decode256": 255}
+REGISTERS: dict[str, int] = {
+    "storage": 80,
+    "attention": 168,
+    **{f"decode{dim}_{heads}": 255 for dim, heads in RESIDENT},
+}
 #: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).
 ROOM: dict[str, tuple[int, int, int]] = {
     "sm_80": (64, 32, 164 << 10),
