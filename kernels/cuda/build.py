@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash
-from .nvrtc import RESIDENT, SOURCES, KernelResources, compile_source, nvrtc_version
+from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
 
 __all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems", "resident_warps"]
 
@@ -24,7 +24,12 @@ NVRTC_VERSION = (13, 0)
 REGISTERS: dict[str, int] = {
     "storage": 80,
     "attention": 168,
-    **{f"decode{dim}_{heads}": 255 for dim, heads in RESIDENT},
+    "decode64_8": 152,
+    "decode64_16": 224,
+    "decode128_8": 168,
+    "decode128_16": 255,
+    "decode256_8": 255,
+    "decode256_16": 255,
 }
 #: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).
 ROOM: dict[str, tuple[int, int, int]] = {

@@ -26,7 +26,10 @@ constexpr int kOutputs = kDim / 16 / kShare;  // tiles of 16 dimensions of the o
 constexpr int kLeastBlocks = 8;               // of 16 slots, per thread block: less is not worth merging
 constexpr int kTail = KVC_MAX_TIERS;          // the section after the tiers
 constexpr float kLowest = -1e30f;
-constexpr float kSlack = 8.f;  // powers of two that a logit may lie above the reference point before that is moved
+// Powers of two that a logit may lie above the reference point before that is moved. None in native sections, so that the
+// largest probability is 1 and rounded to itself; with codes it is scaled anyway.
+template <int kKeyBits>
+constexpr float kSlack = kKeyBits == kNative ? 0.f : 8.f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLeastScale = 5.9604644775390625e-8f;  // 2^-24, the least fp16 above zero
 
@@ -274,7 +277,8 @@ struct Shared {
 };
 
 // Largest logits seen by any lane, and what has been summed up is to be multiplied by.
-KVC_DEVICE void move_top(Running& run, float (&high)[kTiles][2]) {
+template <int kKeyBits>
+KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
   KVC_UNROLL
   for (int j = 0; j < kTiles; j++) {
     float fade[2];
@@ -283,7 +287,7 @@ KVC_DEVICE void move_top(Running& run, float (&high)[kTiles][2]) {
       float x = high[j][e];
       KVC_UNROLL
       for (int bit = 4; bit < 32; bit *= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, bit));
-      x = x > run.top[j][e] + kSlack ? x : run.top[j][e];
+      x = x > run.top[j][e] + kSlack<kKeyBits> ? x : run.top[j][e];
       fade[e] = fast_exp2(run.top[j][e] - x);
       run.top[j][e] = x;
       run.sum[j][e] *= fade[e], run.offset[j][e] *= fade[e];
@@ -375,9 +379,10 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
   bool above = false;
   KVC_UNROLL
   for (int j = 0; j < kTiles; j++) {
-    above = above || high[j][0] > run.top[j][0] + kSlack || high[j][1] > run.top[j][1] + kSlack;
+    KVC_UNROLL
+    for (int e = 0; e < 2; e++) above = above || high[j][e] > run.top[j][e] + kSlack<kKeyBits>;
   }
-  if (__any_sync(kAllLanes, above)) move_top(run, high);
+  if (__any_sync(kAllLanes, above)) move_top<kKeyBits>(run, high);
   uint32_t p[kTiles][2];
   KVC_UNROLL
   for (int j = 0; j < kTiles; j++) {
