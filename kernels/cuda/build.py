@@ -21,7 +21,16 @@ __all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems", "resident_warps"]
 
 NVRTC_VERSION = (13, 0)
 #: Most registers per thread: 168 leave room for three blocks of 128 threads on a multiprocessor, 255 for two.
-REGISTERS: dict[str, int] = {"storage": 80, "attention": 168, "decode64": 232, "decode128": 255, "decode256": 255}
+REGISTERS: dict[str, int] = {
+    "storage": 80,
+    "attention": 168,
+    "decode64_8": 152,
+    "decode64_16": 224,
+    "decode128_8": 168,
+    "decode128_16": 255,
+    "decode256_8": 255,
+    "decode256_16": 255,
+}
 #: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).
 ROOM: dict[str, tuple[int, int, int]] = {
     "sm_80": (64, 32, 164 << 10),

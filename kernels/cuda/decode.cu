@@ -1,390 +1,62 @@
 // One decoding step on tensor cores, for head_dim 64, 128 or 256 in fp16 or bf16: append, attend to every tier and the
 // tail, merge, all in one launch.
 //
-// Up to 16 query heads of a KV head are the 16 rows of m16n8k16. A warp takes 16 slots at a time. Codes become operands
-// in registers: lanes load words of a slot's row as they lie, so a fragment holds the head dimensions in an order of
-// its own; queries are put in the same order once per tier (`stage_queries`), and outputs are put back at the end.
-// Codes stay integers (exact in fp16); a key's scale and offset are applied to the logit, a value's to the probability.
+// A warp takes 16 slots at a time, and these are the 16 rows of m16n8k16, both times: logits are keys x queries (16
+// slots, 8 heads), outputs are values x probabilities (16 dimensions, 8 heads). Codes become operands in registers
+// (fragments.cuh); a key's scale and offset are applied to the logit, a value's to the probability. Queries are put in
+// the order of the keys once per tier (`stage_queries`), outputs are put back at the end.
 //
 // Work is a flat list of blocks of 16 slots over all rows; every thread block takes an equal part of it, wherever rows
 // begin and end. Rows that several thread blocks share are merged by whichever of them finishes last.
 //
-// Compiled once for each head_dim, KVC_HEAD_DIM.
-#include "pages.cuh"
+// Compiled once for each head_dim, KVC_HEAD_DIM, and number of query heads handled together, KVC_HEADS: 8 or 16.
+#include "fragments.cuh"
 
 namespace {
 
+constexpr int kDim = KVC_HEAD_DIM, kHeads = KVC_HEADS;
+constexpr int kTiles = kHeads / 8;  // of heads
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kHeads = 16;       // query heads handled together
 // Warps that take the same slots and share the dimensions of the output: 256 of them for 16 heads are 128 registers.
-template <int kDim>
-constexpr int kShare = kDim > 128 ? 2 : 1;
-constexpr int kNative = 16;      // bits of a native element
-constexpr int kLeastBlocks = 8;  // of 16 slots, per thread block: less is not worth merging
+constexpr int kShare = kDim * kHeads > 2048 ? 2 : 1;
+constexpr int kWalks = kWarps / kShare;       // warps, or pairs of them, that take different slots
+constexpr int kSteps = kDim / 16;             // of 16 dimensions, from keys to logits
+constexpr int kOutputs = kDim / 16 / kShare;  // tiles of 16 dimensions of the output, of one warp
+constexpr int kLeastBlocks = 8;               // of 16 slots, per thread block: less is not worth merging
+constexpr int kTail = KVC_MAX_TIERS;          // the section after the tiers
 constexpr float kLowest = -1e30f;
+// Powers of two that a logit may lie above the reference point before that is moved. None in native sections, so that the
+// largest probability is 1 and rounded to itself; with codes it is scaled anyway.
+template <int kKeyBits>
+constexpr float kSlack = kKeyBits == kNative ? 0.f : 8.f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLeastScale = 5.9604644775390625e-8f;  // 2^-24, the least fp16 above zero
 
-constexpr uint32_t kHalf1024 = 0x64006400u;  // 1024 in both halves: its low mantissa bits take a code as it is
-
-// Codes that lie at bit 2 * kShift of both halves -> (code - kMiddle) in fp16, exactly: 1024 + 4^kShift * code, divided
-// and brought down by one instruction.
-template <int kShift, int kMiddle>
-KVC_DEVICE uint32_t codes_to_halves(uint32_t masked) {
-  constexpr uint32_t both = 0x00010001u;
-  constexpr uint32_t down = (static_cast<uint32_t>(25 - 2 * kShift) << 10) + (kMiddle << 2 * kShift);
-  const uint32_t biased = masked | kHalf1024;
-  if (kShift == 0) return half2_subtract(biased, down * both);
-  return half2_fma(biased, (static_cast<uint32_t>(15 - 2 * kShift) << 10) * both, (down | 0x8000u) * both);
-}
-
-// Codes r and r + 16 / kBits of a word, as a register of two fp16; a native word is one already.
-template <int kBits, int r>
-KVC_DEVICE uint32_t key_pair(uint32_t word) {
-  if (kBits == kNative) return word;
-  if (kBits == 8) return half2_subtract(select_bytes(word, 0x64646464u, r ? 0x4341 : 0x4240), kHalf1024);
-  if (kBits == 4) return codes_to_halves<r % 2 * 2, 0>((r < 2 ? word : word >> 8) & (r % 2 ? 0x00f000f0u : 0x000f000fu));
-  return codes_to_halves<r % 4, 0>((r < 4 ? word : word >> 8) & (0x00030003u << 2 * (r % 4)));
-}
-
-// What is taken off value codes, so that rounding a probability costs no more than it would with the values themselves.
-template <int kBits>
-constexpr int kMiddle = kBits == 8 ? 128 : kBits == 4 ? 8 : kBits == 2 ? 2 : 0;
-
-// Code c of two words of different slots, less the middle, as a register of two fp16 (native: element c).
-template <int kBits, int c>
-KVC_DEVICE uint32_t value_pair(uint32_t a, uint32_t b) {
-  if (kBits == kNative) return select_bytes(a, b, c ? 0x7632 : 0x5410);
-  constexpr int byte = c * kBits / 8;
-  const uint32_t both = select_bytes(a, b, byte | (byte + 4) << 8);  // code bytes in bits 0..7 and 16..23
-  if (kBits == 8) return codes_to_halves<0, kMiddle<kBits>>(both & 0x00ff00ffu);
-  if (kBits == 4) return codes_to_halves<c % 2 * 2, kMiddle<kBits>>(both & (c % 2 ? 0x00f000f0u : 0x000f000fu));
-  return codes_to_halves<c % 4, kMiddle<kBits>>(both & (0x00030003u << 2 * (c % 4)));
-}
-
-template <int kBytes>
-KVC_DEVICE void load_bytes(uint32_t* to, const uint8_t* from) {
-  if (kBytes == 2) to[0] = *reinterpret_cast<const uint16_t*>(from);
-  if (kBytes == 4) to[0] = *reinterpret_cast<const uint32_t*>(from);
-  if (kBytes == 8) {
-    const uint2 x = *reinterpret_cast<const uint2*>(from);
-    to[0] = x.x, to[1] = x.y;
-  }
-  if (kBytes >= 16) {
-    KVC_UNROLL
-    for (int i = 0; i < kBytes / 16; i++) {
-      const uint4 x = reinterpret_cast<const uint4*>(from)[i];
-      to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
-    }
-  }
-}
-
-// How the row of a slot is spread over the four lanes t that hold a column of keys.
-template <int kDim, int kBits>
-struct KeyRow {
-  static constexpr int kBytes = kDim * kBits / 8;
-  static constexpr int kPiece = kBytes / 4 < 16 ? kBytes / 4 : 16;  // bytes a lane loads at once
-  static constexpr int kWords = kBytes / 16;                        // of one lane
-  static constexpr int kPairs = 16 / kBits;                         // registers that a word becomes
-  // Byte of the row where word w of lane t lies: four pieces next to each other, then the next four.
-  KVC_DEVICE_METHOD static int offset(int t, int w) {
-    return 4 * w / kPiece * 4 * kPiece + t * kPiece + 4 * w % kPiece;
-  }
-};
-
-template <int kDim, int kBits>
-struct ValueRow {  // over the eight lanes g that hold a row of values: each has kDim / 8 dimensions running
-  static constexpr int kBytes = kDim * kBits / 8;
-  static constexpr int kPiece = kBytes / 8 / kShare<kDim>;  // of one of the warps that share them
-  static constexpr int kWords = kPiece < 4 ? 1 : kPiece / 4;
-  static constexpr int kPerWord = 32 / kBits;
-};
-
-struct Where {  // 16 slots of a section
-  const uint8_t *k, *v;
-  const uint16_t* key_params;  // null in native sections
-  const int32_t* position;     // null where positions do not matter
-  int value_params;            // from those of keys to those of values
-  int param_stride;            // from scales to offsets
-  int n;                       // slots in use, 1 to 16
-  int fresh;                   // which of them is the new token; -1 = none
-};
-
-template <int kDim, int kKeyBits, int kValueBits>
-struct Loaded {
-  static constexpr int kKeyWords = KeyRow<kDim, kKeyBits>::kWords;
-  static constexpr int kValueWords = ValueRow<kDim, kValueBits>::kWords;
-  // Whether there are registers for the keys of a block and the values of another.
-  static constexpr bool kBoth = kDim <= 128;
-  uint32_t k[2][kKeyWords];    // slots g and g + 8
-  uint32_t v[4][kValueWords];  // slots 2t, 2t + 1, 2t + 8, 2t + 9
-  uint32_t key_scale[2], key_offset[2], value_scale[2], value_offset[2];  // fp16 pairs of slots 2t and 2t + 8
-
-  KVC_DEVICE_METHOD void load_keys(const Where& at, int g, int t) {
-    using Key = KeyRow<kDim, kKeyBits>;
-    KVC_UNROLL
-    for (int i = 0; i < 2; i++) {
-      // Behind the last slot in use anything may lie: the last one is read again and then not counted.
-      const uint8_t* row = at.k + least(8 * i + g, at.n - 1) * Key::kBytes;
-      KVC_UNROLL
-      for (int w = 0; w < kKeyWords; w += Key::kPiece / 4) {
-        load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(t, w));
-      }
-    }
-  }
-  KVC_DEVICE_METHOD void load_values(const Where& at, int g, int t) {
-    using Value = ValueRow<kDim, kValueBits>;
-    KVC_UNROLL
-    for (int i = 0; i < 4; i++) {
-      const uint8_t* row = at.v + least(2 * t + i % 2 + i / 2 * 8, at.n - 1) * Value::kBytes;
-      load_bytes<Value::kPiece>(v[i], row + (g * kShare<kDim> + thread_warp() % kShare<kDim>) * Value::kPiece);
-    }
-  }
-  KVC_DEVICE_METHOD void load_params(const Where& at, int t) {
-    KVC_UNROLL
-    for (int i = 0; i < 2 && kKeyBits != kNative; i++) {
-      const uint16_t *key = at.key_params + 2 * t + 8 * i, *value = key + at.value_params;
-      key_scale[i] = *reinterpret_cast<const uint32_t*>(key);
-      key_offset[i] = *reinterpret_cast<const uint32_t*>(key + at.param_stride);
-      value_scale[i] = *reinterpret_cast<const uint32_t*>(value);
-      value_offset[i] = *reinterpret_cast<const uint32_t*>(value + at.param_stride);
-    }
-  }
-};
-
-KVC_DEVICE float half_of_pair(uint32_t pair, int which) {
-  return half_to_float(static_cast<uint16_t>(which ? pair >> 16 : pair));
-}
-
-// Loops over compile-time numbers, so that byte selectors and masks are constants.
-template <int kFrom, int kTo>
-struct Repeat {
-  template <class Body>
-  KVC_DEVICE_METHOD static void run(const Body& body) {
-    body.template step<kFrom>();
-    Repeat<kFrom + 1, kTo>::run(body);
-  }
-};
-template <int kTo>
-struct Repeat<kTo, kTo> {
-  template <class Body>
-  KVC_DEVICE_METHOD static void run(const Body&) {}
-};
-
-template <bool kBfloat>
-KVC_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if (kBfloat) mma_bf16(c, a, b0, b1);
-  else mma_f16(c, a, b0, b1);
-}
-
-template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
-struct Logits {  // one k-step of queries x keys
-  const Loaded<kDim, kKeyBits, kValueBits>& words;
-  const uint4* queries;  // [kDim / 16][32]
-  float (*c)[4];
-
-  template <int kStep>
-  KVC_DEVICE_METHOD void step() const {
-    constexpr int pairs = KeyRow<kDim, kKeyBits>::kPairs, p0 = 2 * kStep, p1 = 2 * kStep + 1;
-    const uint4 q = queries[kStep * 32 + thread_lane()];
-    const uint32_t a[4] = {q.x, q.y, q.z, q.w};
-    KVC_UNROLL
-    for (int i = 0; i < 2; i++) {
-      multiply<kBfloat && kKeyBits == kNative>(c[i], a, key_pair<kKeyBits, p0 % pairs>(words.k[i][p0 / pairs]),
-                                               key_pair<kKeyBits, p1 % pairs>(words.k[i][p1 / pairs]));
-    }
-  }
-};
-
-template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
-struct Outputs {  // eight dimensions of probabilities x values
-  const Loaded<kDim, kKeyBits, kValueBits>& words;
-  const uint32_t (&p)[4];
-  float (*o)[4];
-
-  template <int kTile>
-  KVC_DEVICE_METHOD void step() const {
-    constexpr int per_word = ValueRow<kDim, kValueBits>::kPerWord, c = kTile % per_word;
-    constexpr int w = kTile / per_word;
-    multiply<kBfloat && kValueBits == kNative>(o[kTile], p, value_pair<kValueBits, c>(words.v[0][w], words.v[1][w]),
-                                               value_pair<kValueBits, c>(words.v[2][w], words.v[3][w]));
-  }
-};
-
-// Running softmax of one warp. Lane (g, t) holds heads g and g + 8, and of the output columns 2t and 2t + 1 of each
-// tile of eight: dimension column * kDim / 8 + tile, the tiles counting on from warp to warp that share them.
-template <int kDim>
-struct Running {
-  static constexpr int kTiles = kDim / 8 / kShare<kDim>;
-  float o[kTiles][4];
-  float top[2], sum[2], offset[2];  // offset: sum of probability x value offset, the same for every dimension
-
-  KVC_DEVICE_METHOD void clear() {
-    KVC_UNROLL
-    for (int i = 0; i < kTiles; i++) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
-    KVC_UNROLL
-    for (int i = 0; i < 2; i++) top[i] = kLowest, sum[i] = offset[i] = 0.f;
-  }
-};
-
-struct Step {  // what a warp needs to know of the row it works on
-  float factor;   // on the dot products: to powers of two, or to the argument of tanh
-  float softcap;  // in powers of two; 0 = none
-  int window, position;
-  const uint4* queries;   // fragments
-  const float* query_sum; // [kHeads] sums over the dimensions, of the queries as rounded
-};
-
-// Attends to the 16 slots whose words are in `words`. As soon as some of these have served, those of `next` are asked
-// for in their place, where there are `more`, so that loads are always under way. Without room for `kBoth`, values take
-// the place of the keys they belong to.
-template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
-KVC_DEVICE void attend(Running<kDim>& run, Loaded<kDim, kKeyBits, kValueBits>& words, const Where& at,
-                       const Where& next, bool more, const Step& step) {
-  using Words = Loaded<kDim, kKeyBits, kValueBits>;
-  const int lane = thread_lane(), g = lane >> 2, t = lane & 3;
-  const float query_sum[2] = {step.query_sum[g], step.query_sum[g + 8]};
-  float c[2][4];
-  KVC_UNROLL
-  for (int i = 0; i < 2; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.f;
-  const Logits<kDim, kKeyBits, kValueBits, kBfloat> logits{words, step.queries, c};
-  Repeat<0, kDim / 16>::run(logits);
-  if (!Words::kBoth) words.load_values(at, g, t);  // in the registers that the keys leave
-  if (more) words.load_keys(next, g, t);
-
-  float high[2] = {run.top[0], run.top[1]};
-  float scale[2][2], zero[2][2];  // of values
-  KVC_UNROLL
-  for (int i = 0; i < 2; i++) {
-    KVC_UNROLL
-    for (int e = 0; e < 2; e++) {
-      const float key_scale = kKeyBits == kNative ? step.factor : half_of_pair(words.key_scale[i], e) * step.factor;
-      const float key_zero = kKeyBits == kNative ? 0.f : half_of_pair(words.key_offset[i], e) * step.factor;
-      KVC_UNROLL
-      for (int m = 0; m < 2; m++) {
-        c[i][2 * m + e] *= key_scale;
-        if (kKeyBits != kNative) c[i][2 * m + e] += query_sum[m] * key_zero;
-      }
-      if (kValueBits != kNative) {
-        scale[i][e] = half_of_pair(words.value_scale[i], e);
-        zero[i][e] = half_of_pair(words.value_offset[i], e) + kMiddle<kValueBits> * scale[i][e];
-      }
-    }
-  }
-  if (more) words.load_params(next, t);
-  if (step.softcap > 0.f) {
-    KVC_UNROLL
-    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = step.softcap * tanhf(c[i / 4][i % 4]);
-  }
-  if (at.n < kBlock || at.position) {
-    KVC_UNROLL
-    for (int i = 0; i < 2; i++) {
-      KVC_UNROLL
-      for (int e = 0; e < 2; e++) {
-        const int slot = 8 * i + 2 * t + e;
-        bool seen = slot < at.n;
-        if (at.position) {
-          const int position = slot == at.fresh ? step.position : at.position[least(slot, at.n - 1)];
-          seen = seen && step.position - position < step.window;
-        }
-        // Behind the last slot anything may lie in place of scales, NaN too.
-        if (slot >= at.n && kValueBits != kNative) scale[i][e] = zero[i][e] = 0.f;
-        if (!seen) c[i][e] = c[i][2 + e] = -infinity();
-      }
-    }
-  }
-  KVC_UNROLL
-  for (int i = 0; i < 2; i++) {
-    KVC_UNROLL
-    for (int e = 0; e < 2; e++) {
-      // The reference point includes the value's scale, so that scaled probabilities use the range of fp16 well.
-      float level = 0.f;
-      if (kValueBits != kNative) level = fast_log2(scale[i][e] > kLeastScale ? scale[i][e] : kLeastScale);
-      KVC_UNROLL
-      for (int m = 0; m < 2; m++) {
-        const float x = c[i][2 * m + e] + level;
-        high[m] = x > high[m] ? x : high[m];
-      }
-    }
-  }
-  bool moved = false;
-  float fade[2];
-  KVC_UNROLL
-  for (int m = 0; m < 2; m++) {
-    KVC_UNROLL
-    for (int bit = 1; bit < 4; bit *= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, high[m], bit);
-      high[m] = other > high[m] ? other : high[m];
-    }
-    moved = moved || high[m] > run.top[m];
-    fade[m] = fast_exp2(run.top[m] - high[m]);
-    run.top[m] = high[m];
-  }
-  if (__any_sync(kAllLanes, moved)) {
-    KVC_UNROLL
-    for (int m = 0; m < 2; m++) run.sum[m] *= fade[m], run.offset[m] *= fade[m];
-    KVC_UNROLL
-    for (int j = 0; j < Running<kDim>::kTiles; j++) {
-      KVC_UNROLL
-      for (int e = 0; e < 4; e++) run.o[j][e] *= fade[e / 2];
-    }
-  }
-  uint32_t p[4];
-  KVC_UNROLL
-  for (int i = 0; i < 2; i++) {
-    KVC_UNROLL
-    for (int m = 0; m < 2; m++) {
-      float p0 = fast_exp2(c[i][2 * m] - high[m]), p1 = fast_exp2(c[i][2 * m + 1] - high[m]);
-      run.sum[m] += p0 + p1;
-      if (kValueBits != kNative) {
-        run.offset[m] += p0 * zero[i][0] + p1 * zero[i][1];
-        p0 *= scale[i][0], p1 *= scale[i][1];
-      }
-      p[2 * i + m] = kBfloat && kValueBits == kNative ? pack_bfloats(p0, p1) : pack_halves(p0, p1);
-    }
-  }
-  const Outputs<kDim, kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o};
-  Repeat<0, Running<kDim>::kTiles>::run(outputs);
-  if (more) words.load_values(next, g, t);
-}
-
-template <int kDim>
-struct Shared {
-  float q[kHeads][kDim];            // queries; outputs when the row is finished
-  uint4 queries[kDim / 16][32];     // fragments for the tier at hand
-  float query_sum[kHeads];
-  float top[kWarps][kHeads], sum[kWarps][kHeads];
-  int scan[kWarps];
-  int64_t row, begin;               // found by locate
-  int last;
-};
-
-struct Row {  // a KV head of a sequence, and 16 of its query heads
-  int64_t row;
-  int b, h, first_head, heads;
-  int lengths[KVC_MAX_TIERS + 1];   // the tail is the last
+struct Row {  // a KV head of a sequence, and kHeads of its query heads
+  int row, b, h, first_head, heads;
+  int lengths[KVC_MAX_TIERS + 1];  // the tail is the last
   bool valid, append;
 };
 
 struct Task {
   const KvcLayout& layout;
   const KvcDecode& a;
-  int head_tiles;
-  int position;  // of the new token
 
-  KVC_DEVICE_METHOD Row row(int64_t index) const {
+  KVC_DEVICE_METHOD int head_tiles() const { return (a.group + kHeads - 1) / kHeads; }
+  KVC_DEVICE_METHOD int rows() const { return a.batch * a.kv_heads * head_tiles(); }
+  KVC_DEVICE_METHOD Row row(int index) const {
     Row r;
-    r.row = index / head_tiles;
-    r.b = static_cast<int>(r.row / a.kv_heads), r.h = static_cast<int>(r.row % a.kv_heads);
-    r.first_head = static_cast<int>(index % head_tiles) * kHeads;
+    r.row = index / head_tiles();
+    r.b = r.row / a.kv_heads, r.h = r.row % a.kv_heads;
+    r.first_head = index % head_tiles() * kHeads;
     r.heads = least(kHeads, a.group - r.first_head);
     r.valid = !a.valid || a.valid[r.b];
     KVC_UNROLL
     for (int t = 0; t < KVC_MAX_TIERS; t++) r.lengths[t] = r.valid && t < layout.n_tiers ? a.rows.length[t][r.row] : 0;
     const int tail = a.tail.capacity ? a.tail.length[r.b] : 0;
     r.append = a.append && r.valid && tail < a.tail.capacity;  // the caller has checked; never write outside
-    r.lengths[KVC_MAX_TIERS] = r.valid ? tail + r.append : 0;
+    r.lengths[kTail] = r.valid ? tail + r.append : 0;
     return r;
   }
   KVC_DEVICE_METHOD int blocks(const Row& r) const {  // at least one, so that every row is visited
@@ -395,12 +67,349 @@ struct Task {
   }
 };
 
-// Blocks of rows 0 .. rows; where `target` is given, also the row it falls into and where that row begins.
-template <int kDim>
-KVC_DEVICE int64_t count_blocks(const Task& task, int64_t rows, int64_t target, Shared<kDim>& shared) {
-  int64_t before = 0;
-  for (int64_t first = 0; first < rows; first += kThreads) {
-    const int64_t index = first + threadIdx.x;
+struct Block {  // 16 slots of a section, as one lane sees them
+  const uint8_t *k, *v;   // its words of the first slot
+  const uint8_t* params;  // its two of a section's parameters: of slots 2g and 2g + 1
+  int n;                  // slots in use, 1 to 16
+  int id, inside;         // the page, and the first slot there
+};
+
+// The way of a warp over a tier or the tail, every kWalks-th block. The next page's id is asked for a step ahead.
+template <int kKeyBits, int kValueBits>
+struct Walk {
+  using Key = KeyRow<kDim, kKeyBits>;
+  using Value = ValueRow<kDim, kValueBits, kShare>;
+  static constexpr bool kCoded = kKeyBits != kNative;
+
+  const Task& task;
+  const Row& r;
+  int tier;
+  const int32_t* ids;             // of the row's pages
+  int slots;                      // of a page
+  int pages_on, slots_on;         // a step: pages, and slots beyond
+  uint32_t keys, values, params;  // from a page to the lane's words of its first slot
+  int page, inside, left;         // of the block: its page, its first slot there, slots from there to the end
+  int32_t id;                     // of that page
+
+  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int block) : task(task), r(r), tier(tier) {
+    const int g = thread_lane() >> 2, t = thread_lane() & 3;
+    const KvcRows& rows = task.a.rows;
+    ids = nullptr;
+    slots = 0x7fffffff;
+    // Coded slots are read in pairs, 2g and 2g + 1, native ones one by one: see load_keys.
+    keys = Key::kPiece * t + (kCoded ? 2 * g * Key::kBytes : 0);
+    values = (g * kShare + thread_warp() % kShare) * Value::kPiece + (kCoded ? 4 * t * Value::kBytes : 0);
+    params = 0;
+    if (kCoded || tier != kTail) {
+      const KvcTier& its = task.layout.tier[tier];
+      ids = rows.table[tier] + r.row * rows.table_stride[tier];
+      slots = its.slots;
+      keys += static_cast<uint32_t>(its.keys);
+      values += static_cast<uint32_t>(its.values);
+      params = static_cast<uint32_t>(t < 2 ? its.key_params : its.value_params) + 2 * (t % 2) * slots + 4 * g;
+    }
+    pages_on = kWalks * kBlock / slots;
+    slots_on = kWalks * kBlock - pages_on * slots;
+    page = block * kBlock / slots;
+    inside = block * kBlock - page * slots;
+    left = r.lengths[tier] - block * kBlock;
+    find_page();
+  }
+  KVC_DEVICE_METHOD void find_page() {
+    if ((kCoded || tier != kTail) && left > 0) id = ids[page];
+  }
+  KVC_DEVICE_METHOD void advance() {
+    left -= kWalks * kBlock;
+    inside += slots_on;
+    page += pages_on;
+    if (inside >= slots) inside -= slots, page++;
+    find_page();
+  }
+  KVC_DEVICE_METHOD Block here() const {
+    const KvcDecode& a = task.a;
+    Block at;
+    at.n = least(kBlock, left);
+    at.id = id, at.inside = inside;
+    at.params = nullptr;
+    if (!kCoded && tier == kTail) {
+      const int64_t first = (r.row * a.tail.capacity + inside) * Key::kBytes;
+      at.k = static_cast<const uint8_t*>(a.tail.k) + first + keys;
+      at.v = static_cast<const uint8_t*>(a.tail.v) + first + values;
+      return at;
+    }
+    const uint32_t in_slab = static_cast<uint32_t>(id & ((1 << a.rows.slab_shift) - 1));
+    const uint8_t* base = reinterpret_cast<const uint8_t*>(a.rows.slabs[id >> a.rows.slab_shift]) +
+                          static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes);
+    at.k = base + (inside * Key::kBytes + keys);
+    at.v = base + (inside * Value::kBytes + values);
+    if (kCoded) at.params = base + (2 * inside + params);
+    return at;
+  }
+  // Positions of the slots from a block's first on; null where they do not matter.
+  KVC_DEVICE_METHOD const int32_t* positions(const Block& at) const {
+    const KvcDecode& a = task.a;
+    if (tier == kTail) return a.tail.position + r.b * a.tail.capacity + at.inside;
+    if (a.position_field < 0) return nullptr;
+    uint8_t* page = page_address(a.rows.slabs, a.rows.slab_shift, task.layout.page_bytes, at.id);
+    return reinterpret_cast<const int32_t*>(field_of(task.layout.tier[tier], page, a.position_field, at.inside));
+  }
+};
+
+// The slot that a native row is read from: behind the last in use there may be no memory, so that one is read again.
+KVC_DEVICE int native_slot(const Block& at, int slot) { return least(slot, at.n - 1); }
+
+template <int kKeyBits, int kValueBits>
+struct Loaded {
+  using Key = KeyRow<kDim, kKeyBits>;
+  using Value = ValueRow<kDim, kValueBits, kShare>;
+  static constexpr bool kCoded = kKeyBits != kNative;
+  uint32_t k[2][Key::kWords];    // slots 2g and 2g + 1
+  uint32_t v[4][Value::kWords];  // slots 4t, 4t + 2, 4t + 1, 4t + 3
+  uint32_t params;               // fp16 of slots 2g and 2g + 1: for t = 0 1 2 3 key scale, key offset, value scale, offset
+
+  KVC_DEVICE_METHOD void load_keys(const Block& at) {
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const uint8_t* row = at.k + (kCoded ? i : native_slot(at, thread_lane() / 4 * 2 + i)) * Key::kBytes;
+      KVC_UNROLL
+      for (int w = 0; w < Key::kWords; w += Key::kPiece / 4) load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(0, w));
+    }
+  }
+  KVC_DEVICE_METHOD void load_values(const Block& at) {
+    KVC_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const int from = i % 2 * 2 + i / 2;
+      load_bytes<Value::kPiece>(v[i], at.v + (kCoded ? from : native_slot(at, thread_lane() % 4 * 4 + from)) * Value::kBytes);
+    }
+  }
+  KVC_DEVICE_METHOD void load_params(const Block& at) {
+    if (kCoded) params = *reinterpret_cast<const uint32_t*>(at.params);
+  }
+};
+
+// Registers that loads may wait in: the words of a block, or first its keys and then its values in their place.
+template <int kKeyBits, int kValueBits>
+constexpr bool kBoth = 2 * KeyRow<kDim, kKeyBits>::kWords + 4 * ValueRow<kDim, kValueBits, kShare>::kWords < 64;
+
+template <int kKeyBits, int kValueBits, bool kBfloat>
+struct Logits {  // as many k-steps of keys x queries as four registers of queries serve
+  static constexpr int kServed = 2 / kTiles;
+  const Loaded<kKeyBits, kValueBits>& words;
+  const uint4 (*queries)[32];  // [kSteps / kServed]
+  float (*c)[4];         // [kTiles]
+
+  template <int kQuad>
+  KVC_DEVICE_METHOD void step() const {
+    const uint4 q = queries[kQuad][thread_lane()];
+    part<kQuad * kServed>(0, q.x, q.y);
+    part<kQuad * kServed + (kServed - 1)>(kTiles - 1, q.z, q.w);
+  }
+  template <int kStep>
+  KVC_DEVICE_METHOD void part(int tile, uint32_t b0, uint32_t b1) const {
+    constexpr int pairs = KeyRow<kDim, kKeyBits>::kPairs, p0 = 2 * kStep, p1 = 2 * kStep + 1;
+    const uint32_t a[4] = {
+        key_pair<kKeyBits, p0 % pairs>(words.k[0][p0 / pairs]), key_pair<kKeyBits, p0 % pairs>(words.k[1][p0 / pairs]),
+        key_pair<kKeyBits, p1 % pairs>(words.k[0][p1 / pairs]), key_pair<kKeyBits, p1 % pairs>(words.k[1][p1 / pairs])};
+    multiply<kBfloat && kKeyBits == kNative>(c[tile], a, b0, b1);
+  }
+};
+
+template <int kKeyBits, int kValueBits, bool kBfloat>
+struct Outputs {  // sixteen dimensions of values x probabilities
+  const Loaded<kKeyBits, kValueBits>& words;
+  const uint32_t (*p)[2];     // [kTiles]
+  float (*o)[kTiles][4];
+
+  template <int kTile>
+  KVC_DEVICE_METHOD void step() const {
+    constexpr int per_word = ValueRow<kDim, kValueBits, kShare>::kPerWord, c = 2 * kTile % per_word;
+    constexpr int w = 2 * kTile / per_word;
+    const uint32_t a[4] = {
+        value_pair<kValueBits, c>(words.v[0][w], words.v[1][w]), value_pair<kValueBits, c + 1>(words.v[0][w], words.v[1][w]),
+        value_pair<kValueBits, c>(words.v[2][w], words.v[3][w]), value_pair<kValueBits, c + 1>(words.v[2][w], words.v[3][w])};
+    KVC_UNROLL
+    for (int j = 0; j < kTiles; j++) multiply<kBfloat && kValueBits == kNative>(o[kTile][j], a, p[j][0], p[j][1]);
+  }
+};
+
+// Running softmax of one warp. Lane (g, t) has heads 2t and 2t + 1 of each tile of eight, and of each tile of 16
+// dimensions those of two rows: dimensions g * kDim / 8 + 2 * tile and the next one, tiles counting on from warp to warp
+// that share them.
+struct Running {
+  float o[kOutputs][kTiles][4];  // dimension, head; dimension, next head; next dimension, head; both next
+  float top[kTiles][2], sum[kTiles][2];
+  float offset[kTiles][2];       // sum of probability x value offset, the same for every dimension
+
+  KVC_DEVICE_METHOD void clear() {
+    KVC_UNROLL
+    for (int j = 0; j < kTiles; j++) {
+      KVC_UNROLL
+      for (int e = 0; e < 2; e++) top[j][e] = kLowest, sum[j][e] = offset[j][e] = 0.f;
+      KVC_UNROLL
+      for (int i = 0; i < kOutputs; i++) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0.f;
+    }
+  }
+};
+
+struct Place {  // where a thread block is, the same for all its threads, which have no registers to spare for it
+  int blocks, parts;       // blocks of the list; thread blocks that share it
+  int my_begin, my_end;    // what this one takes of it
+  int index, begin, here;  // the row at hand: its number, its first block in the list, how many it has
+  int from, until;         // those of them that this thread block takes
+  int position;            // of the new token
+  Row row;
+};
+
+// Outputs are summed up with dimension g * kDim / 8 + i at 8 i + g, and heads four words apart in the banks, so that the
+// lanes of a warp, which have one i at a time, meet different banks.
+constexpr int kPitch = kDim + 4;
+KVC_DEVICE int place_of(int d) { return d % (kDim / 8) * 8 + d / (kDim / 8); }
+
+struct Shared {
+  float q[kHeads][kPitch];                 // queries; outputs, each at its place_of, when the row is finished
+  uint4 queries[kSteps * kTiles / 2][32];    // fragments for the tier at hand
+  float2 query[kHeads];                      // sum over the dimensions, as rounded, and what keys' bias takes off
+  float top[kWalks][kHeads], sum[kWalks][kHeads];
+  int scan[kWarps];
+  int last;
+  bool rotated;                              // the queries are
+  Place place;
+};
+
+// Largest logits seen by any lane, and what has been summed up is to be multiplied by.
+template <int kKeyBits>
+KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
+  KVC_UNROLL
+  for (int j = 0; j < kTiles; j++) {
+    float fade[2];
+    KVC_UNROLL
+    for (int e = 0; e < 2; e++) {
+      float x = high[j][e];
+      KVC_UNROLL
+      for (int bit = 4; bit < 32; bit *= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, bit));
+      x = x > run.top[j][e] + kSlack<kKeyBits> ? x : run.top[j][e];
+      fade[e] = fast_exp2(run.top[j][e] - x);
+      run.top[j][e] = x;
+      run.sum[j][e] *= fade[e], run.offset[j][e] *= fade[e];
+    }
+    KVC_UNROLL
+    for (int i = 0; i < kOutputs; i++) {
+      KVC_UNROLL
+      for (int e = 0; e < 4; e++) run.o[i][j][e] *= fade[e % 2];
+    }
+  }
+}
+
+// Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for in
+// their place, where there are `more`, so that loads are always under way. Without room for both keys and values, values
+// take the place of the keys they belong to.
+template <int kKeyBits, int kValueBits, bool kBfloat>
+KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Block& at, const Block& next, bool more,
+                       float factor, const Shared& shared, const Walk<kKeyBits, kValueBits>& walk) {
+  constexpr bool coded = kKeyBits != kNative;
+  const KvcDecode& a = walk.task.a;
+  const int g = thread_lane() >> 2, t = thread_lane() & 3;
+  float c[kTiles][4];  // slot 2g: heads 2t and 2t + 1; slot 2g + 1: the same
+  float query_sum[kTiles][2];
+  KVC_UNROLL
+  for (int j = 0; j < kTiles; j++) {
+    KVC_UNROLL
+    for (int e = 0; e < 2; e++) {
+      const float2 query = shared.query[8 * j + 2 * t + e];
+      query_sum[j][e] = query.x;
+      c[j][e] = c[j][2 + e] = coded ? query.y : 0.f;
+    }
+  }
+  const Logits<kKeyBits, kValueBits, kBfloat> logits{words, shared.queries, c};
+  Repeat<0, kSteps * kTiles / 2>::run(logits);
+  if (!kBoth<kKeyBits, kValueBits>) words.load_values(at);  // in the registers that the keys leave
+  if (more) words.load_keys(next);
+
+  float scale[2], zero[2];  // of the values of slots 2g and 2g + 1
+  KVC_UNROLL
+  for (int i = 0; i < 2; i++) {
+    float key_scale = factor, key_zero = 0.f;
+    scale[i] = 1.f, zero[i] = 0.f;
+    if (coded) {
+      key_scale *= half_of_pair(__shfl_sync(kAllLanes, words.params, 0, 4), i);
+      key_zero = half_of_pair(__shfl_sync(kAllLanes, words.params, 1, 4), i) * factor;
+      scale[i] = half_of_pair(__shfl_sync(kAllLanes, words.params, 2, 4), i);
+      zero[i] = half_of_pair(__shfl_sync(kAllLanes, words.params, 3, 4), i) + kMiddle<kValueBits> * scale[i];
+    }
+    KVC_UNROLL
+    for (int j = 0; j < kTiles; j++) {
+      KVC_UNROLL
+      for (int e = 0; e < 2; e++) {
+        float& x = c[j][2 * i + e];
+        x = coded ? x * key_scale + query_sum[j][e] * key_zero : x * key_scale;
+      }
+    }
+  }
+  if (more) words.load_params(next);
+  if (a.softcap > 0.f) {
+    KVC_UNROLL
+    for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] = a.softcap * kLog2E * tanhf(c[i / 4][i % 4]);
+  }
+  if (at.n < kBlock || a.window > 0) {
+    const int32_t* position = a.window > 0 ? walk.positions(at) : nullptr;
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int slot = 2 * g + i;
+      bool seen = slot < at.n;
+      if (!seen) scale[i] = zero[i] = 0.f;  // behind the last slot anything may lie in place of these, NaN too
+      if (seen && position) seen = shared.place.position - position[slot] < a.window;
+      KVC_UNROLL
+      for (int j = 0; j < kTiles && !seen; j++) c[j][2 * i] = c[j][2 * i + 1] = -infinity();
+    }
+  }
+  float high[kTiles][2];
+  KVC_UNROLL
+  for (int i = 0; i < 2; i++) {
+    // The reference point includes the value's scale, so that scaled probabilities use the range of fp16 well.
+    const float level = coded ? fast_log2(larger(scale[i], kLeastScale)) : 0.f;
+    KVC_UNROLL
+    for (int j = 0; j < kTiles; j++) {
+      KVC_UNROLL
+      for (int e = 0; e < 2; e++) {
+        const float x = c[j][2 * i + e] + level;
+        high[j][e] = i ? larger(x, high[j][e]) : x;
+      }
+    }
+  }
+  bool above = false;
+  KVC_UNROLL
+  for (int j = 0; j < kTiles; j++) {
+    KVC_UNROLL
+    for (int e = 0; e < 2; e++) above = above || high[j][e] > run.top[j][e] + kSlack<kKeyBits>;
+  }
+  if (__any_sync(kAllLanes, above)) move_top<kKeyBits>(run, high);
+  uint32_t p[kTiles][2];
+  KVC_UNROLL
+  for (int j = 0; j < kTiles; j++) {
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) {
+      float x[2];
+      KVC_UNROLL
+      for (int e = 0; e < 2; e++) {
+        x[e] = fast_exp2(c[j][2 * i + e] - run.top[j][e]);
+        run.sum[j][e] += x[e];
+        if (coded) run.offset[j][e] += x[e] * zero[i], x[e] *= scale[i];
+      }
+      // From (slot, heads) of logits to (head, slots) of probabilities.
+      p[j][i] = transpose(kBfloat && !coded ? pack_bfloats(x[0], x[1]) : pack_halves(x[0], x[1]));
+    }
+  }
+  const Outputs<kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o};
+  Repeat<0, kOutputs>::run(outputs);
+  if (more) words.load_values(next);
+}
+
+// Counts the blocks of all rows; where `target` is among them, also finds the row it falls into.
+KVC_DEVICE int count_blocks(const Task& task, int target, Shared& shared) {
+  const int rows = task.rows();
+  int before = 0;
+  for (int first = 0; first < rows; first += kThreads) {
+    const int index = first + threadIdx.x;
     const int mine = index < rows ? task.blocks(task.row(index)) : 0;
     int running = mine;
     for (int step = 1; step < 32; step *= 2) {
@@ -414,8 +423,8 @@ KVC_DEVICE int64_t count_blocks(const Task& task, int64_t rows, int64_t target, 
       if (w < thread_warp()) running += shared.scan[w];
       all += shared.scan[w];
     }
-    const int64_t end = before + running;
-    if (mine && target >= end - mine && target < end) shared.row = index, shared.begin = end - mine;
+    const int end = before + running;
+    if (mine && target >= end - mine && target < end) shared.place.index = index, shared.place.begin = end - mine;
     before += all;
     __syncthreads();
   }
@@ -423,128 +432,66 @@ KVC_DEVICE int64_t count_blocks(const Task& task, int64_t rows, int64_t target, 
 }
 
 // Puts the queries in the order of a tier's keys, as operands of the tensor cores.
-template <int kDim, int kBits, bool kBfloat>
-KVC_DEVICE void stage_queries(Shared<kDim>& shared) {
+template <int kBits, bool kBfloat>
+KVC_DEVICE void stage_queries(Shared& shared) {
   using Key = KeyRow<kDim, kBits>;
-  for (int i = threadIdx.x; i < kDim / 16 * 32; i += kThreads) {
-    const int step = i / 32, g = i % 32 >> 2, t = i & 3;
+  constexpr int other = 16 / kBits;  // from a dimension of a register to the other one
+  for (int i = threadIdx.x; i < kSteps * kTiles / 2 * 32; i += kThreads) {
+    const int quad = i / 32, g = i % 32 >> 2, t = i & 3;
     uint32_t words[4];
     KVC_UNROLL
-    for (int half = 0; half < 2; half++) {
-      const int pair = 2 * step + half;
-      const int d = Key::offset(t, pair / Key::kPairs) * 8 / kBits + pair % Key::kPairs;
-      KVC_UNROLL
-      for (int m = 0; m < 2; m++) {
-        const float x = shared.q[g + 8 * m][d], y = shared.q[g + 8 * m][d + 16 / kBits];
-        words[2 * half + m] = kBfloat && kBits == kNative ? pack_bfloats(x, y) : pack_halves(x, y);
-      }
+    for (int n = 0; n < 4; n++) {  // see Logits::step
+      const int pair = kTiles == 1 ? 4 * quad + n : 2 * quad + n % 2;
+      const float* from = &shared.q[g + (kTiles == 1 ? 0 : n / 2 * 8)][Key::dimension(t, pair)];
+      words[n] = kBfloat && kBits == kNative ? pack_bfloats(from[0], from[other]) : pack_halves(from[0], from[other]);
     }
-    shared.queries[step][i % 32] = uint4{words[0], words[1], words[2], words[3]};
+    shared.queries[quad][i % 32] = uint4{words[0], words[1], words[2], words[3]};
   }
   for (int m = thread_warp(); m < kHeads; m += kWarps) {
-    float sum = 0.f;
-    for (int d = thread_lane(); d < kDim; d += 32) sum += half_to_float(float_to_half(shared.q[m][d]));
-    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
-    if (thread_lane() == 0) shared.query_sum[m] = sum;
+    float sum = 0.f, biased = 0.f;
+    for (int d = thread_lane(); d < kDim; d += 32) {
+      const float x = half_to_float(float_to_half(shared.q[m][d]));
+      sum += x, biased += x * key_bias<kBits>(d % other);
+    }
+    for (int bit = 16; bit; bit /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, bit), biased += __shfl_xor_sync(kAllLanes, biased, bit);
+    }
+    if (thread_lane() == 0) shared.query[m] = float2{sum, -biased};
   }
   __syncthreads();
 }
 
-// The way of a warp over the blocks of a tier, or of the tail (tier = KVC_MAX_TIERS), a step ahead with page ids.
-template <int kDim>
-struct Walk {
-  const Task& task;
-  const Row& r;
-  int tier, slots;         // slots of a page
-  int page, inside, left;  // of the block: its page, its first slot there, slots from there to the end
-  int32_t id;              // of that page
-
-  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int block) : task(task), r(r), tier(tier) {
-    slots = tier == KVC_MAX_TIERS ? 0x7fffffff : task.layout.tier[tier].slots;
-    page = block * kBlock / slots;
-    inside = block * kBlock - page * slots;
-    left = r.lengths[tier] - block * kBlock;
-    find_page();
-  }
-  KVC_DEVICE_METHOD void find_page() {
-    const KvcRows& rows = task.a.rows;
-    id = tier < KVC_MAX_TIERS && left > 0 ? rows.table[tier][r.row * rows.table_stride[tier] + page] : 0;
-  }
-  KVC_DEVICE_METHOD void advance(int blocks) {
-    left -= blocks * kBlock;
-    inside += blocks * kBlock;
-    while (inside >= slots) inside -= slots, page++;
-    find_page();
-  }
-  KVC_DEVICE_METHOD Where here() const {
-    const KvcDecode& a = task.a;
-    Where at;
-    at.n = least(kBlock, left);
-    at.fresh = -1;
-    at.key_params = nullptr;
-    at.position = nullptr;
-    at.value_params = at.param_stride = 0;
-    if (tier == KVC_MAX_TIERS) {
-      const int64_t first = r.row * a.tail.capacity + inside;
-      at.k = static_cast<const uint8_t*>(a.tail.k) + first * kDim * 2;
-      at.v = static_cast<const uint8_t*>(a.tail.v) + first * kDim * 2;
-      if (r.append && left <= kBlock) at.fresh = at.n - 1;
-      if (a.window > 0) at.position = a.tail.position + r.b * a.tail.capacity + inside;
-      return at;
-    }
-    const KvcTier& t = task.layout.tier[tier];
-    const uint8_t* base = page_address(a.rows.slabs, a.rows.slab_shift, task.layout.page_bytes, id);
-    at.k = base + t.keys + inside * (t.key_bits ? kDim * t.key_bits / 8 : kDim * 2);
-    at.v = base + t.values + inside * (t.key_bits ? kDim * t.value_bits / 8 : kDim * 2);
-    if (t.key_bits) {
-      at.key_params = reinterpret_cast<const uint16_t*>(base + t.key_params) + inside;
-      at.value_params = static_cast<int>(t.value_params - t.key_params) / 2;
-      at.param_stride = t.slots;
-    }
-    if (a.window > 0 && a.position_field >= 0) {
-      at.position = reinterpret_cast<const int32_t*>(base + t.fields) + a.position_field * t.slots + inside;
-    }
-    return at;
-  }
-};
-
 // Blocks from .. until of one tier, the warps taking turns.
-template <int kDim, int kKeyBits, int kValueBits, bool kBfloat>
-KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, int until, Shared<kDim>& shared,
-                            const Step& step, Running<kDim>& run) {
-  using Words = Loaded<kDim, kKeyBits, kValueBits>;
-  constexpr int warps = kWarps / kShare<kDim>;
-  const int g = thread_lane() >> 2, t = thread_lane() & 3;
-  stage_queries<kDim, kKeyBits, kBfloat>(shared);
-  int block = from + thread_warp() / kShare<kDim>;
+template <int kKeyBits, int kValueBits, bool kBfloat>
+KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, int until, float factor,
+                            Shared& shared, Running& run) {
+  constexpr bool both = kBoth<kKeyBits, kValueBits>;
+  stage_queries<kKeyBits, kBfloat>(shared);
+  int block = from + thread_warp() / kShare;
   if (block < until) {
-    Walk<kDim> walk(task, r, tier, block);
-    Where at = walk.here();
-    Words words;
-    if (Words::kBoth) {
-      words.load_keys(at, g, t), words.load_params(at, t), words.load_values(at, g, t);
-      walk.advance(warps);
-    }
-    for (; block < until; block += warps) {
-      const bool more = Words::kBoth && block + warps < until;
-      Where next = at;
-      if (more || !Words::kBoth) next = walk.here();
-      walk.advance(warps);
-      if (!Words::kBoth) at = next, words.load_keys(at, g, t), words.load_params(at, t);
-      attend<kDim, kKeyBits, kValueBits, kBfloat>(run, words, at, next, more, step);
+    Walk<kKeyBits, kValueBits> walk(task, r, tier, block);
+    Block at = walk.here(), next = at;
+    Loaded<kKeyBits, kValueBits> words;
+    if (both) words.load_keys(at), words.load_params(at), words.load_values(at), walk.advance();
+    for (; block < until; block += kWalks) {
+      const bool more = both && block + kWalks < until;
+      if (!both) at = next = walk.here(), words.load_keys(at), words.load_params(at);
+      if (more) next = walk.here();
+      walk.advance();
+      attend<kKeyBits, kValueBits, kBfloat>(run, words, at, next, more, factor, shared, walk);
       at = next;
     }
   }
   __syncthreads();  // the staged queries are done with
 }
 
-template <int kDim, bool kBfloat>
-KVC_DEVICE void attend_section(const Task& task, const Row& r, int tier, int from, int until, Shared<kDim>& shared,
-                               const Step& step, Running<kDim>& run) {
-  const int bits = tier == KVC_MAX_TIERS ? 0 : task.layout.tier[tier].key_bits * 10 + task.layout.tier[tier].value_bits;
+template <bool kBfloat>
+KVC_DEVICE void attend_section(const Task& task, const Row& r, int tier, int from, int until, float factor,
+                               Shared& shared, Running& run) {
+  const int bits = tier == kTail ? 0 : task.layout.tier[tier].key_bits * 10 + task.layout.tier[tier].value_bits;
 #define KVC_TIER(key, value)                                                                       \
   case key % 16 * 10 + value % 16:                                                                 \
-    attend_tier<kDim, key, value, kBfloat>(task, r, tier, from, until, shared, step, run); \
+    attend_tier<key, value, kBfloat>(task, r, tier, from, until, factor, shared, run);             \
     break;
   switch (bits) {
     KVC_TIER(16, 16)
@@ -558,10 +505,9 @@ KVC_DEVICE void attend_section(const Task& task, const Row& r, int tier, int fro
 }
 
 // Writes the new token of a row to its tail; blocks that work on the same row write the same.
-template <int kDim>
-KVC_DEVICE void append(const Task& task, const Row& r) {
+KVC_DEVICE void append(const Task& task, const Row& r, int position) {
   const KvcDecode& a = task.a;
-  const int64_t slot = r.lengths[KVC_MAX_TIERS] - 1, to = (r.row * a.tail.capacity + slot) * kDim;
+  const int64_t slot = r.lengths[kTail] - 1, to = (r.row * a.tail.capacity + slot) * kDim;
   const uint16_t* k = static_cast<const uint16_t*>(a.k) + r.b * a.k_b + r.h * a.k_h;
   const uint16_t* v = static_cast<const uint16_t*>(a.v) + r.b * a.v_b + r.h * a.v_h;
   for (int d = threadIdx.x; d < kDim; d += kThreads) {
@@ -572,42 +518,47 @@ KVC_DEVICE void append(const Task& task, const Row& r) {
   if (a.tail.fields && threadIdx.x < task.layout.n_fields) {
     static_cast<uint32_t*>(a.tail.fields)[(threadIdx.x * rows + r.row) * a.tail.capacity + slot] = 0;
   }
-  if (threadIdx.x == 0) a.tail.position[r.b * a.tail.capacity + slot] = task.position;
+  if (threadIdx.x == 0) a.tail.position[r.b * a.tail.capacity + slot] = position;
 }
 
 // Joins the warps: sums into shared.q, largest logits and denominators into row 0 of shared.top and shared.sum.
-template <int kDim>
-KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim>& shared) {
-  constexpr int warps = kWarps / kShare<kDim>;
-  const int warp = thread_warp() / kShare<kDim>, share = thread_warp() % kShare<kDim>;
+KVC_DEVICE void join_warps(Running& run, Shared& shared) {
+  const int walk = thread_warp() / kShare, share = thread_warp() % kShare;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
-  float fade[2];
   KVC_UNROLL
-  for (int m = 0; m < 2; m++) {
+  for (int i = 0; i < 2 * kTiles; i++) {
+    float &sum = run.sum[i / 2][i % 2], &offset = run.offset[i / 2][i % 2];
     KVC_UNROLL
-    for (int bit = 1; bit < 4; bit *= 2) {
-      run.sum[m] += __shfl_xor_sync(kAllLanes, run.sum[m], bit);
-      run.offset[m] += __shfl_xor_sync(kAllLanes, run.offset[m], bit);
+    for (int bit = 4; bit < 32; bit *= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, bit);
+      offset += __shfl_xor_sync(kAllLanes, offset, bit);
     }
-    if (t == 0 && share == 0) shared.top[warp][g + 8 * m] = run.top[m], shared.sum[warp][g + 8 * m] = run.sum[m];
+    const int head = i / 2 * 8 + 2 * t + i % 2;
+    if (g == 0 && share == 0) shared.top[walk][head] = run.top[i / 2][i % 2], shared.sum[walk][head] = sum;
   }
   __syncthreads();
+  float fade[kTiles][2];
   KVC_UNROLL
-  for (int m = 0; m < 2; m++) {
+  for (int i = 0; i < 2 * kTiles; i++) {
     float top = kLowest;
-    for (int w = 0; w < warps; w++) top = shared.top[w][g + 8 * m] > top ? shared.top[w][g + 8 * m] : top;
-    fade[m] = fast_exp2(run.top[m] - top);
+    for (int w = 0; w < kWalks; w++) {
+      const float other = shared.top[w][i / 2 * 8 + 2 * t + i % 2];
+      top = other > top ? other : top;
+    }
+    fade[i / 2][i % 2] = fast_exp2(run.top[i / 2][i % 2] - top);
   }
-  for (int w = 0; w < warps; w++) {
-    if (warp == w) {
+  for (int w = 0; w < kWalks; w++) {
+    if (walk == w) {
       KVC_UNROLL
-      for (int j = 0; j < Running<kDim>::kTiles; j++) {
+      for (int i = 0; i < kOutputs; i++) {
         KVC_UNROLL
-        for (int e = 0; e < 4; e++) {
-          const int d = (2 * t + e % 2) * (kDim / 8) + share * Running<kDim>::kTiles + j;
-          float& to = shared.q[g + 8 * (e / 2)][d];
-          const float x = (run.o[j][e] + run.offset[e / 2]) * fade[e / 2];
-          to = w == 0 ? x : to + x;
+        for (int j = 0; j < kTiles; j++) {
+          KVC_UNROLL
+          for (int e = 0; e < 4; e++) {
+            float& to = shared.q[8 * j + 2 * t + e % 2][((share * kOutputs + i) * 2 + e / 2) * 8 + g];
+            const float x = (run.o[i][j][e] + run.offset[j][e % 2]) * fade[j][e % 2];
+            to = w == 0 ? x : to + x;
+          }
         }
       }
     }
@@ -616,16 +567,16 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim>& shared) {
   if (threadIdx.x < kHeads) {
     const int m = threadIdx.x;
     float top = kLowest, sum = 0.f;
-    for (int w = 0; w < warps; w++) top = shared.top[w][m] > top ? shared.top[w][m] : top;
-    for (int w = 0; w < warps; w++) sum += shared.sum[w][m] * fast_exp2(shared.top[w][m] - top);
+    for (int w = 0; w < kWalks; w++) top = shared.top[w][m] > top ? shared.top[w][m] : top;
+    for (int w = 0; w < kWalks; w++) sum += shared.sum[w][m] * fast_exp2(shared.top[w][m] - top);
     shared.top[0][m] = top, shared.sum[0][m] = sum;
   }
   __syncthreads();
 }
 
 // Divides by the denominators (sinks included) and writes the heads of a row.
-template <int kDim, bool kBfloat>
-KVC_DEVICE void finish(const Task& task, const Row& r, const KvcWorkspace& w, Shared<kDim>& shared) {
+template <bool kBfloat>
+KVC_DEVICE void finish(const Task& task, const Row& r, const KvcWorkspace& w, Shared& shared) {
   const KvcDecode& a = task.a;
   const int64_t head = static_cast<int64_t>(r.h) * a.group + r.first_head;
   if (threadIdx.x < r.heads) {
@@ -645,120 +596,179 @@ KVC_DEVICE void finish(const Task& task, const Row& r, const KvcWorkspace& w, Sh
   uint16_t* out = static_cast<uint16_t*>(a.out) + r.b * a.out_b + head * a.out_h;
   for (int i = threadIdx.x; i < r.heads * kDim; i += kThreads) {
     const int m = i / kDim, d = i % kDim;
-    const float x = shared.q[m][d] * shared.sum[0][m];
+    const float x = shared.q[m][place_of(d)] * shared.sum[0][m];
     out[m * a.out_h + d] = kBfloat ? float_to_bfloat(x) : float_to_half(x);
   }
   __syncthreads();
 }
 
 // First block of the list that thread block c takes, of `parts` thread blocks.
-KVC_DEVICE int64_t part_begin(int64_t c, int64_t blocks, int64_t parts) { return c * blocks / parts; }
+KVC_DEVICE int part_begin(int c, int blocks, int parts) {
+  return static_cast<int>(static_cast<int64_t>(c) * blocks / parts);
+}
 // The thread block that takes a block of the list.
-KVC_DEVICE int64_t part_of(int64_t block, int64_t blocks, int64_t parts) { return ((block + 1) * parts - 1) / blocks; }
+KVC_DEVICE int part_of(int block, int blocks, int parts) {
+  return static_cast<int>((static_cast<int64_t>(block + 1) * parts - 1) / blocks);
+}
 
-template <int kDim, bool kBfloat>
-KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWorkspace& w) {
-  __shared__ Shared<kDim> shared;
-  const Task task{layout, a, (a.group + kHeads - 1) / kHeads, position_at(w.clock, a.position)};
-  const int64_t rows = static_cast<int64_t>(a.batch) * a.kv_heads * task.head_tiles;
-  const int64_t blocks = count_blocks<kDim>(task, rows, -1, shared);
-  const int64_t useful = blocks / kLeastBlocks > 1 ? blocks / kLeastBlocks : 1;
-  const int64_t parts = gridDim.x < useful ? gridDim.x : useful, me = blockIdx.x;
-  int64_t block = part_begin(me < parts ? me : parts, blocks, parts);
-  const int64_t my_begin = block, my_end = part_begin(me < parts ? me + 1 : parts, blocks, parts);
-  if (block < my_end) count_blocks<kDim>(task, rows, block, shared);
-  int64_t index = shared.row, begin = shared.begin;
+// Finds what a thread block takes of the list; false where that is nothing.
+KVC_DEVICE bool find_place(const Task& task, const KvcWorkspace& w, Shared& shared) {
+  const int blocks = count_blocks(task, -1, shared), me = blockIdx.x;
+  const int parts = least(gridDim.x, most(blocks / kLeastBlocks, 1));
+  if (me >= parts) return false;
+  const int begin = part_begin(me, blocks, parts);
+  count_blocks(task, begin, shared);
+  if (threadIdx.x == 0) {
+    Place& at = shared.place;
+    at.blocks = blocks, at.parts = parts, at.my_begin = begin, at.my_end = part_begin(me + 1, blocks, parts);
+    at.position = position_at(w.clock, task.a.position);
+  }
+  return true;
+}
+
+// Looks the row at hand up.
+KVC_DEVICE void enter_row(const Task& task, Shared& shared) {
+  if (threadIdx.x == 0) {
+    Place& at = shared.place;
+    at.row = task.row(at.index);
+    at.here = task.blocks(at.row);
+    at.from = most(at.my_begin - at.begin, 0), at.until = least(at.my_end - at.begin, at.here);
+  }
   __syncthreads();
-  for (; block < my_end; index++) {
-    const Row r = task.row(index);
-    const int here = task.blocks(r);
-    const int from = static_cast<int>(block - begin);
-    const int64_t row_end = begin + here, end = row_end < my_end ? row_end : my_end;
-    const int until = static_cast<int>(end - begin);
+}
 
-    for (int i = threadIdx.x; i < kHeads * kDim; i += kThreads) {
-      const int m = i / kDim, d = i % kDim;
-      const int64_t head = static_cast<int64_t>(r.h) * a.group + r.first_head + m;
-      shared.q[m][d] = m < r.heads ? load_element(a.q, r.b * a.q_b + head * a.q_h + d, layout.dtype) : 0.f;
+// On to the next row; false at the end.
+KVC_DEVICE bool leave_row(Shared& shared) {
+  Place& at = shared.place;
+  __syncthreads();
+  const bool more = at.begin + at.here < at.my_end;
+  __syncthreads();
+  if (threadIdx.x == 0) at.begin += at.here, at.index++;
+  return more;
+}
+
+// Sums over this thread block's part of the row at hand, in the places that join_warps names.
+template <bool kBfloat>
+KVC_DEVICE void attend_row(const Task& task, Shared& shared) {
+  const KvcDecode& a = task.a;
+  const Place& at = shared.place;
+  const uint16_t* q = static_cast<const uint16_t*>(a.q) + at.row.b * a.q_b +
+                      (static_cast<int64_t>(at.row.h) * a.group + at.row.first_head) * a.q_h;
+  KVC_UNROLL_BY(1)
+  for (int d = threadIdx.x; d < kDim; d += kThreads) {
+    KVC_UNROLL
+    for (int m = 0; m < kHeads; m++) {
+      const uint16_t x = m < at.row.heads ? q[m * a.q_h + d] : 0;
+      shared.q[m][d] = kBfloat ? bfloat_to_float(x) : half_to_float(x);
     }
-    if (r.append && until == here) append<kDim>(task, r);
-    __syncthreads();
+  }
+  if (threadIdx.x == 0) shared.rotated = false;
+  if (at.row.append && at.until == at.here) append(task, at.row, at.position);
+  __syncthreads();
 
-    const float softcap = a.softcap * kLog2E;
-    const Step step{a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2E, softcap, a.window, task.position,
-                    &shared.queries[0][0], shared.query_sum};
-    Running<kDim> run;
-    run.clear();
-    bool rotated = false;
+  // On the dot products: to powers of two, or to the argument of tanh.
+  const float factor = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2E;
+  Running run;
+  run.clear();
+  for (int tier = 0; tier <= kTail; tier++) {
     int passed = 0;  // blocks of the sections before
-    for (int tier = 0; tier <= KVC_MAX_TIERS; tier++) {
-      const int n = (r.lengths[tier] + kBlock - 1) / kBlock;
-      const int first = most(from - passed, 0), last = least(until - passed, n);
-      passed += n;
-      if (first >= last) continue;
-      const bool turn = tier < KVC_MAX_TIERS && layout.tier[tier].rotate_keys;
-      if (turn != rotated) {  // the transform is its own inverse
-        rotated = turn;
-        for (int m = thread_warp(); m < kHeads; m += kWarps) rotate(shared.q[m], kDim, kDim);
-        __syncthreads();
-      }
-      attend_section<kDim, kBfloat>(task, r, tier, first, last, shared, step, run);
+    for (int t = 0; t < tier; t++) passed += (at.row.lengths[t] + kBlock - 1) / kBlock;
+    const int n = (at.row.lengths[tier] + kBlock - 1) / kBlock;
+    const int first = most(at.from - passed, 0), last = least(at.until - passed, n);
+    if (first >= last) continue;
+    const bool turn = tier != kTail && task.layout.tier[tier].rotate_keys;
+    if (turn != shared.rotated) {  // the transform is its own inverse
+      for (int m = thread_warp(); m < kHeads; m += kWarps) rotate(shared.q[m], kDim, kDim);
+      __syncthreads();
+      if (threadIdx.x == 0) shared.rotated = turn;
     }
-    join_warps<kDim>(run, shared);
+    attend_section<kBfloat>(task, at.row, tier, first, last, factor, shared, run);
+  }
+  join_warps(run, shared);
+}
 
-    if (from == 0 && until == here) {
-      finish<kDim, kBfloat>(task, r, w, shared);
-    } else {
-      // Of the rows a thread block works on, only its first and its last are shared with others.
-      const int64_t mine = 2 * me + (begin > my_begin);
-      for (int i = threadIdx.x; i < r.heads * kDim; i += kThreads) {
-        w.partial[mine * kHeads * kDim + i] = shared.q[i / kDim][i % kDim];
+// Leaves this thread block's sums for the others that share the row; whoever comes last merges all and returns true.
+KVC_DEVICE bool merge(const KvcWorkspace& w, Shared& shared) {
+  constexpr int batch = 8;   // loads under way at once
+  const Place& at = shared.place;
+  const int heads = at.row.heads;
+  const int first = part_of(at.begin, at.blocks, at.parts), last = part_of(at.begin + at.here - 1, at.blocks, at.parts);
+  // Of the rows a thread block works on, only its first and its last are shared with others: they have a place each.
+  const int begun = at.begin > part_begin(first, at.blocks, at.parts);
+  const auto place = [&](int p) { return static_cast<int64_t>(2 * p + (p == first ? begun : 0)) * kHeads; };
+  const int64_t mine = place(blockIdx.x);
+  float4* partial = reinterpret_cast<float4*>(w.partial);  // [][kHeads][kDim / 4]
+  for (int i = threadIdx.x; i < heads * kDim / 4; i += kThreads) {
+    partial[mine * kDim / 4 + i] = *reinterpret_cast<const float4*>(&shared.q[i / (kDim / 4)][i % (kDim / 4) * 4]);
+  }
+  if (threadIdx.x < heads) {
+    w.partial_max[mine + threadIdx.x] = shared.top[0][threadIdx.x];
+    w.partial_sum[mine + threadIdx.x] = shared.sum[0][threadIdx.x];
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared.last = atomicAdd(&w.arrived[at.index], 1) == last - first;
+  __syncthreads();
+  if (!shared.last) return false;
+  __threadfence();
+  if (threadIdx.x < heads) {
+    float top = kLowest, sum = 0.f;
+    KVC_UNROLL_BY(8)
+    for (int p = first; p <= last; p++) {
+      top = larger(top, w.partial_max[place(p) + threadIdx.x]);
+    }
+    KVC_UNROLL_BY(8)
+    for (int p = first; p <= last; p++) {
+      const int64_t from = place(p) + threadIdx.x;
+      sum += w.partial_sum[from] * fast_exp2(w.partial_max[from] - top);
+    }
+    shared.top[0][threadIdx.x] = top, shared.sum[0][threadIdx.x] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < heads * kDim / 4; i += kThreads) {
+    const int m = i / (kDim / 4);
+    const float top = shared.top[0][m];
+    float4 sum{0.f, 0.f, 0.f, 0.f};
+    for (int from = first; from <= last; from += batch) {
+      float4 x[batch];
+      float fade[batch];
+      KVC_UNROLL
+      for (int n = 0; n < batch; n++) {
+        const int p = least(from + n, last);
+        const int64_t there = place(p);
+        x[n] = partial[there * kDim / 4 + i], fade[n] = w.partial_max[there + m];
       }
-      if (threadIdx.x < r.heads) {
-        w.partial_max[mine * kHeads + threadIdx.x] = shared.top[0][threadIdx.x];
-        w.partial_sum[mine * kHeads + threadIdx.x] = shared.sum[0][threadIdx.x];
-      }
-      const int64_t first_part = part_of(begin, blocks, parts), last_part = part_of(row_end - 1, blocks, parts);
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) shared.last = atomicAdd(&w.arrived[index], 1) == last_part - first_part;
-      __syncthreads();
-      if (shared.last) {
-        __threadfence();
-        if (threadIdx.x < r.heads) {
-          float top = kLowest, sum = 0.f;
-          for (int64_t p = first_part; p <= last_part; p++) {
-            const float other = w.partial_max[(2 * p + (begin > part_begin(p, blocks, parts))) * kHeads + threadIdx.x];
-            top = other > top ? other : top;
-          }
-          for (int64_t p = first_part; p <= last_part; p++) {
-            const int64_t at = (2 * p + (begin > part_begin(p, blocks, parts))) * kHeads + threadIdx.x;
-            sum += w.partial_sum[at] * fast_exp2(w.partial_max[at] - top);
-          }
-          shared.top[0][threadIdx.x] = top, shared.sum[0][threadIdx.x] = sum;
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < r.heads * kDim; i += kThreads) {
-          float x = 0.f;
-          for (int64_t p = first_part; p <= last_part; p++) {
-            const int64_t at = 2 * p + (begin > part_begin(p, blocks, parts));
-            x += w.partial[at * kHeads * kDim + i] * fast_exp2(w.partial_max[at * kHeads + i / kDim] - shared.top[0][i / kDim]);
-          }
-          shared.q[i / kDim][i % kDim] = x;
-        }
-        if (threadIdx.x == 0) w.arrived[index] = 0;
-        __syncthreads();
-        finish<kDim, kBfloat>(task, r, w, shared);
+      KVC_UNROLL
+      for (int n = 0; n < batch; n++) {
+        const float by = from + n <= last ? fast_exp2(fade[n] - top) : 0.f;
+        sum.x += x[n].x * by, sum.y += x[n].y * by, sum.z += x[n].z * by, sum.w += x[n].w * by;
       }
     }
-    block = end, begin = row_end;
-    __syncthreads();
+    *reinterpret_cast<float4*>(&shared.q[m][i % (kDim / 4) * 4]) = sum;
+  }
+  if (threadIdx.x == 0) w.arrived[at.index] = 0;
+  __syncthreads();
+  return true;
+}
+
+template <bool kBfloat>
+KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWorkspace& w) {
+  __shared__ Shared shared;
+  const Task task{layout, a};
+  if (find_place(task, w, shared)) {
+    do {
+      enter_row(task, shared);
+      attend_row<kBfloat>(task, shared);
+      const Place& at = shared.place;
+      if ((at.from == 0 && at.until == at.here) || merge(w, shared)) finish<kBfloat>(task, at.row, w, shared);
+    } while (leave_row(shared));
   }
   if (!a.append) return;
   // Lengths and the clock move on when everyone has read them.
+  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    shared.last = atomicAdd(&w.arrived[rows], 1) == static_cast<int>(gridDim.x) - 1;
+    shared.last = atomicAdd(&w.arrived[task.rows()], 1) == static_cast<int>(gridDim.x) - 1;
   }
   __syncthreads();
   if (!shared.last) return;
@@ -766,20 +776,20 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
     if ((!a.valid || a.valid[b]) && a.tail.length[b] < a.tail.capacity) a.tail.length[b]++;
   }
   if (threadIdx.x == 0) {
-    w.arrived[rows] = 0;
+    w.arrived[task.rows()] = 0;
     ++*w.clock;
   }
 }
 
 }  // namespace
 
-#define KVC_JOIN_(a, b, c) a##b##c
-#define KVC_JOIN(a, b, c) KVC_JOIN_(a, b, c)
-#define KVC_DECODE(bfloat, type)                                                                \
-  KVC_KERNEL __launch_bounds__(kThreads, 2)                                                    \
-  KVC_JOIN(kvc_decode_, KVC_HEAD_DIM, type)                                                     \
-  (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, KVC_PARAMETER KvcWorkspace w) {   \
-    decode<KVC_HEAD_DIM, bfloat>(layout, a, w);                                                 \
+#define KVC_JOIN_(a, b, c, d, e) a##b##c##d##e
+#define KVC_JOIN(a, b, c, d, e) KVC_JOIN_(a, b, c, d, e)
+#define KVC_DECODE(bfloat, type)                                                              \
+  KVC_KERNEL __launch_bounds__(kThreads, KVC_RESIDENT)                                          \
+  KVC_JOIN(kvc_decode_, KVC_HEAD_DIM, type, _, KVC_HEADS)                                     \
+  (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, KVC_PARAMETER KvcWorkspace w) { \
+    decode<bfloat>(layout, a, w);                                                             \
   }
 KVC_DECODE(false, _f16)
 KVC_DECODE(true, _bf16)

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from .nvrtc import HEAD_DIMS, SOURCES, compile_source, nvrtc_version, source_texts
+from .nvrtc import RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
 
 __all__ = [
     "ARCHITECTURES",
@@ -45,7 +45,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "kvc_advance",
     ),
     "attention": ("kvc_chunk", "kvc_scores", "kvc_statistics"),
-    **{f"decode{dim}": (f"kvc_decode_{dim}_f16", f"kvc_decode_{dim}_bf16") for dim in HEAD_DIMS},
+    **{
+        f"decode{dim}_{heads}": (f"kvc_decode_{dim}_f16_{heads}", f"kvc_decode_{dim}_bf16_{heads}")
+        for dim, heads in RESIDENT
+    },
 }
 
 

@@ -14,14 +14,23 @@ __all__ = ["SOURCES", "Compiled", "KernelResources", "NvrtcError", "compile_sour
 
 FOLDER = Path(__file__).parent
 INCLUDE_DIR = FOLDER.parent / "include"
-HEAD_DIMS = (64, 128, 256)  # of the tensor-core decode
+#: The tensor-core decode: head_dim and query heads handled together -> thread blocks that a multiprocessor holds.
+RESIDENT: dict[tuple[int, int], int] = {(64, 8): 3, (64, 16): 2, (128, 8): 3, (128, 16): 2, (256, 8): 2, (256, 16): 2}
 #: Translation units: the file of each, and the options it needs beyond the common ones.
 SOURCES: dict[str, tuple[str, ...]] = {
     "storage": ("storage.cu", "--fmad=false"),  # codes must be those of quantize.py, bit for bit
     "attention": ("attention.cu",),
-    **{f"decode{dim}": ("decode.cu", f"-DKVC_HEAD_DIM={dim}") for dim in HEAD_DIMS},
+    **{
+        f"decode{dim}_{heads}": (
+            "decode.cu",
+            f"-DKVC_HEAD_DIM={dim}",
+            f"-DKVC_HEADS={heads}",
+            f"-DKVC_RESIDENT={resident}",
+        )
+        for (dim, heads), resident in RESIDENT.items()
+    },
 }
-HEADERS = ("abi.h", "page_layout.h", "parameters.h", "pages.cuh", "primitives.cuh")
+HEADERS = ("abi.h", "page_layout.h", "parameters.h", "fragments.cuh", "pages.cuh", "primitives.cuh")
 #: NVRTC brings no headers; this is all of <stdint.h> that the sources use.
 STDINT = """#pragma once
 typedef signed char int8_t; typedef unsigned char uint8_t; typedef short int16_t; typedef unsigned short uint16_t;

@@ -13,20 +13,23 @@ from ..backend import DecodePlan
 from ..layout import DTYPES, PageLayout
 from ..types import Rows, Tail
 from .launch import KvcWidths, KvcWorkspace, Launcher
-from .nvrtc import HEAD_DIMS
+from .nvrtc import RESIDENT
 
 __all__ = ["GeneralDecodePlan", "TensorCoreDecodePlan", "fits_tensor_cores"]
 
 THREADS = 128
 TILE = 16
 TIERS = ((0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2))  # of the tensor-core decode
-BLOCKS_PER_MULTIPROCESSOR = 2
 
 
 def fits_tensor_cores(layout: PageLayout) -> bool:
     """Whether `decode.cu` takes a layout; `attention.cu` takes every one."""
     known = all((tier.key_bits, tier.value_bits) in TIERS for tier in layout.tiers)
-    return known and layout.head_dim in HEAD_DIMS and layout.dtype in (torch.float16, torch.bfloat16)
+    return (
+        known
+        and layout.head_dim in {head_dim for head_dim, _ in RESIDENT}
+        and layout.dtype in (torch.float16, torch.bfloat16)
+    )
 
 
 class CudaDecodePlan(DecodePlan):
@@ -158,13 +161,14 @@ class TensorCoreDecodePlan(CudaDecodePlan):
     def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
         super().__init__(launcher, c, rows, tail, sinks)
         head_dim, device = self._layout.head_dim, self._device
-        self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}"
-        self._blocks = launcher.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-        partial = torch.empty(2 * self._blocks, TILE, head_dim + 2, device=device)
-        arrived = torch.zeros(rows.count * -(-c.group // TILE) + 1, dtype=torch.int32, device=device)
+        heads = 8 if c.group <= 8 else 16  # that are handled together
+        self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}_{heads}"
+        self._blocks = launcher.multiprocessors * RESIDENT[head_dim, heads]
+        partial = torch.empty(2 * self._blocks, heads, head_dim + 2, device=device)
+        arrived = torch.zeros(rows.count * -(-c.group // heads) + 1, dtype=torch.int32, device=device)
         self._workspace = (partial, arrived)
         at = partial.data_ptr()
-        sums = 2 * self._blocks * TILE * partial.element_size()
+        sums = 2 * self._blocks * heads * partial.element_size()
         self._pointers = KvcWorkspace(
             at,
             at + sums * head_dim,

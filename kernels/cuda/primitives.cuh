@@ -11,6 +11,8 @@
 #define KVC_DEVICE_METHOD __device__ __forceinline__
 #define KVC_PARAMETER const __grid_constant__
 #define KVC_UNROLL _Pragma("unroll")
+#define KVC_UNROLL_BY(n) KVC_PRAGMA(unroll n)
+#define KVC_PRAGMA(text) _Pragma(#text)
 
 KVC_DEVICE float half_to_float(uint16_t h) {
   float x;
@@ -43,6 +45,12 @@ KVC_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
+// (a & mask) | bits, as one instruction: the compiler makes two of it where both are constants.
+KVC_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+}
 KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 KVC_DEVICE float fast_exp2(float x) {
   float r;
@@ -65,6 +73,12 @@ KVC_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Transposes an 8 x 8 matrix of 16-bit elements; lane 4 r + c holds elements 2c and 2c + 1 of row r.
+KVC_DEVICE uint32_t transpose(uint32_t rows) {
+  uint32_t r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(rows));
+  return r;
+}
 KVC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KVC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 KVC_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
@@ -78,6 +92,7 @@ KVC_DEVICE uint16_t float_to_bfloat(float x) {  // to nearest, half to even
 }
 KVC_DEVICE int thread_lane() { return threadIdx.x & 31; }
 KVC_DEVICE int thread_warp() { return threadIdx.x >> 5; }
+KVC_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 KVC_DEVICE int least(int a, int b) { return a < b ? a : b; }
 KVC_DEVICE int most(int a, int b) { return a > b ? a : b; }
 #endif

@@ -23,6 +23,7 @@
 #define KVC_DEVICE_METHOD inline
 #define KVC_PARAMETER const
 #define KVC_UNROLL
+#define KVC_UNROLL_BY(n)
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -30,6 +31,8 @@
 #define __shared__ static __attribute__((section("kvc_shared")))
 
 struct uint2 { uint32_t x, y; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct dim3 { uint32_t x, y, z; };
 
@@ -214,12 +217,12 @@ static inline void __syncwarp(uint32_t mask = 0xffffffffu) { shim::wait_for(shim
 static inline void __threadfence() {}
 
 template <class T>
-static inline T __shfl_sync(uint32_t mask, T value, int from) {
-  const int first = shim::current & ~31;
+static inline T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
+  const int first = shim::current & ~(width - 1);
   memcpy(&shim::exchange[shim::current][0], &value, sizeof(T));
   __syncwarp(mask);
   T result;
-  memcpy(&result, &shim::exchange[first + (from & 31)][0], sizeof(T));
+  memcpy(&result, &shim::exchange[first + (from & (width - 1))][0], sizeof(T));
   __syncwarp(mask);
   return result;
 }
@@ -278,6 +281,7 @@ KVC_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   return pack_halves(half_to_float(a & 0xffffu) * half_to_float(b & 0xffffu) + half_to_float(c & 0xffffu),
                      half_to_float(a >> 16) * half_to_float(b >> 16) + half_to_float(c >> 16));
 }
+KVC_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
@@ -319,5 +323,18 @@ KVC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint
 }
 KVC_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   shim::mma(c, a, b0, b1, true);
+}
+KVC_DEVICE uint32_t transpose(uint32_t rows) {
+  const int first = shim::current & ~31, row = (shim::current & 31) >> 2, column = shim::current & 3;
+  memcpy(&shim::exchange[shim::current][0], &rows, 4);
+  __syncwarp();
+  uint32_t result = 0;
+  for (int i = 0; i < 2; i++) {  // element `row` of rows 2 column and 2 column + 1
+    uint32_t pair;
+    memcpy(&pair, &shim::exchange[first + 4 * (2 * column + i) + row / 2][0], 4);
+    result |= (pair >> row % 2 * 16 & 0xffffu) << 16 * i;
+  }
+  __syncwarp();
+  return result;
 }
 #endif

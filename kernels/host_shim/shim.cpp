@@ -1,6 +1,6 @@
 // All kernels in one library, to be launched by name.
 #define KVC_HOST_SHIM 1  // kernels see the shim in place of PTX
-#include "pages.cuh"     // outside the namespaces below
+#include "fragments.cuh"  // outside the namespaces below
 
 namespace storage {
 #include "storage.cu"
@@ -9,18 +9,34 @@ namespace attention {
 #include "attention.cu"
 }
 
+#define KVC_HEADS 8
 #define KVC_HEAD_DIM 64
-namespace decode64 {
+namespace decode64_8 {
 #include "decode.cu"
 }
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 128
-namespace decode128 {
+namespace decode128_8 {
 #include "decode.cu"
 }
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 256
-namespace decode256 {
+namespace decode256_8 {
+#include "decode.cu"
+}
+#undef KVC_HEADS
+#define KVC_HEADS 16
+namespace decode256_16 {
+#include "decode.cu"
+}
+#undef KVC_HEAD_DIM
+#define KVC_HEAD_DIM 128
+namespace decode128_16 {
+#include "decode.cu"
+}
+#undef KVC_HEAD_DIM
+#define KVC_HEAD_DIM 64
+namespace decode64_16 {
 #include "decode.cu"
 }
 
@@ -39,12 +55,18 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(attention, kvc_chunk)
   KVC_LAUNCH(attention, kvc_scores)
   KVC_LAUNCH(attention, kvc_statistics)
-  KVC_LAUNCH(decode64, kvc_decode_64_f16)
-  KVC_LAUNCH(decode64, kvc_decode_64_bf16)
-  KVC_LAUNCH(decode128, kvc_decode_128_f16)
-  KVC_LAUNCH(decode128, kvc_decode_128_bf16)
-  KVC_LAUNCH(decode256, kvc_decode_256_f16)
-  KVC_LAUNCH(decode256, kvc_decode_256_bf16)
+  KVC_LAUNCH(decode64_8, kvc_decode_64_f16_8)
+  KVC_LAUNCH(decode64_8, kvc_decode_64_bf16_8)
+  KVC_LAUNCH(decode64_16, kvc_decode_64_f16_16)
+  KVC_LAUNCH(decode64_16, kvc_decode_64_bf16_16)
+  KVC_LAUNCH(decode128_8, kvc_decode_128_f16_8)
+  KVC_LAUNCH(decode128_8, kvc_decode_128_bf16_8)
+  KVC_LAUNCH(decode128_16, kvc_decode_128_f16_16)
+  KVC_LAUNCH(decode128_16, kvc_decode_128_bf16_16)
+  KVC_LAUNCH(decode256_8, kvc_decode_256_f16_8)
+  KVC_LAUNCH(decode256_8, kvc_decode_256_bf16_8)
+  KVC_LAUNCH(decode256_16, kvc_decode_256_f16_16)
+  KVC_LAUNCH(decode256_16, kvc_decode_256_bf16_16)
 #undef KVC_LAUNCH
   return 3;
 }

@@ -19,12 +19,18 @@ def decode(twins, backend, exact, close, *, position=1000, valid=None, append=Tr
     twins.assert_same_tail()
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("dtype, group", [(F16, 4), (BF16, 7), (F16, 9), (BF16, 16)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tier", TIERS)
-def test_decode_on_tensor_cores(make_twins, shim, exact, close, tier, head_dim, dtype):
-    twins = make_twins(tiers=[tier], head_dim=head_dim, dtype=dtype, most=150, fields=())
+def test_decode_on_tensor_cores(make_twins, shim, exact, close, tier, head_dim, dtype, group):
+    twins = make_twins(tiers=[tier], head_dim=head_dim, dtype=dtype, group=group, most=150, fields=())
     decode(twins, shim, exact, close)
+
+
+def test_logits_that_rise_all_along(make_twins, backend, exact, close):
+    # The reference point of the softmax moves many times, and far: by more than exp can hold.
+    twins = make_twins(tiers=[(8, 8)], head_dim=64, group=3, lengths=[[900, 0, 64, 300]], tail_lengths=(3, 20))
+    decode(twins, backend, exact, close, scale=40.0)
 
 
 @pytest.mark.parametrize(
