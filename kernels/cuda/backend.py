@@ -17,6 +17,7 @@ from ..arguments import fill_rows, fill_strides, fill_tail, pointer, position_fi
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..types import Rows, Tail
+from .chunk import aligned, launch_chunk, launch_scores, takes_chunks
 from .launch import Launcher
 from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
 
@@ -283,12 +284,14 @@ class CudaBackend(Backend):
             bias = bias.contiguous()
         out = torch.empty(batch, n_q, q_heads, head_dim, dtype=layout.dtype, device=device)
         lse = torch.empty(batch, q_heads, n_q, device=device) if return_lse else None
+        if takes_chunks(layout):
+            q, k_new, v_new = aligned(q), aligned(k_new), aligned(v_new)
         c = self._chunk_arguments(q, k_new, rows, tail, position, key_position, scale, softcap, window, sinks)
         c.v, c.out = v_new.data_ptr(), out.data_ptr()
         fill_strides(c, "v", v_new)
         c.lse, c.allowed, c.bias = map(pointer, (lse, allowed, bias))
         c.out_b, c.out_t, c.out_h, _ = out.stride()
-        self._launch_chunk(c, layout, device, None)
+        self._launch_chunk(c, rows, device, None)
         return out if lse is None else (out, lse)
 
     @staticmethod
@@ -325,9 +328,11 @@ class CudaBackend(Backend):
         fill_strides(c, "k", k)
         return c
 
-    def _launch_chunk(
-        self, c: abi.KvcChunk, layout: PageLayout, device: torch.device, key_valid: Tensor | None
-    ) -> None:
+    def _launch_chunk(self, c: abi.KvcChunk, rows: Rows, device: torch.device, key_valid: Tensor | None) -> None:
+        layout = rows.layout
+        if takes_chunks(layout):
+            launch_chunk(self.launcher, c, rows, device, key_valid)
+            return
         blocks = c.batch * c.kv_heads * blocks_for(c.n_q * c.group, TILE)
         self._launch("kvc_chunk", blocks, device, layout.c, c, _address(key_valid), _address(None))
 
@@ -410,11 +415,14 @@ class CudaBackend(Backend):
             )
             for _ in powers
         ]
+        on_tensor_cores = takes_chunks(layout)
+        if on_tensor_cores:
+            q, k_new = aligned(q), aligned(k_new)
         # First every query's log-sum-exp, then the sums key by key.
         lse = torch.empty(batch, q_heads, n_q, device=device)
         first = self._chunk_arguments(q, k_new, rows, tail, *options)
         first.lse = lse.data_ptr()
-        self._launch_chunk(first, layout, device, key_valid)
+        self._launch_chunk(first, rows, device, key_valid)
         c = abi.KvcScores(exclude=exclude, powers=sum(power or abi.LARGEST for power in powers))
         for name in (field[0] for field in abi.KvcScores._fields_):
             if hasattr(first, name):
@@ -428,6 +436,9 @@ class CudaBackend(Backend):
             sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()
         for tier, width in enumerate(widths):
             c.past_stride[tier] = width  # and 0 for an empty tier, whatever torch says
+        if on_tensor_cores:
+            launch_scores(self.launcher, c, layout, (*widths, capacity, n_k), device, lse)
+            return results
         tiles = sum(blocks_for(width, TILE) for width in (*widths, capacity, n_k))
         blocks = batch * kv_heads * tiles if n_q else 0
         self._launch("kvc_scores", blocks, device, layout.c, c, _address(lse), ctypes.c_int32(tiles))

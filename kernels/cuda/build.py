@@ -30,6 +30,12 @@ REGISTERS: dict[str, int] = {
     "decode128_16": 255,
     "decode256_8": 255,
     "decode256_16": 255,
+    "chunk64": 255,
+    "chunk128": 255,
+    "chunk256": 255,
+    "scores64": 128,
+    "scores128": 168,
+    "scores256": 255,
 }
 #: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).
 ROOM: dict[str, tuple[int, int, int]] = {

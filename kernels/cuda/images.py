@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from .nvrtc import RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
+from .nvrtc import CHUNK_ROWS, RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
 
 __all__ = [
     "ARCHITECTURES",
@@ -49,6 +49,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
         f"decode{dim}_{heads}": (f"kvc_decode_{dim}_f16_{heads}", f"kvc_decode_{dim}_bf16_{heads}")
         for dim, heads in RESIDENT
     },
+    **{
+        f"chunk{dim}": tuple(f"kvc_chunk_{dim}_{n}_{dtype}" for n in rows for dtype in ("f16", "bf16"))
+        for dim, rows in CHUNK_ROWS.items()
+    },
+    **{f"scores{dim}": (f"kvc_scores_{dim}_f16", f"kvc_scores_{dim}_bf16") for dim in CHUNK_ROWS},
 }
 
 

@@ -16,6 +16,8 @@ FOLDER = Path(__file__).parent
 INCLUDE_DIR = FOLDER.parent / "include"
 #: The tensor-core decode: head_dim and query heads handled together -> thread blocks that a multiprocessor holds.
 RESIDENT: dict[tuple[int, int], int] = {(64, 8): 3, (64, 16): 2, (128, 8): 3, (128, 16): 2, (256, 8): 2, (256, 16): 2}
+#: Query rows that a thread block of `chunk.cu` may take, by head_dim; `scores.cu` takes the same head_dims.
+CHUNK_ROWS = {64: (16, 32, 64), 128: (16, 32, 64), 256: (32,)}
 #: Translation units: the file of each, and the options it needs beyond the common ones.
 SOURCES: dict[str, tuple[str, ...]] = {
     "storage": ("storage.cu", "--fmad=false"),  # codes must be those of quantize.py, bit for bit
@@ -29,8 +31,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
         )
         for (dim, heads), resident in RESIDENT.items()
     },
+    **{f"{name}{dim}": (f"{name}.cu", f"-DKVC_HEAD_DIM={dim}") for name in ("chunk", "scores") for dim in CHUNK_ROWS},
 }
-HEADERS = ("abi.h", "page_layout.h", "parameters.h", "fragments.cuh", "pages.cuh", "primitives.cuh")
+HEADERS = ("abi.h", "page_layout.h", "parameters.h", "fragments.cuh", "pages.cuh", "primitives.cuh", "tile.cuh")
 #: NVRTC brings no headers; this is all of <stdint.h> that the sources use.
 STDINT = """#pragma once
 typedef signed char int8_t; typedef unsigned char uint8_t; typedef short int16_t; typedef unsigned short uint16_t;

@@ -20,4 +20,11 @@ typedef struct {         // memory of the tensor-core decode, kept by a plan bet
   float* lse;            // [batch, q_heads] log-sum-exp of this step
   int32_t* clock;        // [1] logical position of the next token; grows with every token appended
 } KvcWorkspace;
+
+typedef struct {         // memory of the tensor-core chunk_attention, for one call
+  float* partial;        // [2 * blocks][rows of a tile][head_dim] sums of query tiles that several blocks share
+  float* partial_max;    // [2 * blocks][rows of a tile] their largest logit, in powers of two
+  float* partial_sum;    // [2 * blocks][rows of a tile]
+  int32_t* arrived;      // [rows x query tiles] blocks that are done with one; zero before the call
+} KvcPartials;
 #endif

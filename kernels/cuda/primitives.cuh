@@ -62,6 +62,11 @@ KVC_DEVICE float fast_log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+KVC_DEVICE float fast_reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 // c[16 x 8] += a[16 x 16] * b[16 x 8]; fragments as in the PTX manual, mma.m16n8k16.
 KVC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -79,8 +84,28 @@ KVC_DEVICE uint32_t transpose(uint32_t rows) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(rows));
   return r;
 }
+KVC_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+// Four 8 x 8 matrices of two-byte elements; lane l gives the address of row l % 8 of matrix l / 8, in shared memory.
+KVC_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+KVC_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+// 16 bytes from global to shared memory, past the registers; there once this thread has called copies_done().
+KVC_DEVICE void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+KVC_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 KVC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KVC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
+// The same number, of which the compiler knows no more: what follows from it is computed again, not kept in registers.
+KVC_DEVICE int renewed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 KVC_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
 #endif
 

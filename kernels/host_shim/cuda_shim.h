@@ -31,7 +31,7 @@
 #define __shared__ static __attribute__((section("kvc_shared")))
 
 struct uint2 { uint32_t x, y; };
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct dim3 { uint32_t x, y, z; };
@@ -248,6 +248,7 @@ static inline T atomicAdd(T* at, T add) {
 
 KVC_DEVICE uint32_t float_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 KVC_DEVICE float bits_float(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+KVC_DEVICE int renewed(int x) { return x; }
 KVC_DEVICE float infinity() { return bits_float(0x7f800000u); }
 
 // IEEE half in plain integers: the compiler's own type needs newer processors than the shim does.
@@ -290,6 +291,7 @@ KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 }
 KVC_DEVICE float fast_exp2(float x) { return exp2f(x); }
 KVC_DEVICE float fast_log2(float x) { return log2f(x); }
+KVC_DEVICE float fast_reciprocal(float x) { return 1.f / x; }
 
 namespace shim {
 inline float first(uint32_t pair, bool bfloat) {
@@ -317,6 +319,35 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   __syncwarp();
 }
 }  // namespace shim
+
+namespace shim {
+// ldmatrix: lane (g, t) gets the elements 2t and 2t + 1 of row g of each matrix, or of column g where transposed.
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  const int first = current & ~31, lane = current & 31, g = lane >> 2, t = lane & 3;
+  exchange[current][0] = reinterpret_cast<uint64_t>(row);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) {
+    uint16_t x[2];
+    for (int j = 0; j < 2; j++) {
+      const int at = first + 8 * i + (transposed ? 2 * t + j : g);
+      x[j] = reinterpret_cast<const uint16_t*>(exchange[at][0])[transposed ? g : 2 * t + j];
+    }
+    r[i] = x[0] | static_cast<uint32_t>(x[1]) << 16;
+  }
+  __syncwarp();
+}
+// Copies under way arrive when their thread waits for them, and not before.
+struct Copy { void* to; const void* from; };
+inline std::vector<Copy> copies[kMostThreads];
+}  // namespace shim
+
+KVC_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) { shim::load_matrices(r, row, false); }
+KVC_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) { shim::load_matrices(r, row, true); }
+KVC_DEVICE void copy_async(void* to, const void* from) { shim::copies[shim::current].push_back({to, from}); }
+KVC_DEVICE void copies_done() {
+  for (const shim::Copy& copy : shim::copies[shim::current]) memcpy(copy.to, copy.from, 16);
+  shim::copies[shim::current].clear();
+}
 
 KVC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   shim::mma(c, a, b0, b1, false);

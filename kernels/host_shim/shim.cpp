@@ -1,6 +1,7 @@
 // All kernels in one library, to be launched by name.
 #define KVC_HOST_SHIM 1  // kernels see the shim in place of PTX
 #include "fragments.cuh"  // outside the namespaces below
+#include "tile.cuh"
 
 namespace storage {
 #include "storage.cu"
@@ -14,15 +15,33 @@ namespace attention {
 namespace decode64_8 {
 #include "decode.cu"
 }
+namespace chunk64 {
+#include "chunk.cu"
+}
+namespace scores64 {
+#include "scores.cu"
+}
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 128
 namespace decode128_8 {
 #include "decode.cu"
 }
+namespace chunk128 {
+#include "chunk.cu"
+}
+namespace scores128 {
+#include "scores.cu"
+}
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 256
 namespace decode256_8 {
 #include "decode.cu"
+}
+namespace chunk256 {
+#include "chunk.cu"
+}
+namespace scores256 {
+#include "scores.cu"
 }
 #undef KVC_HEADS
 #define KVC_HEADS 16
@@ -67,6 +86,26 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(decode256_8, kvc_decode_256_bf16_8)
   KVC_LAUNCH(decode256_16, kvc_decode_256_f16_16)
   KVC_LAUNCH(decode256_16, kvc_decode_256_bf16_16)
+  KVC_LAUNCH(chunk64, kvc_chunk_64_16_f16)
+  KVC_LAUNCH(chunk64, kvc_chunk_64_16_bf16)
+  KVC_LAUNCH(chunk64, kvc_chunk_64_32_f16)
+  KVC_LAUNCH(chunk64, kvc_chunk_64_32_bf16)
+  KVC_LAUNCH(chunk64, kvc_chunk_64_64_f16)
+  KVC_LAUNCH(chunk64, kvc_chunk_64_64_bf16)
+  KVC_LAUNCH(chunk128, kvc_chunk_128_16_f16)
+  KVC_LAUNCH(chunk128, kvc_chunk_128_16_bf16)
+  KVC_LAUNCH(chunk128, kvc_chunk_128_32_f16)
+  KVC_LAUNCH(chunk128, kvc_chunk_128_32_bf16)
+  KVC_LAUNCH(chunk128, kvc_chunk_128_64_f16)
+  KVC_LAUNCH(chunk128, kvc_chunk_128_64_bf16)
+  KVC_LAUNCH(chunk256, kvc_chunk_256_32_f16)
+  KVC_LAUNCH(chunk256, kvc_chunk_256_32_bf16)
+  KVC_LAUNCH(scores64, kvc_scores_64_f16)
+  KVC_LAUNCH(scores64, kvc_scores_64_bf16)
+  KVC_LAUNCH(scores128, kvc_scores_128_f16)
+  KVC_LAUNCH(scores128, kvc_scores_128_bf16)
+  KVC_LAUNCH(scores256, kvc_scores_256_f16)
+  KVC_LAUNCH(scores256, kvc_scores_256_bf16)
 #undef KVC_LAUNCH
   return 3;
 }
