@@ -30,7 +30,7 @@ struct Shape {
   KVC_DEVICE_METHOD static int mine() { return kSlotWarps == 1 ? 0 : thread_warp() / kRowWarps; }
   static constexpr int kSteps = kDim / 16;                  // of the dot products
   // Of these, how many have their queries in shared memory, as far as there is room; the others, in registers.
-  static constexpr int kStaged = kDim > 128 ? kSteps - 3 : kDim == 128 && kRowWarps == 4 ? kSteps - 2 : kSteps;
+  static constexpr int kStaged = kDim > 128 ? kSteps - 2 : kDim == 128 && kRowWarps == 4 ? kSteps - 2 : kSteps;
 };
 
 struct Parts {  // the list of tiles cut into equal parts, one for each thread block
@@ -54,11 +54,13 @@ struct Shared {
   uint4 queries[kRowWarps][S::kStaged][32];
   float4 key[2][S::kSlots];             // SlotParams of this tile and the next
   float2 value[2][S::kSlots];
-  float top[kWarps][16], sum[kWarps][16];
   int length[KVC_MAX_TIERS + 2], fresh_first;
   int scan[kWarps];
   Span span;                            // what a thread block is about: not in registers meanwhile
   int last;
+  // Of each warp's rows, in the end, when queries are done with.
+  KVC_DEVICE_METHOD float (*top())[16] { return reinterpret_cast<float (*)[16]>(queries); }
+  KVC_DEVICE_METHOD float (*sum())[16] { return top() + kWarps; }
   KVC_DEVICE_METHOD float (*out())[kDim] { return reinterpret_cast<float (*)[kDim]>(tile); }
 };
 
@@ -295,7 +297,7 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim, kRowWarps>& shared, 
       run.sum[m] += __shfl_xor_sync(kAllLanes, run.sum[m], bit);
       run.offset[m] += __shfl_xor_sync(kAllLanes, run.offset[m], bit);
     }
-    if (t == 0) shared.top[warp][g + 8 * m] = run.top[m], shared.sum[warp][g + 8 * m] = run.sum[m];
+    if (t == 0) shared.top()[warp][g + 8 * m] = run.top[m], shared.sum()[warp][g + 8 * m] = run.sum[m];
   }
   __syncthreads();  // and the tiles are done with
   float fade[2];
@@ -303,7 +305,7 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim, kRowWarps>& shared, 
   for (int m = 0; m < 2; m++) {
     float top = kLowest;
     for (int w = 0; w < S::kSlotWarps; w++) {
-      const float other = shared.top[row_warp + w * kRowWarps][g + 8 * m];
+      const float other = shared.top()[row_warp + w * kRowWarps][g + 8 * m];
       top = other > top ? other : top;
     }
     fade[m] = fast_exp2(run.top[m] - top);
@@ -327,13 +329,13 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim, kRowWarps>& shared, 
     const int of = thread / 16, m = thread % 16;
     float top = kLowest, sum = 0.f;
     for (int w = 0; w < S::kSlotWarps; w++) {
-      const float other = shared.top[of + w * kRowWarps][m];
+      const float other = shared.top()[of + w * kRowWarps][m];
       top = other > top ? other : top;
     }
     for (int w = 0; w < S::kSlotWarps; w++) {
-      sum += shared.sum[of + w * kRowWarps][m] * fast_exp2(shared.top[of + w * kRowWarps][m] - top);
+      sum += shared.sum()[of + w * kRowWarps][m] * fast_exp2(shared.top()[of + w * kRowWarps][m] - top);
     }
-    shared.top[of][m] = top, shared.sum[of][m] = sum;
+    shared.top()[of][m] = top, shared.sum()[of][m] = sum;
   }
   __syncthreads();
 }
@@ -346,8 +348,8 @@ KVC_DEVICE void finish(const KvcChunk& a, int first_row, int b, int h, Shared<kD
   if (thread < S::kRows) {
     const int row = first_row + thread, query = row / a.group;
     const int64_t head = static_cast<int64_t>(h) * a.group + row % a.group;
-    float top = shared.top[thread / 16][thread % 16], fade = 1.f;
-    float& sum = shared.sum[thread / 16][thread % 16];
+    float top = shared.top()[thread / 16][thread % 16], fade = 1.f;
+    float& sum = shared.sum()[thread / 16][thread % 16];
     if (a.sinks) {
       const float sink = a.sinks[head] * kLog2E, high = sink > top ? sink : top;
       fade = fast_exp2(top - high);
@@ -365,7 +367,7 @@ KVC_DEVICE void finish(const KvcChunk& a, int first_row, int b, int h, Shared<kD
     const int m = i / (kDim / 2), d = i % (kDim / 2) * 2, row = first_row + m, query = row / a.group;
     if (query >= a.n_q) break;
     const int64_t head = static_cast<int64_t>(h) * a.group + row % a.group;
-    const float norm = shared.sum[m / 16][m % 16], x = shared.out()[m][d] * norm, y = shared.out()[m][d + 1] * norm;
+    const float norm = shared.sum()[m / 16][m % 16], x = shared.out()[m][d] * norm, y = shared.out()[m][d + 1] * norm;
     uint16_t* out = static_cast<uint16_t*>(a.out) + b * a.out_b + query * a.out_t + head * a.out_h;
     *reinterpret_cast<uint32_t*>(out + d) = kBfloat ? pack_bfloats(x, y) : pack_halves(x, y);
   }
@@ -539,8 +541,8 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
         w.partial[slot * S::kRows * kDim + i] = shared.out()[i / kDim][i % kDim];
       }
       if (m < S::kRows) {
-        w.partial_max[slot * S::kRows + m] = shared.top[m / 16][m % 16];
-        w.partial_sum[slot * S::kRows + m] = shared.sum[m / 16][m % 16];
+        w.partial_max[slot * S::kRows + m] = shared.top()[m / 16][m % 16];
+        w.partial_sum[slot * S::kRows + m] = shared.sum()[m / 16][m % 16];
       }
       const int first_part = span.parts.of(span.begin), last_part = span.parts.of(span.end - 1);
       __threadfence();
@@ -559,7 +561,7 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
             const int at = (2 * p + (span.begin > span.parts.begin(p))) * S::kRows + m;
             sum += w.partial_sum[at] * fast_exp2(w.partial_max[at] - top);
           }
-          shared.top[m / 16][m % 16] = top, shared.sum[m / 16][m % 16] = sum;
+          shared.top()[m / 16][m % 16] = top, shared.sum()[m / 16][m % 16] = sum;
         }
         __syncthreads();
         for (int i = m; a.out && i < S::kRows * kDim; i += kThreads) {
@@ -567,7 +569,7 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
           float x = 0.f;
           for (int p = first_part; p <= last_part; p++) {
             const int64_t at = (2 * p + (span.begin > span.parts.begin(p))) * S::kRows;
-            x += w.partial[at * kDim + i] * fast_exp2(w.partial_max[at + r] - shared.top[r / 16][r % 16]);
+            x += w.partial[at * kDim + i] * fast_exp2(w.partial_max[at + r] - shared.top()[r / 16][r % 16]);
           }
           shared.out()[r][i % kDim] = x;
         }

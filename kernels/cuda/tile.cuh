@@ -5,7 +5,7 @@
 // chunks are shuffled within a slot so that neither ldmatrix nor the stores of spread_codes meet in a bank.
 #ifndef KVC_TILE_CUH
 #define KVC_TILE_CUH
-#include "pages.cuh"
+#include "fragments.cuh"
 
 constexpr int kTail = KVC_MAX_TIERS, kFresh = KVC_MAX_TIERS + 1;  // sections after the tiers
 constexpr int kTileThreads = 128;                                  // of the thread blocks that use tiles
@@ -333,12 +333,6 @@ template <int kDim, class Put>
 KVC_DEVICE float stage_spread_query(const float* row, bool as_bfloat, const Put& put) {
   const float2* pairs = reinterpret_cast<const float2*>(row) + (thread_lane() & 3);
   return pack_query<kDim>(as_bfloat, [&](int i) { return pairs[4 * i]; }, put);
-}
-
-template <bool kBfloat>
-KVC_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if (kBfloat) mma_bf16(c, a, b0, b1);
-  else mma_f16(c, a, b0, b1);
 }
 
 // Operands for 16 slots x 16 dimensions of keys (`step`-th) out of a tile that begins with them: two for each eight

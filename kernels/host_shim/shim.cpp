@@ -1,7 +1,6 @@
 // All kernels in one library, to be launched by name.
 #define KVC_HOST_SHIM 1  // kernels see the shim in place of PTX
-#include "fragments.cuh"  // outside the namespaces below
-#include "tile.cuh"
+#include "tile.cuh"     // and what it includes: outside the namespaces below
 
 namespace storage {
 #include "storage.cu"

@@ -1,4 +1,4 @@
-"""Chunk attention on tensor cores: tiles of queries, shared rows, splits over a long past, every tier, shape and mask."""
+"""Chunk attention on tensor cores: tiles of queries, splits over a long past, every tier, shape and mask."""
 
 from __future__ import annotations
 
