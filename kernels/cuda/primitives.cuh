@@ -79,6 +79,13 @@ KVC_DEVICE uint32_t transpose(uint32_t rows) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(rows));
   return r;
 }
+// Waits for other thread blocks to raise *at to `least`; only in a cooperative launch, where they all are under way.
+KVC_DEVICE void wait_for_value(const int32_t* at, int32_t least) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+  } while (now < least);
+}
 KVC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KVC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 KVC_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
