@@ -9,6 +9,9 @@
 // Work is a flat list of blocks of 16 slots over all rows; every thread block takes an equal part of it, wherever rows
 // begin and end. Rows that several thread blocks share are merged by whichever of them finishes last.
 //
+// Statistics: where they are asked for, logits are kept as they are made. All thread blocks wait for each other, and so
+// for the log-sum-exps; then each turns its own logits into probabilities and adds these to the fields of the slots.
+//
 // Compiled once for each head_dim, KVC_HEAD_DIM, and number of query heads handled together, KVC_HEADS: 8 or 16.
 #include "fragments.cuh"
 
@@ -42,6 +45,7 @@ struct Row {  // a KV head of a sequence, and kHeads of its query heads
 struct Task {
   const KvcLayout& layout;
   const KvcDecode& a;
+  const KvcWorkspace& w;
 
   KVC_DEVICE_METHOD int head_tiles() const { return (a.group + kHeads - 1) / kHeads; }
   KVC_DEVICE_METHOD int rows() const { return a.batch * a.kv_heads * head_tiles(); }
@@ -66,6 +70,13 @@ struct Task {
     return n > 0 ? n : 1;
   }
 };
+
+// Blocks of the sections before one.
+KVC_DEVICE int blocks_before(const Row& r, int tier) {
+  int n = 0;
+  for (int t = 0; t < tier; t++) n += (r.lengths[t] + kBlock - 1) / kBlock;
+  return n;
+}
 
 struct Block {  // 16 slots of a section, as one lane sees them
   const uint8_t *k, *v;   // its words of the first slot
@@ -256,6 +267,8 @@ struct Place {  // where a thread block is, the same for all its threads, which 
   int my_begin, my_end;    // what this one takes of it
   int index, begin, here;  // the row at hand: its number, its first block in the list, how many it has
   int from, until;         // those of them that this thread block takes
+  int first_index, first_begin;  // the first row of this thread block
+  float* logits;           // where those of the section at hand are kept: [its blocks][16 slots][kHeads]
   int position;            // of the new token
   Row row;
 };
@@ -300,12 +313,17 @@ KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
   }
 }
 
+// Where the logits of a section of the row at hand are kept.
+KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier) {
+  return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * kHeads);
+}
+
 // Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for in
 // their place, where there are `more`, so that loads are always under way. Without room for both keys and values, values
 // take the place of the keys they belong to.
 template <int kKeyBits, int kValueBits, bool kBfloat>
 KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Block& at, const Block& next, bool more,
-                       float factor, const Shared& shared, const Walk<kKeyBits, kValueBits>& walk) {
+                       float factor, const Shared& shared, const Walk<kKeyBits, kValueBits>& walk, int block) {
   constexpr bool coded = kKeyBits != kNative;
   const KvcDecode& a = walk.task.a;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
@@ -360,6 +378,13 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
       if (seen && position) seen = shared.place.position - position[slot] < a.window;
       KVC_UNROLL
       for (int j = 0; j < kTiles && !seen; j++) c[j][2 * i] = c[j][2 * i + 1] = -infinity();
+    }
+  }
+  if (walk.task.w.logits && thread_warp() % kShare == 0) {
+    float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
+    KVC_UNROLL
+    for (int i = 0; i < 2 * kTiles; i++) {
+      *reinterpret_cast<float2*>(to + i % 2 * kHeads + i / 2 * 8) = float2{c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]};
     }
   }
   float high[kTiles][2];
@@ -478,7 +503,7 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
       if (!both) at = next = walk.here(), words.load_keys(at), words.load_params(at);
       if (more) next = walk.here();
       walk.advance();
-      attend<kKeyBits, kValueBits, kBfloat>(run, words, at, next, more, factor, shared, walk);
+      attend<kKeyBits, kValueBits, kBfloat>(run, words, at, next, more, factor, shared, walk, block);
       at = next;
     }
   }
@@ -576,7 +601,7 @@ KVC_DEVICE void join_warps(Running& run, Shared& shared) {
 
 // Divides by the denominators (sinks included) and writes the heads of a row.
 template <bool kBfloat>
-KVC_DEVICE void finish(const Task& task, const Row& r, const KvcWorkspace& w, Shared& shared) {
+KVC_DEVICE void finish(const Task& task, const Row& r, Shared& shared) {
   const KvcDecode& a = task.a;
   const int64_t head = static_cast<int64_t>(r.h) * a.group + r.first_head;
   if (threadIdx.x < r.heads) {
@@ -589,7 +614,7 @@ KVC_DEVICE void finish(const Task& task, const Row& r, const KvcWorkspace& w, Sh
       top = high;
     }
     shared.sum[0][m] = sum > 0.f ? fade / sum : 0.f;
-    w.lse[r.b * static_cast<int64_t>(a.kv_heads) * a.group + head + m] =
+    task.w.lse[r.b * static_cast<int64_t>(a.kv_heads) * a.group + head + m] =
         sum > 0.f ? (top + fast_log2(sum)) * kLn2 : -infinity();
   }
   __syncthreads();
@@ -612,7 +637,7 @@ KVC_DEVICE int part_of(int block, int blocks, int parts) {
 }
 
 // Finds what a thread block takes of the list; false where that is nothing.
-KVC_DEVICE bool find_place(const Task& task, const KvcWorkspace& w, Shared& shared) {
+KVC_DEVICE bool find_place(const Task& task, Shared& shared) {
   const int blocks = count_blocks(task, -1, shared), me = blockIdx.x;
   const int parts = least(gridDim.x, most(blocks / kLeastBlocks, 1));
   if (me >= parts) return false;
@@ -621,7 +646,8 @@ KVC_DEVICE bool find_place(const Task& task, const KvcWorkspace& w, Shared& shar
   if (threadIdx.x == 0) {
     Place& at = shared.place;
     at.blocks = blocks, at.parts = parts, at.my_begin = begin, at.my_end = part_begin(me + 1, blocks, parts);
-    at.position = position_at(w.clock, task.a.position);
+    at.first_index = at.index, at.first_begin = at.begin;
+    at.position = position_at(task.w.clock, task.a.position);
   }
   return true;
 }
@@ -671,11 +697,11 @@ KVC_DEVICE void attend_row(const Task& task, Shared& shared) {
   Running run;
   run.clear();
   for (int tier = 0; tier <= kTail; tier++) {
-    int passed = 0;  // blocks of the sections before
-    for (int t = 0; t < tier; t++) passed += (at.row.lengths[t] + kBlock - 1) / kBlock;
+    const int passed = blocks_before(at.row, tier);
     const int n = (at.row.lengths[tier] + kBlock - 1) / kBlock;
     const int first = most(at.from - passed, 0), last = least(at.until - passed, n);
     if (first >= last) continue;
+    if (threadIdx.x == 0) shared.place.logits = logits_of(task.w, at, tier);
     const bool turn = tier != kTail && task.layout.tier[tier].rotate_keys;
     if (turn != shared.rotated) {  // the transform is its own inverse
       for (int m = thread_warp(); m < kHeads; m += kWarps) rotate(shared.q[m], kDim, kDim);
@@ -688,8 +714,9 @@ KVC_DEVICE void attend_row(const Task& task, Shared& shared) {
 }
 
 // Leaves this thread block's sums for the others that share the row; whoever comes last merges all and returns true.
-KVC_DEVICE bool merge(const KvcWorkspace& w, Shared& shared) {
-  constexpr int batch = 8;   // loads under way at once
+KVC_DEVICE bool merge(const Task& task, Shared& shared) {
+  constexpr int batch = 8;  // loads under way at once
+  const KvcWorkspace& w = task.w;
   const Place& at = shared.place;
   const int heads = at.row.heads;
   const int first = part_of(at.begin, at.blocks, at.parts), last = part_of(at.begin + at.here - 1, at.blocks, at.parts);
@@ -698,6 +725,7 @@ KVC_DEVICE bool merge(const KvcWorkspace& w, Shared& shared) {
   const auto place = [&](int p) { return static_cast<int64_t>(2 * p + (p == first ? begun : 0)) * kHeads; };
   const int64_t mine = place(blockIdx.x);
   float4* partial = reinterpret_cast<float4*>(w.partial);  // [][kHeads][kDim / 4]
+  KVC_UNROLL_BY(1)
   for (int i = threadIdx.x; i < heads * kDim / 4; i += kThreads) {
     partial[mine * kDim / 4 + i] = *reinterpret_cast<const float4*>(&shared.q[i / (kDim / 4)][i % (kDim / 4) * 4]);
   }
@@ -725,6 +753,7 @@ KVC_DEVICE bool merge(const KvcWorkspace& w, Shared& shared) {
     shared.top[0][threadIdx.x] = top, shared.sum[0][threadIdx.x] = sum;
   }
   __syncthreads();
+  KVC_UNROLL_BY(1)
   for (int i = threadIdx.x; i < heads * kDim / 4; i += kThreads) {
     const int m = i / (kDim / 4);
     const float top = shared.top[0][m];
@@ -751,33 +780,105 @@ KVC_DEVICE bool merge(const KvcWorkspace& w, Shared& shared) {
   return true;
 }
 
+// Adds the probabilities of this thread block's blocks, and their squares, to the fields of the slots. Blocks whose heads
+// are further tiles of the same group may add to the same slots at the same time.
+KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
+  const KvcDecode& a = task.a;
+  const int g = thread_lane() >> 2, t = thread_lane() & 3;
+  const int i = t % 2, field = t < 2 ? a.sum_field : a.square_field;  // what this lane adds: of slot 2g + i, to which field
+  if (threadIdx.x == 0) shared.place.index = shared.place.first_index, shared.place.begin = shared.place.first_begin;
+  do {
+    enter_row(task, shared);
+    const Place& at = shared.place;
+    const Row& r = at.row;
+    float lse[kTiles][2];  // in powers of two; infinite where there is no such head, or it saw nothing
+    KVC_UNROLL
+    for (int n = 0; n < 2 * kTiles; n++) {
+      const int m = n / 2 * 8 + 2 * t + n % 2;
+      const int64_t head = (static_cast<int64_t>(r.b) * a.kv_heads + r.h) * a.group + r.first_head + m;
+      const float x = m < r.heads ? task.w.lse[head] * kLog2E : -infinity();
+      lse[n / 2][n % 2] = x > -infinity() ? x : infinity();
+    }
+    for (int tier = 0; tier <= kTail; tier++) {
+      const int passed = blocks_before(r, tier), n = (r.lengths[tier] + kBlock - 1) / kBlock;
+      const int last = least(at.until - passed, n);
+      const float* logits = logits_of(task.w, at, tier);
+      for (int block = most(at.from - passed, 0) + thread_warp(); block < last; block += kWarps) {
+        const float* from = logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
+        float sums[2][2] = {{0.f, 0.f}, {0.f, 0.f}};  // of probabilities and of squares, for both slots
+        KVC_UNROLL
+        for (int k = 0; k < 2 * kTiles; k++) {
+          const float2 x = *reinterpret_cast<const float2*>(from + k % 2 * kHeads + k / 2 * 8);
+          const float p0 = fast_exp2(x.x - lse[k / 2][0]), p1 = fast_exp2(x.y - lse[k / 2][1]);
+          sums[0][k % 2] += p0 + p1, sums[1][k % 2] += p0 * p0 + p1 * p1;
+        }
+        KVC_UNROLL
+        for (int k = 0; k < 4; k++) {
+          float& x = sums[k / 2][k % 2];
+          x += __shfl_xor_sync(kAllLanes, x, 1);
+          x += __shfl_xor_sync(kAllLanes, x, 2);
+        }
+        const int slot = block * kBlock + 2 * g + i;
+        if (field < 0 || slot >= r.lengths[tier]) continue;
+        float* to;
+        if (tier == kTail) {
+          const int64_t rows = static_cast<int64_t>(a.batch) * a.kv_heads;
+          to = static_cast<float*>(a.tail.fields) + (field * rows + r.row) * a.tail.capacity + slot;
+        } else {
+          const KvcTier& its = task.layout.tier[tier];
+          uint8_t* page = page_of(task.layout, a.rows, tier, r.row, slot);
+          to = reinterpret_cast<float*>(field_of(its, page, field, slot % its.slots));
+        }
+        atomicAdd(to, t < 2 ? sums[0][i] : sums[1][i]);
+      }
+    }
+  } while (leave_row(shared));
+}
+
+// Waits until all thread blocks have come here; the launch has to be cooperative.
+KVC_DEVICE void wait_for_all(int32_t* arrived) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(arrived, 1);
+    wait_for_value(arrived, gridDim.x);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
 template <bool kBfloat>
-KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWorkspace& w) {
-  __shared__ Shared shared;
-  const Task task{layout, a};
-  if (find_place(task, w, shared)) {
+KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWorkspace& w, Shared& shared) {
+  const Task task{layout, a, w};
+  const bool busy = find_place(task, shared);
+  if (busy) {
     do {
       enter_row(task, shared);
       attend_row<kBfloat>(task, shared);
       const Place& at = shared.place;
-      if ((at.from == 0 && at.until == at.here) || merge(w, shared)) finish<kBfloat>(task, at.row, w, shared);
+      if ((at.from == 0 && at.until == at.here) || merge(task, shared)) finish<kBfloat>(task, at.row, shared);
     } while (leave_row(shared));
   }
-  if (!a.append) return;
+  int32_t* arrived = w.arrived + task.rows();  // at the end, and where all wait
+  if (w.logits) {
+    wait_for_all(arrived + 1);
+    if (busy) add_statistics(task, shared);
+  }
+  if (!a.append && !w.logits) return;
   // Lengths and the clock move on when everyone has read them.
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    shared.last = atomicAdd(&w.arrived[task.rows()], 1) == static_cast<int>(gridDim.x) - 1;
+    shared.last = atomicAdd(arrived, 1) == static_cast<int>(gridDim.x) - 1;
   }
   __syncthreads();
   if (!shared.last) return;
-  for (int b = threadIdx.x; b < a.batch; b += kThreads) {
+  for (int b = threadIdx.x; b < a.batch && a.append; b += kThreads) {
     if ((!a.valid || a.valid[b]) && a.tail.length[b] < a.tail.capacity) a.tail.length[b]++;
   }
   if (threadIdx.x == 0) {
-    w.arrived[task.rows()] = 0;
-    ++*w.clock;
+    arrived[0] = arrived[1] = 0;
+    if (a.append) ++*w.clock;
   }
 }
 
@@ -785,11 +886,13 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
 
 #define KVC_JOIN_(a, b, c, d, e) a##b##c##d##e
 #define KVC_JOIN(a, b, c, d, e) KVC_JOIN_(a, b, c, d, e)
+// Shared memory is declared here: g++ forgets the section of the shim's in a template.
 #define KVC_DECODE(bfloat, type)                                                              \
-  KVC_KERNEL __launch_bounds__(kThreads, KVC_RESIDENT)                                          \
+  KVC_KERNEL __launch_bounds__(kThreads, KVC_RESIDENT)                                        \
   KVC_JOIN(kvc_decode_, KVC_HEAD_DIM, type, _, KVC_HEADS)                                     \
   (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, KVC_PARAMETER KvcWorkspace w) { \
-    decode<bfloat>(layout, a, w);                                                             \
+    __shared__ Shared shared;                                                                 \
+    decode<bfloat>(layout, a, w, shared);                                                     \
   }
 KVC_DECODE(false, _f16)
 KVC_DECODE(true, _bf16)

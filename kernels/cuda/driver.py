@@ -45,6 +45,7 @@ def load_driver(path: str = "libcuda.so.1") -> ctypes.CDLL:
         driver.cuLibraryLoadData.argtypes = [handle, c_char_p, *[c_void_p] * 2, c_uint, *[c_void_p] * 2, c_uint]
         driver.cuLibraryGetKernel.argtypes = [handle, c_void_p, c_char_p]
         driver.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, pointers, c_void_p]
+        driver.cuLaunchCooperativeKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, pointers]
     except OSError as error:
         raise DriverError(f"the CUDA driver library {path} cannot be loaded: {error}") from error
     except AttributeError as error:
@@ -114,7 +115,13 @@ class CudaLauncher:
         return origin
 
     def launch(
-        self, kernel: str, grid: int, block: int, arguments: tuple[ctypes._CData, ...], device: torch.device
+        self,
+        kernel: str,
+        grid: int,
+        block: int,
+        arguments: tuple[ctypes._CData, ...],
+        device: torch.device,
+        cooperative: bool = False,
     ) -> None:
         """See `Launcher`.
 
@@ -127,18 +134,30 @@ class CudaLauncher:
             self._load(UNIT_OF[kernel])
         index = device.index if device.index is not None else torch.cuda.current_device()
         if index == torch.cuda.current_device():
-            self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream)
+            self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream, cooperative)
         else:
             with torch.cuda.device(index):  # the driver starts kernels in the current context
-                self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream)
+                self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream, cooperative)
 
     def capturing(self) -> bool:
         """See `Launcher`."""
         return torch.cuda.is_current_stream_capturing()
 
-    def _start(self, kernel: str, grid: int, block: int, arguments: tuple[ctypes._CData, ...], stream: int) -> None:
+    def _start(
+        self,
+        kernel: str,
+        grid: int,
+        block: int,
+        arguments: tuple[ctypes._CData, ...],
+        stream: int,
+        cooperative: bool,
+    ) -> None:
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        status = self._driver.cuLaunchKernel(self._kernels[kernel], grid, 1, 1, block, 1, 1, 0, stream, pointers, None)
+        start = (self._kernels[kernel], grid, 1, 1, block, 1, 1, 0, stream, pointers)
+        if cooperative:
+            status = self._driver.cuLaunchCooperativeKernel(*start)
+        else:
+            status = self._driver.cuLaunchKernel(*start, None)
         if status:
             self._check(status, f"starting {kernel} with {grid} blocks of {block} threads")
 

@@ -22,7 +22,8 @@ class KvcWorkspace(ctypes.Structure):
     """Mirror of `KvcWorkspace` in `parameters.h`."""
 
     _fields_ = [
-        (name, ctypes.c_void_p) for name in ("partial", "partial_max", "partial_sum", "arrived", "lse", "clock")
+        (name, ctypes.c_void_p)
+        for name in ("partial", "partial_max", "partial_sum", "arrived", "lse", "clock", "logits")
     ]
 
 
@@ -42,7 +43,13 @@ class Launcher(Protocol):
     multiprocessors: int
 
     def launch(
-        self, kernel: str, grid: int, block: int, arguments: tuple[ctypes._CData, ...], device: torch.device
+        self,
+        kernel: str,
+        grid: int,
+        block: int,
+        arguments: tuple[ctypes._CData, ...],
+        device: torch.device,
+        cooperative: bool = False,
     ) -> None:
         """Starts a kernel on the device's current stream.
 
@@ -52,6 +59,7 @@ class Launcher(Protocol):
             block: Threads of a block.
             arguments: ctypes values, passed by value in this order.
             device: Where the tensors lie that the arguments point to.
+            cooperative: Whether blocks wait for each other: then they all run at the same time, or the start fails.
 
         Raises:
             RuntimeError: It could not be started.

@@ -101,16 +101,6 @@ class CudaDecodePlan(DecodePlan):
         if capturing:  # nobody tells how often it will be replayed
             self._time, self._used = None, self._tail.capacity
 
-    def _statistics(self, append: bool) -> None:
-        c = self._c
-        if c.sum_field < 0 and c.square_field < 0:
-            return
-        c.position = -append  # the clock has moved on
-        lse, clock = ctypes.c_void_p(self._lse.data_ptr()), ctypes.c_void_p(self._clock.data_ptr())
-        blocks = self._rows.count * self._widths.tiles
-        arguments = (self._layout.c, c, lse, self._widths, clock)
-        self._launcher.launch("kvc_statistics", blocks, THREADS, arguments, self._device)
-
 
 class GeneralDecodePlan(CudaDecodePlan):
     """Any head_dim and dtype: append, then the kernels of `attention.cu`."""
@@ -154,9 +144,19 @@ class GeneralDecodePlan(CudaDecodePlan):
         self._statistics(append)
         return out
 
+    def _statistics(self, append: bool) -> None:
+        c = self._c
+        if c.sum_field < 0 and c.square_field < 0:
+            return
+        c.position = -append  # the clock has moved on
+        lse, clock = ctypes.c_void_p(self._lse.data_ptr()), ctypes.c_void_p(self._clock.data_ptr())
+        blocks = self._rows.count * self._widths.tiles
+        arguments = (self._layout.c, c, lse, self._widths, clock)
+        self._launcher.launch("kvc_statistics", blocks, THREADS, arguments, self._device)
+
 
 class TensorCoreDecodePlan(CudaDecodePlan):
-    """The layouts of `fits_tensor_cores`: append, attention and merge in the one kernel of `decode.cu`."""
+    """The layouts of `fits_tensor_cores`: append, attention, merge and statistics in the one kernel of `decode.cu`."""
 
     def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
         super().__init__(launcher, c, rows, tail, sinks)
@@ -165,7 +165,8 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}_{heads}"
         self._blocks = launcher.multiprocessors * RESIDENT[head_dim, heads]
         partial = torch.empty(2 * self._blocks, heads, head_dim + 2, device=device)
-        arrived = torch.zeros(rows.count * -(-c.group // heads) + 1, dtype=torch.int32, device=device)
+        tiles = -(-c.group // heads)
+        arrived = torch.zeros(rows.count * tiles + 2, dtype=torch.int32, device=device)
         self._workspace = (partial, arrived)
         at = partial.data_ptr()
         sums = 2 * self._blocks * heads * partial.element_size()
@@ -177,6 +178,8 @@ class TensorCoreDecodePlan(CudaDecodePlan):
             self._lse.data_ptr(),
             self._clock.data_ptr(),
         )
+        statistics = c.sum_field >= 0 or c.square_field >= 0
+        self._logits = rows.count * tiles * self._widths.tiles * TILE * heads if statistics else 0
 
     def run(
         self,
@@ -198,6 +201,12 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
         c.out = out.data_ptr()
         if self._rows.count:
-            self._launcher.launch(self._kernel, self._blocks, THREADS, (layout.c, c, self._pointers), self._device)
-        self._statistics(append)
+            w = self._pointers
+            if self._logits:  # used in this step only: all layers get the same memory
+                logits = torch.empty(self._logits, device=self._device)
+                w.logits = logits.data_ptr()
+            arguments = (layout.c, c, w)
+            self._launcher.launch(
+                self._kernel, self._blocks, THREADS, arguments, self._device, cooperative=self._logits > 0
+            )
         return out

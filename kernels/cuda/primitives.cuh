@@ -99,6 +99,13 @@ KVC_DEVICE void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 KVC_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Waits for other thread blocks to raise *at to `least`; only in a cooperative launch, where they all are under way.
+KVC_DEVICE void wait_for_value(const int32_t* at, int32_t least) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
+  } while (now < least);
+}
 KVC_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 KVC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 // The same number, of which the compiler knows no more: what follows from it is computed again, not kept in registers.

@@ -96,17 +96,24 @@ class ShimLauncher:
         self._library = _load(library)
 
     def launch(
-        self, kernel: str, grid: int, block: int, arguments: tuple[ctypes._CData, ...], device: torch.device
+        self,
+        kernel: str,
+        grid: int,
+        block: int,
+        arguments: tuple[ctypes._CData, ...],
+        device: torch.device,
+        cooperative: bool = False,
     ) -> None:
         """See `Launcher`.
 
         Raises:
-            ShimError: A barrier was not reached by all threads, or there is no such kernel.
+            ShimError: A barrier was not reached by all threads, or a block waits for others that do not come, or there is
+                no such kernel.
         """
         if grid == 0:
             return
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        status = self._library.kvc_shim_launch(kernel.encode(), self._order, grid, block, pointers)
+        status = self._library.kvc_shim_launch(kernel.encode(), self._order, grid, block, cooperative, pointers)
         if status:
             why = {1: "its threads wait for each other for ever", 2: "too many threads", 3: "there is no such kernel"}
             raise ShimError(f"{kernel}: {why[status]}")

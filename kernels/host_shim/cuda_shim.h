@@ -1,4 +1,5 @@
-// Runs device-only CUDA C++ on the CPU, for tests: one fiber per CUDA thread, blocks one after another.
+// Runs device-only CUDA C++ on the CPU, for tests: one fiber per CUDA thread, blocks one after another; those of a
+// cooperative launch take turns, and one that waits for others lets them go on.
 //
 // A fiber runs until it meets a barrier, so threads are interleaved only there; `order` turns that into three
 // schedules (ascending, descending, shuffled), which between them show most missing barriers. Shared memory is
@@ -27,7 +28,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// Plain statics: blocks run one after another. A section of their own, so that they can be poisoned.
+// Plain statics, in a section of their own: poisoned before a block begins, put aside while another has its turn.
 #define __shared__ static __attribute__((section("kvc_shared")))
 
 struct uint2 { uint32_t x, y; };
@@ -38,7 +39,7 @@ struct dim3 { uint32_t x, y, z; };
 
 namespace shim {
 
-enum Wait { kReady, kBlockBarrier, kWarpBarrier };
+enum Wait { kReady, kBlockBarrier, kWarpBarrier, kOtherBlocks };
 
 struct Fiber {
   ucontext_t start;
@@ -52,8 +53,10 @@ struct Fiber {
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kMostThreads = 1024;
 
-inline std::vector<Fiber> fibers;
+inline std::vector<Fiber> all_fibers;
+inline Fiber* fibers;  // of the block at hand
 inline int current, threads, order;
+inline bool advanced;  // since the last look: some thread did something else than find that it must wait on
 inline dim3 block_index, grid_size;
 inline uint64_t exchange[kMostThreads][8];  // what lanes show each other
 inline void (*body)(void*);
@@ -152,26 +155,34 @@ inline bool release() {
   return true;
 }
 
-// False when threads wait for each other for ever: a barrier that not all of them reach.
-inline bool run_block(std::mt19937& random) {
+enum Result { kEnded, kStuck, kWaiting };
+
+// Runs a block until it ends, or its threads wait for each other for ever (a barrier that not all of them reach), or
+// some wait for other blocks and the rest for these.
+inline Result run_block(std::mt19937& random) {
   std::vector<int> turn(threads);
+  int alive = 0;
   for (int i = 0; i < threads; i++) {
-    prepare(fibers[i]);
     turn[i] = order == 1 ? threads - 1 - i : i;
+    alive += !fibers[i].done;
+    if (fibers[i].wait == kOtherBlocks) fibers[i].wait = kReady;
   }
-  for (int alive = threads; alive;) {
+  while (alive) {
     if (order == 2) std::shuffle(turn.begin(), turn.end(), random);
-    bool ran = false;
+    bool ran = false, waiting = false;
     for (int i : turn) {
       Fiber& f = fibers[i];
-      if (f.done || f.wait != kReady) continue;
-      ran = true, current = i;
-      to_fiber(f);
-      alive -= f.done;
+      if (!f.done && f.wait == kReady) {
+        current = i;
+        to_fiber(f);
+        ran = true, alive -= f.done;
+        advanced |= f.wait != kOtherBlocks;
+      }
+      waiting |= !f.done && f.wait == kOtherBlocks;
     }
-    if (alive && !release() && !ran) return false;
+    if (alive && !release() && !ran) return waiting ? kWaiting : kStuck;
   }
-  return true;
+  return kEnded;
 }
 
 template <class... A, size_t... I>
@@ -182,13 +193,14 @@ void call(void (*kernel)(A...), void** p, std::index_sequence<I...>) {
 extern "C" char __start_kvc_shared[], __stop_kvc_shared[];
 
 template <class... A>
-int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, void** parameters) {
+int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, bool cooperative, void** parameters) {
   struct Call {
     void (*kernel)(A...);
     void** parameters;
   } data{kernel, parameters};
   if (block > kMostThreads) return 2;
-  if (fibers.size() < block) fibers.resize(block);
+  const uint32_t together = cooperative ? grid : 1;  // blocks that are under way at the same time
+  while (all_fibers.size() < static_cast<size_t>(together) * block) all_fibers.push_back({});
   threads = static_cast<int>(block);
   grid_size = {grid, 1, 1};
   body = [](void* d) {
@@ -197,10 +209,33 @@ int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, void** parameter
   };
   body_data = &data;
   std::mt19937 random(7);
-  for (uint32_t i = 0; i < grid; i++) {
-    block_index = {order == 1 ? grid - 1 - i : i, 0, 0};
-    memset(__start_kvc_shared, 0xff, static_cast<size_t>(__stop_kvc_shared - __start_kvc_shared));
-    if (!run_block(random)) return 1;
+  const size_t shared = static_cast<size_t>(__stop_kvc_shared - __start_kvc_shared);
+  std::vector<std::vector<char>> aside(cooperative ? grid : 0);
+  std::vector<uint32_t> turn(grid);
+  for (uint32_t i = 0; i < grid; i++) turn[i] = order == 1 ? grid - 1 - i : i;
+  std::vector<bool> begun(grid);
+  while (!turn.empty()) {
+    advanced = false;
+    if (cooperative && order == 2) std::shuffle(turn.begin(), turn.end(), random);
+    std::vector<uint32_t> left;
+    for (uint32_t i : turn) {
+      block_index = {i, 0, 0};
+      fibers = &all_fibers[cooperative ? static_cast<size_t>(i) * block : 0];
+      if (!begun[i]) {
+        begun[i] = true;
+        memset(__start_kvc_shared, 0xff, shared);
+        for (int k = 0; k < threads; k++) prepare(fibers[k]);
+      } else {
+        memcpy(__start_kvc_shared, aside[i].data(), shared);
+      }
+      const Result result = run_block(random);
+      if (result == kStuck || (result == kWaiting && !cooperative)) return 1;
+      if (result == kEnded) continue;
+      aside[i].assign(__start_kvc_shared, __stop_kvc_shared);
+      left.push_back(i);
+    }
+    if (!left.empty() && !advanced) return 1;
+    turn.swap(left);
   }
   return 0;
 }
@@ -215,6 +250,9 @@ int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, void** parameter
 static inline void __syncthreads() { shim::wait_for(shim::kBlockBarrier, 0); }
 static inline void __syncwarp(uint32_t mask = 0xffffffffu) { shim::wait_for(shim::kWarpBarrier, mask); }
 static inline void __threadfence() {}
+static inline void wait_for_value(const int32_t* at, int32_t least) {
+  while (*at < least) shim::wait_for(shim::kOtherBlocks, 0);
+}
 
 template <class T>
 static inline T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {

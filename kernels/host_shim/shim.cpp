@@ -58,10 +58,11 @@ namespace decode64_16 {
 #include "decode.cu"
 }
 
-extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint32_t block, void** parameters) {
+extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint32_t block, int cooperative,
+                               void** parameters) {
   shim::order = order;
 #define KVC_LAUNCH(place, kernel) \
-  if (strcmp(name, #kernel) == 0) return shim::launch(place::kernel, grid, block, parameters);
+  if (strcmp(name, #kernel) == 0) return shim::launch(place::kernel, grid, block, cooperative, parameters);
   KVC_LAUNCH(storage, kvc_pack)
   KVC_LAUNCH(storage, kvc_move)
   KVC_LAUNCH(storage, kvc_retier)
@@ -130,5 +131,11 @@ extern "C" int cuLaunchKernel(const char* kernel, unsigned grid_x, unsigned grid
                               unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
                               void** extra) {
   if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || stream || extra) return 1;
-  return kvc_shim_launch(kernel, 0, grid_x, block_x, parameters) ? 719 : 0;
+  return kvc_shim_launch(kernel, 0, grid_x, block_x, 0, parameters) ? 719 : 0;
+}
+extern "C" int cuLaunchCooperativeKernel(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                         unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                                         void* stream, void** parameters) {
+  if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || stream) return 1;
+  return kvc_shim_launch(kernel, 0, grid_x, block_x, 1, parameters) ? 719 : 0;
 }

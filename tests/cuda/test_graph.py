@@ -20,12 +20,12 @@ class Recorder(ShimLauncher):
     def capturing(self):
         return self.recording
 
-    def launch(self, kernel, grid, block, arguments, device):
+    def launch(self, kernel, grid, block, arguments, device, cooperative=False):
         if self.recording:
             copies = tuple(type(a).from_buffer_copy(a) for a in arguments)
-            self.launches.append((kernel, grid, block, copies, device))
+            self.launches.append((kernel, grid, block, copies, device, cooperative))
         else:
-            super().launch(kernel, grid, block, arguments, device)
+            super().launch(kernel, grid, block, arguments, device, cooperative)
 
     def replay(self):
         for launch in self.launches:
@@ -33,8 +33,17 @@ class Recorder(ShimLauncher):
 
 
 @pytest.fixture(params=["ascending", "descending", "shuffled"])
-def recorder(request, shim_library):
-    return Recorder(shim_library, request.param)
+def recorder(request, shim_library, monkeypatch):
+    recorder, plain, pool = Recorder(shim_library, request.param), torch.empty, []
+
+    def empty(*shape, **options):  # like a graph's own memory, what is made while recording stays
+        tensor = plain(*shape, **options)
+        if recorder.recording:
+            pool.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return recorder
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
