@@ -110,7 +110,7 @@ class Backend(abc.ABC):
         counts: Tensor,
         index: Tensor | None = None,
         fields: Mapping[str, Tensor] | None = None,
-    ) -> int:
+    ) -> int | Tensor:
         """Quantises tokens into a tier, from slot `rows.lengths[tier][row]` on.
 
         Lengths are not updated: the caller does that. The pages must already be in the table.
@@ -126,7 +126,8 @@ class Backend(abc.ABC):
                 fields of the layout must be given.
 
         Returns:
-            The number of slots whose range did not fit fp16 scales and was clamped.
+            The number of slots whose range did not fit fp16 scales and was clamped; on a device that would have to
+            be waited for it is an `int32 []` tensor there.
 
         Raises:
             ValueError: A shape, dtype, tier or field name is wrong.
@@ -141,14 +142,15 @@ class Backend(abc.ABC):
             tier: The tier.
             row: `int32 [n]`.
             dst: `int32 [n]` destination slots.
-            src: `int32 [n]` source slots; no slot of a row is both a source and a destination.
+            src: `int32 [n]` source slots; no slot of a row is both a source and a destination, unless it is moved
+                onto itself. A move may be named twice.
 
         Raises:
             ValueError: A shape or dtype or the tier is wrong.
         """
 
     @abc.abstractmethod
-    def retier(self, rows: Rows, row: Tensor, src_tier: int, src: Tensor, dst_tier: int, dst: Tensor) -> int:
+    def retier(self, rows: Rows, row: Tensor, src_tier: int, src: Tensor, dst_tier: int, dst: Tensor) -> int | Tensor:
         """Re-quantises slots into another tier of their row; fields are copied.
 
         Args:
@@ -160,7 +162,8 @@ class Backend(abc.ABC):
             dst: `int32 [n]` slots to write; their pages must already be in the table.
 
         Returns:
-            The number of slots whose range did not fit fp16 scales and was clamped.
+            The number of slots whose range did not fit fp16 scales and was clamped; on a device that would have to
+            be waited for it is an `int32 []` tensor there.
 
         Raises:
             ValueError: A shape or dtype or a tier is wrong.

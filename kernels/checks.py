@@ -151,8 +151,9 @@ def check_pack(
     index: Tensor | None,
     fields: Mapping[str, Tensor],
     device: torch.device,
+    look: bool = True,
 ) -> None:
-    """Checks the arguments of `pack`."""
+    """Checks the arguments of `pack`; counts and indices themselves only if it may `look` at them."""
     layout = rows.layout
     check_tier(layout, tier)
     check_tensor("k", k, (None, None, None, layout.head_dim), layout.dtype, device)
@@ -169,7 +170,7 @@ def check_pack(
     if index is not None:
         check_tensor("index", index, (batch, kv_heads, None), torch.int32, device, contiguous=False)
         available = index.shape[2]
-    if counts.numel():
+    if counts.numel() and look:
         least, most = bounds(counts)
         if least < 0 or most > available:
             raise ValueError(f"counts must be between 0 and {available}, got {least} to {most}")
@@ -182,7 +183,8 @@ def check_pack(
             low, high = bounds(used)
             if low < 0 or high >= tokens:
                 raise ValueError(f"index must be between 0 and {tokens - 1}, got {low} to {high}")
-    check_packed_width(rows, tier, rows.lengths[tier] + counts.reshape(-1))
+    if look:
+        check_packed_width(rows, tier, rows.lengths[tier] + counts.reshape(-1))
     if set(fields) != set(layout.fields):
         raise ValueError(f"pack needs exactly the slot fields {layout.fields}, got {tuple(fields)}")
     for name, values in fields.items():
@@ -190,14 +192,14 @@ def check_pack(
         check_tensor(f"field {name!r}", values, shape, layout.field_dtype(name), device, contiguous=False)
 
 
-def check_slots(rows: Rows, tier: int, row: Tensor, device: torch.device, **slots: Tensor) -> None:
-    """Checks lists of slots `[n]` of rows `[n]` in one tier."""
+def check_slots(rows: Rows, tier: int, row: Tensor, device: torch.device, look: bool = True, **slots: Tensor) -> None:
+    """Checks lists of slots `[n]` of rows `[n]` in one tier; their values only if it may `look` at them."""
     check_tier(rows.layout, tier)
     check_tensor("row", row, (None,), torch.int32, device)
     n = row.shape[0]
     for name, slot in slots.items():
         check_tensor(name, slot, (n,), torch.int32, device)
-    if n == 0:
+    if n == 0 or not look:
         return
     low, high = bounds(row)
     if low < 0 or high >= rows.count:
@@ -209,12 +211,13 @@ def check_slots(rows: Rows, tier: int, row: Tensor, device: torch.device, **slot
         check_packed_width(rows, tier, torch.tensor([high + 1]))
 
 
-def check_width(rows: Rows, tier: int, width: int) -> None:
-    """Checks the number of slots to read."""
+def check_width(rows: Rows, tier: int, width: int, look: bool = True) -> None:
+    """Checks the number of slots to read, and against the table the lengths if it may `look` at them."""
     check_tier(rows.layout, tier)
     if width < 0:
         raise ValueError(f"width must not be negative, got {width}")
-    check_packed_width(rows, tier, rows.lengths[tier])
+    if look:
+        check_packed_width(rows, tier, rows.lengths[tier])
 
 
 def check_query(q: Tensor, kv_heads: int, layout: PageLayout, device: torch.device) -> None:

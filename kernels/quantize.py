@@ -38,7 +38,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2)
         half *= 2
-    return x.reshape(shape) * torch.tensor(1 / math.sqrt(block), dtype=x.dtype, device=x.device)
+    return x.reshape(shape) * torch.full((), 1 / math.sqrt(block), dtype=x.dtype, device=x.device)
 
 
 def affine_parameters(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

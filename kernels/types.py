@@ -23,6 +23,7 @@ class Rows:
         slab_shift: A page id is `slab << slab_shift | page inside the slab`.
         tables: Per tier `int32 [rows, cap]`: the page ids of each row, in slot order. The last dimension is contiguous.
         lengths: Per tier `int32 [rows]`: slots in use. Table entries beyond them are never read.
+        widths: Per tier the slots of the longest row, where the host knows; it spares asking the device.
     """
 
     layout: PageLayout
@@ -31,6 +32,7 @@ class Rows:
     slab_shift: int
     tables: list[Tensor]
     lengths: list[Tensor]
+    widths: list[int] | None = None
 
     @property
     def count(self) -> int:
@@ -39,6 +41,8 @@ class Rows:
 
     def width(self, tier: int) -> int:
         """Slots of the longest row in a tier."""
+        if self.widths is not None:
+            return self.widths[tier]
         lengths = self.lengths[tier]
         return int(lengths.max()) if lengths.numel() else 0
 

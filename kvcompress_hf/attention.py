@@ -19,12 +19,13 @@ from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.importance.base import Chunk, Observer
 from kvcompress_hf.new_tokens import NewTokens, real_tokens, split_mask
 from kvcompress_hf.paging.arena import Arena
-from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
+from kvcompress_hf.paging.slots import Decision, StorePart, apply_targets, gather_slots
 from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
+from kvcompress_hf.paging.waiting import ask, known, known_as, on_host, pick, to_device
 from kvcompress_hf.planning.base import EVICT, Plan
 from kvcompress_hf.planning.distortion import measure_distortion
 from kvcompress_hf.planning.pressure import under_pressure
-from kvcompress_hf.planning.run import Limits, bytes_held, make_limits, make_view, prompt_on_top, targets_within
+from kvcompress_hf.planning.run import Limits, attempt, bytes_held, make_limits, make_view, prompt_on_top
 from kvcompress_hf.recipe import TIERS, Recipe
 
 _BEST = 0  # new slots enter the first tier
@@ -62,9 +63,20 @@ class _Layer:
     group: int = 1  # query heads per KV head
     seen: int = 0  # logical tokens, padding and evicted ones included
     tail_used: int = 0  # most slots any sequence has in the tail
+    uneven: bool = False  # whether sequences may have fewer, because of padding
+    tails: torch.Tensor | None = None  # int32 [batch] on the host: how many they have, if uneven and known
     plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = ()
     held: list[NewTokens] = field(default_factory=list)  # the newest tokens, oldest first
+
+    def grows(self, tokens: int, valid: torch.Tensor | None) -> None:
+        """Notes new tokens in the tail; where `valid` is given, some may be padding."""
+        self.tail_used += tokens
+        self.uneven, self.tails = self.uneven or valid is not None, None
+
+    def emptied(self) -> None:
+        """Notes that the tail is empty."""
+        self.tail_used, self.uneven, self.tails = 0, False, None
 
 
 @dataclass
@@ -167,6 +179,7 @@ class PagedAttention:
         self._stores: dict[Geometry, _StoreLayers] = {}
         self._arenas: dict[tuple[torch.device, int], Arena] = {}
         self._padding: torch.Tensor | None = None  # int64 [batch]: padding tokens seen per sequence
+        self._new_padding: torch.Tensor | None = None  # int64 [batch]: those of this forward pass
         self._before = _Before()
         self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
         self._waiting: list[Callable[[], None]] = []  # chunks that later layers read before they are stored
@@ -385,7 +398,7 @@ class PagedAttention:
         output = layer.plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None:
             self._write_fields(store, layer, before, valid, fields)
-        layer.tail_used += 1
+        layer.grows(1, valid)
         return output
 
     def _observe(self, observer: Observer, layer: _Layer, store: PagedStore, new: NewTokens) -> dict[str, torch.Tensor]:
@@ -421,13 +434,24 @@ class PagedAttention:
     def _measure(self, layer: _Layer, new: NewTokens) -> None:
         """Measures what tiers lose on the first tokens of every sequence."""
         number = next(i for i, each in enumerate(self._layers) if each is layer)
-        known = self._distortion.get(number)
-        if known is not None and not bool(known.isnan().any()):
-            return
-        padding = None if new.valid is None else (~new.valid).sum(1)
+        measured_before = self._distortion.get(number)
+        padded = self._before.padding
+        if measured_before is not None and (padded is None or bool((on_host(padded) < layer.seen).all())):
+            return  # every sequence had tokens before
+        padding = None if new.valid is None else self._new_padding
         tiers = [TIERS[name] for name in self.recipe.tiers]
         measured = measure_distortion(new.query, new.key, new.value, new.scaling, tiers, padding)
-        self._distortion[number] = measured if known is None else torch.where(known.isnan(), measured, known)
+        if measured_before is not None:
+            measured_before = to_device(measured_before, measured.device)
+            measured = torch.where(measured_before.isnan(), measured, measured_before)
+        self._distortion[number] = measured
+
+    def _losses(self) -> list[torch.Tensor]:
+        """What was measured, on the host: all that is not there yet comes at once."""
+        bits = ask([losses.view(torch.int32) for losses in self._distortion.values()])
+        here = [each.to(torch.int32).view(torch.float32) for each in bits]
+        self._distortion = dict(zip(self._distortion, here, strict=True))
+        return here
 
     def _read_again(self, layer: _Layer, store: PagedStore, new: NewTokens, mask: torch.Tensor | None) -> torch.Tensor:
         """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
@@ -472,13 +496,17 @@ class PagedAttention:
         tail = store.tail(layer.index)
         if tail.fields is None:
             return
-        shape = next(iter(fields.values())).shape
-        real = torch.ones(shape[::2], dtype=torch.bool, device=before.device) if valid is None else valid
-        batch, token = torch.nonzero(real, as_tuple=True)
-        slot = before[batch] + (real.cumsum(1) - 1)[batch, token]
+        batch, heads, tokens = next(iter(fields.values())).shape
+        rank = torch.arange(tail.capacity, device=before.device) - before[:, None]  # [batch, capacity]
+        token = rank.clamp(0, tokens - 1)
+        new = (rank >= 0) & (rank < tokens)
+        if valid is not None:  # a stable sort brings the real tokens to the front in their order
+            token = (~valid).to(torch.uint8).argsort(dim=1, stable=True).gather(1, token)
+            new = new & (rank < valid.sum(1, keepdim=True))
+        token, new = (x[:, None].expand(batch, heads, -1) for x in (token, new))
         for name, values in fields.items():
             target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
-            target[batch, :, slot] = values[batch, :, token]
+            target.copy_(torch.where(new, values.gather(2, token), target))
 
     def _chunk(
         self,
@@ -565,7 +593,7 @@ class PagedAttention:
         store.backend.append(tail, new.key, new.value, position, new.valid)
         if fields:
             self._write_fields(store, layer, before, new.valid, fields)
-        layer.tail_used += new.tokens
+        layer.grows(new.tokens, new.valid)
 
     def _pack_chunk(
         self, layer: _Layer, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor], position: int
@@ -573,21 +601,24 @@ class PagedAttention:
         """Packs a chunk of a prompt straight into pages; padding and what no later query can see is left out."""
         key, value, valid = new.key, new.value, new.valid
         batch, heads, tokens, _ = key.shape
-        store.pack_tail(_BEST, layer.index, self._describe)
-        layer.tail_used = 0
+        if layer.tail_used:
+            store.pack_tail(_BEST, layer.index, self._describe, self._tails(self._stores[store.geometry]))
+            layer.emptied()
         if self._describe is not None:
             real = torch.ones((batch, tokens), dtype=torch.bool, device=key.device) if valid is None else valid
             fields = {**fields, **store.describe(self._describe, key, value, real, layer.index)}
         first = 0 if layer.window is None else max(0, tokens - layer.window + 1)
         index = None
-        counts = torch.full((batch, 1), tokens - first, dtype=torch.int32, device=key.device)
+        counts = to_device(torch.full((batch, heads), tokens - first, dtype=torch.int32), key.device)
         if "position" in store.layout.fields:
             positions = torch.arange(position, position + tokens, dtype=torch.int32, device=key.device)
             fields = {**fields, "position": positions.expand(batch, heads, -1)}
         if valid is not None:
             wanted = valid.clone()
             wanted[:, :first] = False
-            counts = wanted.sum(1, keepdim=True, dtype=torch.int32)
+            counts = wanted.sum(1, keepdim=True, dtype=torch.int32).expand(-1, heads)
+            if not first and self._new_padding is not None:
+                known_as(counts, (tokens - on_host(self._new_padding)).to(torch.int32)[:, None].expand(-1, heads))
             # A stable sort brings the wanted tokens to the front in their order.
             index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)[:, None]
         elif first:
@@ -597,7 +628,7 @@ class PagedAttention:
             _BEST,
             key,
             value,
-            counts.expand(-1, heads),
+            counts,
             None if index is None else index.expand(-1, heads, -1),
             fields,
             layer.index,
@@ -642,8 +673,11 @@ class PagedAttention:
             # A decoded token only goes to the tail, from where it can be taken back without a copy of the lengths.
             stores=None if decoding else {g: owned.store.snapshot() for g, owned in self._stores.items()},
         )
+        self._new_padding = padding
         if padding is not None:
-            self._padding = padding if self._padding is None else self._padding.to(padding.device) + padding
+            if tokens > 1:  # while a prompt is read the device has enough to do, and what is packed is then known
+                known_as(padding, on_host(padding))
+            self._padding = padding if self._padding is None else _sum(self._padding, padding)
 
     def _spread_recipes(self, batch: int) -> tuple[Recipe, ...]:
         """One recipe per sequence where a batch has been expanded for beams or several answers per prompt."""
@@ -666,6 +700,7 @@ class PagedAttention:
                 owned.store.restore(before.stores.get(geometry))
         for layer, tail_used in zip(self._layers, before.tail_used, strict=True):
             layer.seen, layer.tail_used = min(layer.seen, before.seen), tail_used
+            layer.uneven, layer.tails = True, None  # what was packed meanwhile may have made it even
             del layer.held[before.held :]
         self.seen, self._padding, self._unfinished = before.seen, before.padding, False
         self._distortion = before.distortion
@@ -683,10 +718,11 @@ class PagedAttention:
         when = self.recipe.when
         full = [owned for owned in self._stores.values() if self._tail_used(owned) >= when.every]
         started = time.perf_counter()
+        self._learn()
         for owned in self._stores.values() if self._unfinished else full:
-            owned.store.pack_tail(_BEST, describe=self._describe)
+            owned.store.pack_tail(_BEST, describe=self._describe, tails=self._tails(owned))
             for index in owned.layers:
-                self._layers[index].tail_used = 0
+                self._layers[index].emptied()
             self.statistics.packings += 1
         self._note_peak()
         packed = time.perf_counter()
@@ -703,6 +739,8 @@ class PagedAttention:
                 )
             self._plan()
         self._fade()
+        if self._unfinished:
+            self._tell_clamped(ask(self._clamped))
         self._unfinished = False
         self._give_back()
         self.statistics.seconds_planning += time.perf_counter() - packed
@@ -725,6 +763,7 @@ class PagedAttention:
         """
         if self.max_bytes is None or self.recording or not (tokens or self._packs_next):
             return True
+        self._learn()
         while (short := self._shortage(tokens)) > 0:
             live = sum(arena.live for arena in self._arenas.values())
             self._plan(freeing=short)
@@ -743,7 +782,7 @@ class PagedAttention:
                 if owned.store.arena is arena:
                     window = self._layers[owned.layers[0]].window
                     kept = tokens if window is None else min(tokens, window - 1)
-                    needed += owned.store.pages_to_pack(_BEST, kept, len(owned.layers))
+                    needed += owned.store.pages_to_pack(_BEST, kept, len(owned.layers), self._tails(owned))
             over = (arena.live + needed) * arena.page_bytes - self.max_bytes if needed and self.max_bytes else 0
             missing = max(missing, over)
         # A plan spans all devices, so it must free as much on each as the one that lacks the most.
@@ -780,14 +819,52 @@ class PagedAttention:
     def _tail_used(self, owned: _StoreLayers) -> int:
         return max((self._layers[index].tail_used for index in owned.layers), default=0)
 
+    def _tails(self, owned: _StoreLayers) -> torch.Tensor | None:
+        """Slots in the tails on the host, `int32` `[layers of the store, batch]`; `None` if only the device knows."""
+        here = known(owned.store.tail_lengths)
+        if here is not None:
+            return here
+        lengths = torch.zeros((owned.store.layers, self.batch), dtype=torch.int32)
+        for row, index in zip(lengths, owned.layers, strict=False):
+            layer = self._layers[index]
+            if layer.uneven and layer.tails is None:
+                return None
+            row.copy_(layer.tails) if layer.uneven and layer.tails is not None else row.fill_(layer.tail_used)
+        return lengths
+
+    def _learn(self) -> None:
+        """Asks, at once, for what masks have left to the devices: tails of uneven lengths, and the padding so far."""
+        owners = [owned for owned in self._stores.values() if self._tails(owned) is None]
+        padding = [] if self._padding is None else [self._padding]
+        answers = ask([*(owned.store.tail_lengths for owned in owners), *padding])
+        for owned, tails in zip(owners, answers, strict=False):
+            for index, row in zip(owned.layers, tails, strict=False):
+                self._layers[index].tails = row
+        for asked, answer in zip(padding, answers[len(owners) :], strict=True):
+            known_as(asked, answer)
+
+    @property
+    def _clamped(self) -> list[torch.Tensor]:
+        return [count for owned in self._stores.values() for count in owned.store.clamped]
+
+    def _tell_clamped(self, counts: Sequence[torch.Tensor]) -> None:
+        """Lets the stores warn: of as many slots as they asked for in [`_clamped`]."""
+        stores = [owned.store for owned in self._stores.values() if owned.store.clamped]
+        for store, count in zip(stores, counts, strict=True):
+            store.tell_clamped(int(count))
+
     def _drop_outside_windows(self) -> None:
+        dropped: list[tuple[PagedStore, int, torch.Tensor, torch.Tensor]] = []
         for owned in self._stores.values():
-            window = self._layers[owned.layers[0]].window
-            if window is None:
+            window, store = self._layers[owned.layers[0]].window, owned.store
+            if window is None or self.seen < window:
                 continue
-            # The next query is at position `seen` and sees what is less than `window` away.
-            for tier in range(len(self.recipe.tiers)):
-                owned.store.evict(tier, owned.store.read_field(tier, "position") > self.seen - window)
+            # The next query is at position `seen` and sees what is less than `window` away. Where there is no slot, 0
+            # is read, which is too far away.
+            keeps = [store.read_field(tier, "position") > self.seen - window for tier in range(len(self.recipe.tiers))]
+            dropped += [(store, tier, keep, keep.sum(1, dtype=torch.int32)) for tier, keep in enumerate(keeps)]
+        for (store, tier, keep, kept), here in zip(dropped, ask([kept for *_, kept in dropped]), strict=True):
+            store.evict(tier, keep, known_as(kept, here))
 
     def _plan(self, freeing: int = 0) -> None:
         """Brings every sequence within the budget, over all its layers and heads together.
@@ -802,7 +879,7 @@ class PagedAttention:
             StorePart(owned.store, tuple(owned.layers), tuple(self._layers[i].group for i in owned.layers))
             for owned in self._stores.values()
         ]
-        padding = torch.zeros(self.batch, dtype=torch.int64) if self._padding is None else self._padding.cpu()
+        padding = torch.zeros(self.batch, dtype=torch.int64) if self._padding is None else on_host(self._padding)
         tokens, expected = self.seen - padding, max(self.seen, self.prompt_tokens or 0) - padding
         windows = [self._layers[owned.layers[0]].window for owned in self._stores.values()]
         aside = [self._bytes_aside(part.store) for part in parts]
@@ -827,26 +904,40 @@ class PagedAttention:
                 recipe,
                 slots.of(rows),
                 limits,
-                importance=importance[rows],
-                spread=None if spread is None else spread[rows],
+                importance=pick(importance, rows),
+                spread=None if spread is None else pick(spread, rows),
                 tokens=tokens[rows],
                 padding=padding[rows],
-                distortion=list(self._distortion.values()),
+                distortion=self._losses(),
                 headroom=0.0 if self._unfinished else plan.headroom,
             )
             for recipe, plan, rows, limits in ruled
         ]
         if freeing:
             views = under_pressure(views, freeing)
-        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
-        for (_, plan, rows, _), view, fits in zip(ruled, views, waits, strict=True):
-            planned = targets_within(plan, view)
-            if fits is not None and bool(fits.any()):  # each sequence is planned when it would be if it were alone
-                unchanged = torch.where(view.filled, view.tier, EVICT)
-                planned = torch.where(fits.to(planned.device)[:, None, None], unchanged, planned)
-            targets[rows] = planned
+        tried = [attempt(plan, view) for (_, plan, _, _), view in zip(ruled, views, strict=True)]
+        while True:
+            targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+            for (*_, rows, _), trial, fits in zip(ruled, tried, waits, strict=True):
+                planned = trial.targets
+                if fits is not None and bool(fits.any()):  # each sequence is planned when it would be if it were alone
+                    unchanged = torch.where(trial.view.filled, trial.view.tier, EVICT)
+                    planned = torch.where(to_device(fits, planned.device)[:, None, None], unchanged, planned)
+                targets[rows if isinstance(rows, slice) else to_device(rows, targets.device)] = planned
+            decision = Decision.of(parts, slots, targets)
+            # The one question of a plan: how many slots go where, unless it exceeds the budget.
+            answers = ask([*decision.counts, *(trial.excess for trial in tried), *self._clamped])
+            counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
+            self._tell_clamped(answers[len(parts) + len(tried) :])
+            if not any(bool(excess.any()) for excess in excesses):
+                break
+            tried = [
+                trial.again() if bool(excess.any()) else trial for trial, excess in zip(tried, excesses, strict=True)
+            ]
+        for asked, count in zip(decision.counts, counts, strict=True):
+            known_as(asked, count)
         self.statistics.plans += 1
-        self.statistics.evicted_slots += apply_targets(parts, slots, targets, self.inv_freq)
+        self.statistics.evicted_slots += apply_targets(parts, slots, decision, self.inv_freq)
         self._note_room(ruled, torch.stack([bytes_held(part.store) for part in parts]))
 
     def _note_room(
@@ -943,10 +1034,12 @@ class PagedAttention:
                     "others have been compressed with eviction; call activate_past_recording() before generating what "
                     "may have to be taken back, or fork() the cache."
                 )
-            store.truncate(_BEST, (store.lengths[_BEST] - behind).clamp(min=0))
+            shorter = (store.lengths_on_host()[_BEST] - behind).clamp(min=0)
+            store.truncate(_BEST, to_device(shorter, store.geometry.device))
         store.crop_tail(target)
         for index in owned.layers:
             self._layers[index].tail_used = max(0, self._layers[index].tail_used - removed)
+            self._layers[index].tails = None
 
     def _commit(self) -> None:
         """Does what past recording held back, now that nothing of it can be taken back any more.
@@ -984,7 +1077,7 @@ class PagedAttention:
             owned.store.crop_tail(target)
             for index in owned.layers:
                 layer = self._layers[index]
-                layer.seen, layer.tail_used = target, layer.tail_used - removed
+                layer.seen, layer.tail_used, layer.tails = target, layer.tail_used - removed, None
                 layer.held.clear()
         self.seen = target
 
@@ -1005,17 +1098,19 @@ class PagedAttention:
         """
         if not self.batch:
             return
-        if index.numel() == self.batch and bool((index.cpu() == torch.arange(self.batch)).all()):
+        index = on_host(index)
+        if index.numel() == self.batch and bool((index == torch.arange(self.batch)).all()):
             return
         for owned in self._stores.values():
             owned.store.select(index)
         for layer in self._layers:
             layer.plan = None
         if self._padding is not None:
-            self._padding = self._padding[index.to(self._padding.device)]
-        self._distortion = {layer: losses[index.to(losses.device)] for layer, losses in self._distortion.items()}
+            self._padding = pick(self._padding, index)
+        self._distortion = {layer: pick(losses, index) for layer, losses in self._distortion.items()}
         for layer in self._layers:
             layer.held = [held.select(index) for held in layer.held]
+            layer.tails = None if layer.tails is None else layer.tails[index]
         if len(self._recipes) > 1:
             self._recipes = tuple(self._recipes[i] for i in index.tolist())
         self.batch = index.numel()
@@ -1056,6 +1151,7 @@ class PagedAttention:
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             theirs.index, theirs.group = mine.index, mine.group
             theirs.seen, theirs.tail_used = mine.seen, mine.tail_used
+            theirs.uneven, theirs.tails = mine.uneven, mine.tails
             theirs.held = list(mine.held)
             if mine.store is not None:
                 theirs.store = other._stores[mine.store.geometry].store
@@ -1087,7 +1183,7 @@ class PagedAttention:
             tail_used=[layer.tail_used for layer in self._layers],
             padding=self._padding,
             distortion=torch.cat([self._distortion[i] for i in sorted(self._distortion)], dim=1)
-            if self._distortion
+            if self._losses()
             else None,
         )
 
@@ -1114,6 +1210,7 @@ class PagedAttention:
                 layer = self._layers[layer_idx]
                 layer.store, layer.index, layer.seen = store, index, state.seen
                 layer.group, layer.tail_used = state.groups[layer_idx], state.tail_used[layer_idx]
+                layer.uneven = True  # for all we know
         self._note_peak()
 
     def close(self) -> None:
@@ -1197,6 +1294,13 @@ class PagedAttention:
                 tokens = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
                 total += 2 * self.batch * geometry.kv_heads * geometry.head_dim * geometry.dtype.itemsize * tokens
         return total
+
+
+def _sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The sum where `second` lies, known on the host if both are."""
+    here, there = known(first), known(second)
+    total = to_device(first, second.device) + second
+    return total if here is None or there is None else known_as(total, here + there)
 
 
 def layout_for(recipe: Recipe, geometry: Geometry) -> kernels.PageLayout:

@@ -36,6 +36,9 @@ def blocks_for(items: int, each: int) -> int:
 class CudaBackend(Backend):
     """The operations on CUDA tensors. Holds no state of a cache; see `Backend` for the operations.
 
+    Shapes, dtypes and places of arguments are checked; counts, rows and slots are not looked at, as that would make the
+    host wait for the device.
+
     Args:
         launcher: Where kernels run.
     """
@@ -80,10 +83,10 @@ class CudaBackend(Backend):
         counts: Tensor,
         index: Tensor | None = None,
         fields: Mapping[str, Tensor] | None = None,
-    ) -> int:
+    ) -> int | Tensor:
         fields = fields or {}
         device = self._device(k)
-        checks.check_pack(rows, tier, k, v, counts, index, fields, device)
+        checks.check_pack(rows, tier, k, v, counts, index, fields, device, look=False)
         layout = rows.layout
         c = abi.KvcPack(tier=tier, batch=k.shape[0], kv_heads=k.shape[1], n_fields=len(layout.fields))
         fill_rows(c.rows, rows)
@@ -98,33 +101,33 @@ class CudaBackend(Backend):
         ordered = [values if values.stride(2) == 1 else values.contiguous() for values in ordered]  # kept alive
         for i, values in enumerate(ordered):
             c.field[i], c.field_b[i], c.field_h[i] = values.data_ptr(), values.stride(0), values.stride(1)
-        most = int(counts.max()) if counts.numel() else 0
-        overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        most = k.shape[2] if index is None else index.shape[2]  # counts are on the device
+        overflow = torch.zeros((), dtype=torch.int32, device=device)
         blocks = rows.count * blocks_for(most, WARPS)
         self._launch("kvc_pack", blocks, device, layout.c, c, ctypes.c_int32(most), _address(overflow))
-        return 0 if layout.tiers[tier].native else int(overflow)
+        return 0 if layout.tiers[tier].native else overflow
 
     def move(self, rows: Rows, tier: int, row: Tensor, dst: Tensor, src: Tensor) -> None:
         device = self._device(row)
         checks.check_rows(rows, device)
-        checks.check_slots(rows, tier, row, device, dst=dst, src=src)
+        checks.check_slots(rows, tier, row, device, look=False, dst=dst, src=src)
         c = abi.KvcMove(tier=tier, n=row.shape[0])
         fill_rows(c.rows, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         self._launch("kvc_move", blocks_for(row.shape[0], WARPS), device, rows.layout.c, c)
 
-    def retier(self, rows: Rows, row: Tensor, src_tier: int, src: Tensor, dst_tier: int, dst: Tensor) -> int:
+    def retier(self, rows: Rows, row: Tensor, src_tier: int, src: Tensor, dst_tier: int, dst: Tensor) -> int | Tensor:
         device = self._device(row)
         checks.check_rows(rows, device)
-        checks.check_slots(rows, src_tier, row, device, src=src)
-        checks.check_slots(rows, dst_tier, row, device, dst=dst)
+        checks.check_slots(rows, src_tier, row, device, look=False, src=src)
+        checks.check_slots(rows, dst_tier, row, device, look=False, dst=dst)
         c = abi.KvcRetier(src_tier=src_tier, dst_tier=dst_tier, n=row.shape[0])
         fill_rows(c.rows, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
-        overflow = torch.zeros(1, dtype=torch.int32, device=device)
+        overflow = torch.zeros((), dtype=torch.int32, device=device)
         blocks = blocks_for(row.shape[0], WARPS)
         self._launch("kvc_retier", blocks, device, rows.layout.c, c, _address(overflow))
-        return 0 if rows.layout.tiers[dst_tier].native else int(overflow)
+        return 0 if rows.layout.tiers[dst_tier].native else overflow
 
     def _fields(self, rows: Rows, tier: int, field: str, values: Tensor, write: bool) -> None:
         c = abi.KvcFields(tier=tier, field=rows.layout.field_index(field), write=write, stride=values.shape[1])
@@ -136,7 +139,7 @@ class CudaBackend(Backend):
     def read_field(self, rows: Rows, tier: int, field: str, width: int) -> Tensor:
         device = self._device(rows.lengths[0])
         checks.check_rows(rows, device)
-        checks.check_width(rows, tier, width)
+        checks.check_width(rows, tier, width, look=False)
         values = torch.zeros(rows.count, width, dtype=rows.layout.field_dtype(field), device=device)
         self._fields(rows, tier, field, values, write=False)
         return values
@@ -146,13 +149,13 @@ class CudaBackend(Backend):
         checks.check_rows(rows, device)
         shape = (rows.count, None)
         checks.check_tensor("values", values, shape, rows.layout.field_dtype(field), device, contiguous=False)
-        checks.check_width(rows, tier, values.shape[1])
+        checks.check_width(rows, tier, values.shape[1], look=False)
         self._fields(rows, tier, field, values.contiguous(), write=True)
 
     def read_slots(self, rows: Rows, tier: int, width: int) -> tuple[Tensor, Tensor]:
         device = self._device(rows.lengths[0])
         checks.check_rows(rows, device)
-        checks.check_width(rows, tier, width)
+        checks.check_width(rows, tier, width, look=False)
         k, v = (torch.zeros(rows.count, width, rows.layout.head_dim, device=device) for _ in range(2))
         c = abi.KvcDense(tier=tier, stride=width)
         fill_rows(c.rows, rows)

@@ -58,7 +58,7 @@ class ExpectedAttention(Observer):
         mean, covariance = self._statistics(chunk)
         keys, values, filled = [], [], []
         for tier, lengths in enumerate(rows.lengths):
-            width = int(lengths.max())
+            width = rows.width(tier)
             stored = store.backend.read_slots(rows, tier, width)
             keys.append(stored[0].view(batch, kv_heads, width, dim))
             values.append(stored[1].view(batch, kv_heads, width, dim))

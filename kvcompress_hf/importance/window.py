@@ -7,6 +7,7 @@ import torch
 from kvcompress_hf.importance.attention_seen import attention_seen, pool_in_order
 from kvcompress_hf.importance.base import Chunk, Observer, queries_that_saw
 from kvcompress_hf.paging.slots import Slots
+from kvcompress_hf.paging.waiting import on_host
 from kvcompress_hf.recipe import require_int
 
 
@@ -145,6 +146,6 @@ def equalise_layers(scores: torch.Tensor, layer_of_row: torch.Tensor) -> torch.T
         `torch.Tensor`: float32 `[batch, rows, slots]`.
     """
     per_row = scores.sum(-1)
-    layers = int(layer_of_row.max()) + 1
+    layers = int(on_host(layer_of_row).max()) + 1
     per_layer = per_row.new_zeros(per_row.shape[0], layers).index_add_(1, layer_of_row, per_row)
     return scores / per_layer[:, layer_of_row, None].clamp(min=torch.finfo(torch.float32).tiny)

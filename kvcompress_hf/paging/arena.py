@@ -1,13 +1,14 @@
 """The page pool of one device: slabs of equal pages, a reference count per page, and nothing else."""
 
 import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from kvcompress_hf.errors import CacheMemoryError
 from kvcompress_hf.kernels.memory import page_memory
+from kvcompress_hf.paging.waiting import on_host, to_device
 from kvcompress_hf.units import format_bytes
 
 _SLAB_BYTES = 4 * 2**20  # an empty slab goes back to the allocator, so smaller slabs give memory back sooner
@@ -127,10 +128,11 @@ class Arena:
         Args:
             ids (`torch.Tensor`): Page ids, `int32` `[n]`, with repeats.
         """
-        if ids.numel():
-            held = self.references > 0
-            self.references.index_add_(0, ids, torch.full_like(ids, -1))
-            self.live -= int((held & (self.references == 0)).sum())
+        if not ids.numel():
+            return
+        held = self.references > 0 if self.shared else None
+        self.references.index_add_(0, ids, torch.full_like(ids, -1))
+        self.live -= ids.numel() if held is None else int((held & (self.references == 0)).sum())
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Copies the bytes of pages.
@@ -142,11 +144,8 @@ class Arena:
             `torch.Tensor`: `uint8` `[n, page_bytes]`.
         """
         pages = torch.empty((ids.numel(), self.page_bytes), dtype=torch.uint8, device=self.device)
-        slabs = ids >> self.slab_shift
-        inner = (ids & ((1 << self.slab_shift) - 1)).long()
-        for index in torch.unique(slabs).tolist():
-            chosen = slabs == index
-            pages[chosen] = self.slabs[index][inner[chosen]]
+        for slab, inner, place in self._by_slab(ids):
+            pages[place] = slab[inner]
         return pages
 
     def write(self, ids: torch.Tensor, pages: torch.Tensor) -> None:
@@ -156,11 +155,16 @@ class Arena:
             ids (`torch.Tensor`): Page ids, `int32` `[n]`.
             pages (`torch.Tensor`): `uint8` `[n, page_bytes]`.
         """
-        slabs = ids >> self.slab_shift
-        inner = (ids & ((1 << self.slab_shift) - 1)).long()
+        for slab, inner, place in self._by_slab(ids):
+            slab[inner] = pages[place]
+
+    def _by_slab(self, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Each slab with some of the pages, their places in it, and their places in `ids`."""
+        here = on_host(ids)
+        slabs, inner = here >> self.slab_shift, (here & ((1 << self.slab_shift) - 1)).long()
         for index in torch.unique(slabs).tolist():
-            chosen = slabs == index
-            self.slabs[index][inner[chosen]] = pages[chosen]
+            place = torch.nonzero(slabs == index).flatten()
+            yield self.slabs[index], to_device(inner[place], self.device), to_device(place, self.device)
 
     def adopt(self, slabs: Sequence[torch.Tensor], references: torch.Tensor) -> torch.Tensor:
         """Takes memory with pages already in it, such as a mapped file, without copying it.
@@ -202,7 +206,8 @@ class Arena:
         if self.live and self.pages - self.live <= keep:
             return
         sizes = [slab.shape[0] for slab in self.slabs]
-        live = self._live_per_slab()
+        state = on_host(self.references.clamp(max=1).to(torch.int8))  # -1: no page, 0: free, 1: live
+        live = self._live_per_slab(state)
         kept: dict[int, int] = {}  # slab: pages it keeps
         pages = 0
         # First slabs first: page ids, and so the reference counts, reach no further than the last slab kept.
@@ -221,10 +226,10 @@ class Arena:
         cut = [i for i, size in enumerate(sizes) if size and kept.get(i, 0) < size]
         if not cut:
             return
-        self._gather({index: kept.get(index, 0) for index in cut})
+        self._gather(state, {index: kept.get(index, 0) for index in cut})
         for index in cut:
-            pages = kept.get(index, 0)
-            self.references[self._slab_ids(index)[pages:]] = -1
+            pages, first = kept.get(index, 0), index << self.slab_shift
+            self.references[first + pages : first + sizes[index]] = -1
             with torch.inference_mode(False):
                 shorter = self.new_slab(pages)
                 self.slabs[index] = shorter.copy_(self.slabs[index][:pages])
@@ -234,21 +239,23 @@ class Arena:
             self.references = self.references[: self._ids()].clone()
         self._slabs_changed()
 
-    def _gather(self, kept: Mapping[int, int]) -> None:
+    def _gather(self, state: torch.Tensor, kept: Mapping[int, int]) -> None:
         """Moves live pages out of what will be cut off: all but the first `kept[slab]` pages of each named slab."""
-        sources = torch.cat([self._slab_ids(i)[pages:] for i, pages in kept.items()])
-        room = self.references == 0
-        room[sources] = False
-        sources = sources[self.references[sources] > 0]
+        leaving = torch.zeros_like(state, dtype=torch.bool)
+        for index, pages in kept.items():
+            first = index << self.slab_shift
+            leaving[first + pages : first + self.slabs[index].shape[0]] = True
+        sources = torch.nonzero(leaving & (state > 0)).flatten()
         if not sources.numel():
             return
-        targets = torch.nonzero(room).flatten()[: sources.numel()]
+        targets = torch.nonzero(~leaving & (state == 0)).flatten()[: sources.numel()]
         for index in kept:
             chosen = (sources >> self.slab_shift) == index
             self.write(targets[chosen], self.read(sources[chosen]))
-        self.references[targets] = self.references[sources]
-        moved = torch.arange(self.references.numel(), dtype=torch.int32, device=self.device)
+        moved = torch.arange(state.numel(), dtype=torch.int32)
         moved[sources] = targets.to(torch.int32)
+        sources, targets, moved = (to_device(each, self.device) for each in (sources, targets, moved))
+        self.references[targets] = self.references[sources]
         for owner in self._owners:
             owner.relocate(moved)
 
@@ -265,9 +272,10 @@ class Arena:
             CacheMemoryError: If there is no room for the copies.
         """
         copies = self.allocate(ids.numel())
-        for index in torch.unique(ids >> self.slab_shift).tolist():
-            chosen = (ids >> self.slab_shift) == index
-            self.write(copies[chosen], self.read(ids[chosen]))
+        here, there = on_host(ids), on_host(copies)
+        for index in torch.unique(here >> self.slab_shift).tolist():
+            chosen = (here >> self.slab_shift) == index
+            self.write(there[chosen], self.read(here[chosen]))
         return copies
 
     def _slab_ids(self, index: int) -> torch.Tensor:
@@ -278,12 +286,12 @@ class Arena:
         """Page ids in use or not, up to the last page of the last slab."""
         return ((len(self.slabs) - 1) << self.slab_shift) + self.slabs[-1].shape[0] if self.slabs else 0
 
-    def _live_per_slab(self) -> list[int]:
+    def _live_per_slab(self, state: torch.Tensor) -> list[int]:
         if not self.slabs:
             return []
-        beyond = (len(self.slabs) << self.slab_shift) - self.references.numel()
-        references = torch.nn.functional.pad(self.references, (0, beyond))
-        return (references.view(len(self.slabs), -1) > 0).sum(1).tolist()
+        beyond = (len(self.slabs) << self.slab_shift) - state.numel()
+        live: list[int] = (torch.nn.functional.pad(state, (0, beyond)).view(len(self.slabs), -1) > 0).sum(1).tolist()
+        return live
 
     def _grow(self, missing: int) -> None:
         # Ahead by a fraction of what lives, so that a long decode does not allocate at every packing.
@@ -357,6 +365,6 @@ class Arena:
     def _slabs_changed(self) -> None:
         with torch.inference_mode(False):
             addresses = [slab.data_ptr() if slab.shape[0] else 0 for slab in self.slabs]
-            self.slab_addresses = torch.tensor(addresses, dtype=torch.int64, device=self.device)
+            self.slab_addresses = to_device(torch.tensor(addresses, dtype=torch.int64), self.device)
         for owner in self._owners:
             owner.slabs_changed()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from kvcompress_hf.errors import CacheMemoryError
 from kvcompress_hf.paging.key_turn import newer_evicted
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import derive, known_as, on_host, pick, to_device
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,32 @@ class Slots:
     seen: int
     prompt: int
 
+    def columns(self, tier: int) -> slice:
+        """The columns of the slots of a tier.
+
+        Args:
+            tier (`int`): Index of the tier.
+
+        Returns:
+            `slice`: They.
+        """
+        tiers = on_host(self.tier)
+        return slice(int((tiers < tier).sum()), int((tiers <= tier).sum()))
+
     def of(self, sequences: torch.Tensor | slice) -> "Slots":
         """The slots of some sequences.
 
         Args:
-            sequences (`torch.Tensor` or `slice`): Which, `int64` `[n]`.
+            sequences (`torch.Tensor` or `slice`): Which, `int64` `[n]` on the host.
 
         Returns:
             `Slots`: Their slots.
         """
         return replace(
             self,
-            fields={name: values[sequences] for name, values in self.fields.items()},
-            positions=self.positions[sequences],
-            filled=self.filled[sequences],
+            fields={name: pick(values, sequences) for name, values in self.fields.items()},
+            positions=pick(self.positions, sequences),
+            filled=pick(self.filled, sequences),
         )
 
 
@@ -88,7 +101,7 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
     """
     device = parts[0].store.geometry.device
     tiers = len(parts[0].store.layout.tiers)
-    longest = [part.store.lengths.amax(1).tolist() for part in parts]
+    longest = [part.store.lengths_on_host().amax(1).tolist() for part in parts]
     widths = [max(row[t] for row in longest) for t in range(tiers)]
     read: dict[str, list[torch.Tensor]] = {name: [] for name in ("position", "filled", *fields)}
     for part, own in zip(parts, longest, strict=True):
@@ -100,7 +113,7 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
                 values = part.store.read_field(tier, name, own[tier])
                 columns[name].append(F.pad(values, (0, width - values.shape[1])))
         for name, pieces in columns.items():
-            read[name].append(_by_sequence(torch.cat(pieces, dim=1), part).to(device))
+            read[name].append(to_device(_by_sequence(torch.cat(pieces, dim=1), part), device))
     joined = {name: torch.cat(pieces, dim=1) for name, pieces in read.items()}
     heads = [part.store.geometry.kv_heads for part in parts]
     layers = [layer for part, h in zip(parts, heads, strict=True) for layer in part.layers for _ in range(h)]
@@ -110,24 +123,66 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
         fields={name: joined[name] for name in fields},
         positions=joined["position"],
         filled=joined["filled"],
-        tier=tier_of.to(device),
-        layer_of_row=torch.tensor(layers, device=device),
-        group=torch.tensor(groups, device=device),
+        tier=to_device(tier_of, device),
+        layer_of_row=to_device(torch.tensor(layers), device),
+        group=to_device(torch.tensor(groups), device),
         seen=seen,
         prompt=prompt,
     )
 
 
+@dataclass(frozen=True)
+class Decision:
+    """What targets mean for each store. Whoever knows how many slots go where can do all of it without asking again.
+
+    Args:
+        targets (`tuple[torch.Tensor, ...]`): Per store `int64` `[store rows, slots]`: the tier of each slot from now
+            on, -1 for slots that go and where there is none.
+        counts (`tuple[torch.Tensor, ...]`): Per store `int32` `[tiers, tiers, store rows]`: slots of each tier that are
+            to be in each tier.
+    """
+
+    targets: tuple[torch.Tensor, ...]
+    counts: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor) -> "Decision":
+        """Counts what goes where.
+
+        Args:
+            parts (`Sequence[StorePart]`): The stores, as they were gathered.
+            slots (`Slots`): The slots, as they were gathered.
+            targets (`torch.Tensor`): `int64` `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
+                whose target is above its tier stays where it is.
+
+        Returns:
+            `Decision`: Not carried out yet.
+        """
+        targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
+        targets = torch.where(slots.filled, targets, -1)
+        rows, counts, start = [], [], 0
+        for part in parts:
+            rows.append(_by_row(to_device(targets[:, start : start + part.rows], part.store.geometry.device), part))
+            start += part.rows
+            tiers = range(len(part.store.layout.tiers))
+            none = torch.zeros(rows[-1].shape[0], dtype=torch.int32, device=rows[-1].device)
+            table = []
+            for tier in tiers:
+                of_tier = rows[-1][:, slots.columns(tier)]
+                table += [none if to < tier else (of_tier == to).sum(1, dtype=torch.int32) for to in tiers]
+            counts.append(torch.stack(table).unflatten(0, (len(tiers), len(tiers))))
+        return cls(tuple(rows), tuple(counts))
+
+
 def apply_targets(
-    parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor, inv_freq: torch.Tensor | None = None
+    parts: Sequence[StorePart], slots: Slots, decision: Decision, inv_freq: torch.Tensor | None = None
 ) -> int:
     """Lowers and evicts slots.
 
     Args:
         parts (`Sequence[StorePart]`): The stores, as they were gathered.
         slots (`Slots`): The slots, as they were gathered.
-        targets (`torch.Tensor`): `int64` `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
-            whose target is above its tier stays where it is.
+        decision (`Decision`): What is to be done; its counts are best known on the host.
         inv_freq (`torch.Tensor`, *optional*): Where given, what stays is re-indexed: each key is rotated on by the
             number of newer slots of its row that go. Radians per position of each pair of channels, float32 `[pairs]`;
             all tiers must be native.
@@ -138,67 +193,71 @@ def apply_targets(
     Raises:
         CacheMemoryError: If pages that are shared must be copied, and the arena is full.
     """
-    targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
-    targets = torch.where(slots.filled, targets, -1)
-    evicted = int((slots.filled & (targets < 0)).sum())
+    held = sum(int(part.store.lengths_on_host().sum()) for part in parts)
+    evicted = held - sum(int(on_host(counts).sum()) for counts in decision.counts)
     turns: tuple[torch.Tensor, ...] = ()
     if inv_freq is not None and evicted:
         # The age is another one at each plan, and the same whatever a sequence is batched with.
-        turns = newer_evicted(slots.positions, slots.filled, targets < 0), slots.seen - slots.positions
+        stays = torch.cat([_by_sequence(rows, part) for rows, part in zip(decision.targets, parts, strict=True)], dim=1)
+        turns = newer_evicted(slots.positions, slots.filled, stays < 0), slots.seen - slots.positions
     start = 0
-    for part in parts:
+    for part, rows, counts in zip(parts, decision.targets, decision.counts, strict=True):
         store = part.store
-        mine = targets[:, start : start + part.rows].to(store.geometry.device)
-        counts = [each[:, start : start + part.rows].to(store.geometry.device) for each in turns]
+        turned = [to_device(each[:, start : start + part.rows], rows.device) for each in turns]
         start += part.rows
-        rows = _by_row(mine, part)
-        counts = [_by_row(each, part, 0) for each in counts]
+        turned = [_by_row(each, part, 0) for each in turned]
         here = []
         for tier in range(len(store.layout.tiers)):
-            of_tier, width = slots.tier.to(rows.device) == tier, int(store.lengths[tier].max())
-            decided = rows[:, of_tier][:, :width].clone()
+            columns, width = slots.columns(tier), store.width(tier)
+            decided = rows[:, columns][:, :width].clone()
             # What goes for good goes first: its pages serve what is lowered.
-            turning = [each[:, of_tier][:, :width].clone() for each in counts]
+            turning = [each[:, columns][:, :width].clone() for each in turned]
             if turning:
                 store.own(tier, turning[0] > 0)  # a full arena refuses here, before anything has changed
-            _drop(store, tier, decided < 0, decided, *turning)
+            kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
+            _drop(store, tier, decided < 0, kept, decided, *turning)
             if turning and inv_freq is not None:
                 by, seed = turning
                 store.turn_keys(tier, by, seed, inv_freq)
             here.append(decided)
         for tier in reversed(range(len(here) - 1)):
             for lower in range(tier + 1, len(here)):
-                _lower(store, tier, lower, here[tier])
+                _lower(store, tier, lower, here[tier], pick(pick(counts, tier), lower))
     return evicted
 
 
-def _drop(store: PagedStore, tier: int, gone: torch.Tensor, *decided: torch.Tensor) -> None:
+def _drop(store: PagedStore, tier: int, gone: torch.Tensor, kept: torch.Tensor, *decided: torch.Tensor) -> None:
     """Evicts slots; what was decided on the others, each `[store rows, slots]`, moves along with them."""
-    row, source, target = store.evict(tier, ~gone)
-    for values in decided:
-        values[row, target] = values[row, source]
+    moved = store.evict(tier, ~gone, kept)
+    if moved is not None:
+        row, source, target = moved
+        for values in decided:
+            values[row, target] = values[row, source]
 
 
-def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor) -> None:
+def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor, counts: torch.Tensor) -> None:
     """Moves slots to a lower tier; a few rows at a time where an arena at its limit has no room for all at once.
 
     A row that not a page is left for gives up what was to be lowered: it holds more than its share anyway.
     """
-    groups = [torch.arange(decided.shape[0], device=decided.device)]
+    every = counts.shape[0]
+    groups = [torch.arange(every)]
     while groups:
         rows = groups.pop()
-        filled = torch.arange(decided.shape[1], device=decided.device) < store.lengths[tier][:, None]
-        chosen = torch.zeros_like(filled)
-        chosen[rows] = filled[rows] & (decided[rows] == lower)
-        if not bool(chosen.any()):
+        mine = torch.zeros(every, dtype=torch.bool).index_fill_(0, rows, True)
+        count = derive(counts, lambda of_row, mine=mine: of_row * to_device(mine, of_row.device))  # type: ignore[misc]
+        if not bool(on_host(count).any()):
             continue
+        filled = torch.arange(decided.shape[1], device=decided.device) < store.lengths[tier][:, None]
+        chosen = filled & (decided == lower) & to_device(mine, decided.device)[:, None]
         try:
-            store.demote(tier, lower, chosen)
+            store.demote(tier, lower, chosen, count)
         except CacheMemoryError:
             if rows.numel() > 1:
                 groups += rows.tensor_split(2)
                 continue
-        _drop(store, tier, chosen, decided)
+        kept = store.lengths[tier] - count
+        _drop(store, tier, chosen, known_as(kept, store.lengths_on_host()[tier] - on_host(count)), decided)
 
 
 def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:

@@ -10,6 +10,7 @@ from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail, page_section
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.key_shift import steady_mean
 from kvcompress_hf.paging.key_turn import turn_keys
+from kvcompress_hf.paging.waiting import known_as, moves_into_holes, on_host, pick, places, to_device
 
 _AHEAD = 32  # a growing table is allocated 1/32 wider than it must be
 _TURNED_BYTES = 1 << 23  # of pages whose keys are turned at once
@@ -93,11 +94,16 @@ class PagedStore:
         self.tail_positions: torch.Tensor | None = None  # int32 [layers, batch, capacity]
         self.tail_fields: torch.Tensor | None = None  # int32 [layers, fields, batch, kv_heads, capacity]
         self._tail_shared = False
+        self._clamped: torch.Tensor | None = None  # int32 [] on a device: slots clamped that nobody has been told of
         # Native dtype [layers, batch, kv_heads, 1, head_dim]: taken off every key before it is stored, in pages and
         # tail alike; None while nothing is.
         self.key_shift: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None  # float32 [2, layers, batch, kv_heads, head_dim]: of keys and of values
         self._summed: torch.Tensor | None = None  # float32 [layers, batch]: tokens in the sums
+        # What `lengths` holds, on the host; None on the CPU, where they are at hand, and where only the device knows.
+        self._known: torch.Tensor | None = None
+        if geometry.device.type != "cpu":
+            self._known = torch.zeros((len(layout.tiers), rows), dtype=torch.int32)
         arena.register(self)
 
     def _int32(self, *shape: int) -> torch.Tensor:
@@ -132,6 +138,7 @@ class PagedStore:
             slab_shift=self.arena.slab_shift,
             tables=[table[part] for table in self.tables],
             lengths=[length[part] for length in self.lengths],
+            widths=self._widths(part),
         )
 
     def tail(self, layer: int) -> Tail:
@@ -163,6 +170,37 @@ class PagedStore:
         """`int`: Tokens the tail has room for."""
         return 0 if self.tail_keys is None else self.tail_keys.shape[3]
 
+    def lengths_on_host(self) -> torch.Tensor:
+        """The lengths on the host; waits for the device after they changed in a way that only the device knows.
+
+        Returns:
+            `torch.Tensor`: `int32` `[tiers, rows]`, not to be changed.
+        """
+        if self.lengths.device.type == "cpu":
+            return self.lengths
+        if self._known is None:
+            self._known = self.lengths.cpu()
+        return self._known
+
+    def _widths(self, part: slice) -> list[int] | None:
+        """Slots of the longest row per tier, where the host knows it of a device."""
+        if self._known is None or part.start == part.stop:
+            return None
+        widths: list[int] = self._known[:, part].amax(1).tolist()
+        return widths
+
+    def width(self, tier: int) -> int:
+        """Slots of the longest row in a tier.
+
+        Args:
+            tier (`int`): Index of the tier.
+
+        Returns:
+            `int`: Slots.
+        """
+        lengths = self.lengths_on_host()[tier]
+        return int(lengths.max()) if lengths.numel() else 0
+
     def slots(self) -> torch.Tensor:
         """Slots kept, packed and in the tail.
 
@@ -179,7 +217,10 @@ class PagedStore:
             `Snapshot`: Copies of the lengths.
         """
         sums = None if self._sums is None or self._summed is None else (self._sums.clone(), self._summed.clone())
-        return Snapshot(self.lengths.clone(), self.tail_lengths.clone(), sums)
+        lengths = self.lengths.clone()
+        if self._known is not None:
+            known_as(lengths, self._known.clone())
+        return Snapshot(lengths, self.tail_lengths.clone(), sums)
 
     def restore(self, snapshot: "Snapshot | None") -> None:
         """Takes back what was added since; what was packed from the tail is still in the tail's memory.
@@ -189,8 +230,8 @@ class PagedStore:
         """
         if snapshot is None:
             snapshot = Snapshot(torch.zeros_like(self.lengths), torch.zeros_like(self.tail_lengths), None)
-        for tier, lengths in enumerate(snapshot.lengths):
-            self.truncate(tier, lengths)
+        for tier in range(len(self.tables)):
+            self.truncate(tier, pick(snapshot.lengths, tier))
         self.tail_lengths.copy_(snapshot.tail_lengths)
         self._sums, self._summed = snapshot.sums or (None, None)
 
@@ -281,7 +322,13 @@ class PagedStore:
             self._tail_shared = False
             self.version += 1
 
-    def pack_tail(self, tier: int, layer: int | None = None, describe: Describe | None = None) -> None:
+    def pack_tail(
+        self,
+        tier: int,
+        layer: int | None = None,
+        describe: Describe | None = None,
+        tails: torch.Tensor | None = None,
+    ) -> None:
         """Moves the whole tail of one layer, or of all, into pages.
 
         Args:
@@ -289,6 +336,7 @@ class PagedStore:
             layer (`int`, *optional*): Index of the layer; all layers when left out.
             describe (`Callable`, *optional*): Makes slot fields from keys, values and the means of both, see
                 [`PagedStore.describe`].
+            tails (`torch.Tensor`, *optional*): `tail_lengths` on the host, where the caller knows them.
 
         Raises:
             CacheMemoryError: If the arena is full; nothing has changed then.
@@ -296,9 +344,13 @@ class PagedStore:
         if self.tail_keys is None or self.tail_values is None or self.tail_positions is None:
             return
         part = slice(None) if layer is None else slice(layer, layer + 1)
+        here = (on_host(self.tail_lengths) if tails is None else tails)[part].flatten()
+        if not bool(here.any()):
+            return
         keys, values = self.tail_keys[part].flatten(0, 1), self.tail_values[part].flatten(0, 1)
         lengths = self.tail_lengths[part].flatten()
         counts = lengths[:, None].expand(-1, self.geometry.kv_heads)
+        known_as(counts, here[:, None].expand(-1, self.geometry.kv_heads))
         fields: dict[str, torch.Tensor] = {}
         for i, name in enumerate(self.layout.fields):
             if name == "position":
@@ -395,15 +447,34 @@ class PagedStore:
             CacheMemoryError: If the arena is full; no slot has been added then.
         """
         part = self._slice(layer)
-        added = counts.reshape(-1)
+        added = on_host(counts).reshape(-1)
         self._reserve(tier, part, added)
-        overflow = self.backend.pack(self.rows(layer), tier, keys, values, counts, index, fields)
-        self.lengths[tier, part] += added
-        if overflow:
+        clamped = self.backend.pack(self.rows(layer), tier, keys, values, counts, index, fields)
+        self.lengths[tier, part] += counts.reshape(-1)
+        if self._known is not None:
+            self._known[tier, part] += added
+        if isinstance(clamped, int):
+            self.tell_clamped(clamped)
+        else:
+            self._clamped = clamped if self._clamped is None else self._clamped + clamped
+
+    @property
+    def clamped(self) -> list[torch.Tensor]:
+        """`list[torch.Tensor]`: On a device, how many slots were clamped that nobody was told of; or nothing."""
+        return [] if self._clamped is None else [self._clamped]
+
+    def tell_clamped(self, count: int) -> None:
+        """Warns if slots had to be clamped.
+
+        Args:
+            count (`int`): How many.
+        """
+        self._clamped = None
+        if count:
             warnings.warn(
-                f"{overflow} slots have keys or values beyond fp16's range (65504) and were clamped in a quantised "
+                f"{count} slots have keys or values beyond fp16's range (65504) and were clamped in a quantised "
                 "tier; use the 'lossless' recipe for this model if the output suffers.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _pages(self, tier: int, lengths: torch.Tensor) -> torch.Tensor:
@@ -414,14 +485,15 @@ class PagedStore:
         """Pages of each row.
 
         Returns:
-            `torch.Tensor`: `int64` `[tiers, batch, rows of a sequence]`.
+            `torch.Tensor`: `int64` `[tiers, batch, rows of a sequence]`, on the host.
         """
-        pages = torch.stack([self._pages(tier, lengths) for tier, lengths in enumerate(self.lengths)])
+        pages = torch.stack([self._pages(tier, lengths) for tier, lengths in enumerate(self.lengths_on_host())])
         by_sequence = pages.view(-1, self.layers, self.batch, self.geometry.kv_heads).transpose(1, 2)
         return by_sequence.flatten(2).long()
 
     def _reserve(self, tier: int, part: slice, counts: torch.Tensor) -> None:
-        lengths = self.lengths[tier, part]
+        """Takes the pages that rows need for `counts` more slots, which are on the host."""
+        lengths = self.lengths_on_host()[tier, part]
         if not lengths.numel():
             return
         held = self._pages(tier, lengths)
@@ -439,22 +511,23 @@ class PagedStore:
         extra, held = extra.long(), held.long()
         row = torch.repeat_interleave(extra, output_size=total)
         first = extra.cumsum(0) - extra - held  # column = running number - first page's running number + pages held
-        column = torch.arange(total, device=ids.device) - first[row]
-        self.tables[tier][row + part.start, column] = ids
+        column = torch.arange(total) - first[row]
+        self.tables[tier][to_device(row + part.start, ids.device), to_device(column, ids.device)] = ids
 
-    def pages_to_pack(self, tier: int, tokens: int, layers: int) -> int:
+    def pages_to_pack(self, tier: int, tokens: int, layers: int, tails: torch.Tensor | None = None) -> int:
         """Pages that packing the tail and some more tokens takes.
 
         Args:
             tier (`int`): Index of the tier that receives them.
             tokens (`int`): New tokens per row besides those of the tail.
             layers (`int`): Layers that have rows here so far.
+            tails (`torch.Tensor`, *optional*): `tail_lengths` on the host, where the caller knows them.
 
         Returns:
             `int`: Pages over all rows.
         """
-        lengths = self.lengths[tier].view(self.layers, self.batch, -1)[:layers]
-        after = lengths + self.tail_lengths[:layers, :, None] + tokens
+        lengths = self.lengths_on_host()[tier].view(self.layers, self.batch, -1)[:layers]
+        after = lengths + on_host(self.tail_lengths if tails is None else tails)[:layers, :, None] + tokens
         return int((self._pages(tier, after) - self._pages(tier, lengths)).sum())
 
     def _widen(self, tier: int, columns: int) -> None:
@@ -467,7 +540,8 @@ class PagedStore:
             self.version += 1
 
     def _own_pages(self, tier: int, row: torch.Tensor, column: torch.Tensor) -> None:
-        """Copies those of the named pages that others share, before they are written to."""
+        """Copies those of the named pages that others share, before they are written to; waits for the device."""
+        row, column = to_device(row, self.geometry.device), to_device(column, self.geometry.device)
         ids = self.tables[tier][row, column]
         foreign = self.arena.references[ids.long()] > 1
         if bool(foreign.any()):
@@ -494,7 +568,10 @@ class PagedStore:
         Returns:
             `torch.Tensor`: `int32` `[n]`.
         """
-        return torch.cat([table[self._live(tier)] for tier, table in enumerate(self.tables)])
+        ids = []
+        for tier, (table, lengths) in enumerate(zip(self.tables, self.lengths_on_host(), strict=True)):
+            ids.append(table[places(self._live(tier), int(self._pages(tier, lengths).sum()))])
+        return torch.cat(ids)
 
     def read_field(self, tier: int, field: str, width: int | None = None) -> torch.Tensor:
         """A field of every packed slot of all layers.
@@ -508,7 +585,7 @@ class PagedStore:
             `torch.Tensor`: `[rows, slots]`, zero beyond each row's length.
         """
         if width is None:
-            width = int(self.lengths[tier].max())
+            width = self.width(tier)
         return self.backend.read_field(self.rows(), tier, field, width)
 
     def positions(self) -> list[torch.Tensor] | None:
@@ -541,7 +618,7 @@ class PagedStore:
         """
         rows = self.rows(layer)
         for tier, lengths in enumerate(rows.lengths):
-            width = int(lengths.max())
+            width = rows.width(tier)
             if width:
                 zeros = torch.zeros((lengths.numel(), width), device=lengths.device)
                 self.backend.write_field(rows, tier, field, zeros)
@@ -556,12 +633,13 @@ class PagedStore:
             factor (`float`): The factor.
         """
         self.own_all()
-        for tier, lengths in enumerate(self.lengths):
-            width = int(lengths.max())
-            if width:
+        for tier in range(len(self.tables)):
+            if self.width(tier):
                 self.backend.write_field(self.rows(), tier, field, self.read_field(tier, field) * factor)
 
-    def evict(self, tier: int, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evict(
+        self, tier: int, keep: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Drops slots: the last survivors fill the holes, and pages that come free go back to the arena.
 
         Holes are filled in ascending order from the end (KV-Compress, section 3.2 of the reference), so sources and
@@ -570,28 +648,33 @@ class PagedStore:
         Args:
             tier (`int`): Index of the tier.
             keep (`torch.Tensor`): `bool` `[rows, slots]` over all layers; what lies beyond a row's length is ignored.
+            kept (`torch.Tensor`, *optional*): `int32` `[rows]`, how many that are; best if known on the host.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The rows, old slots and new slots of what has moved,
-            `int64` `[n]` each.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]` or `None`: The rows, old slots and new slots of what has
+            moved, `int64` `[n]` each; a move may be named twice. `None` if nothing has.
         """
-        width = keep.shape[1]
-        column = torch.arange(width, device=keep.device)
-        lengths = self.lengths[tier]
-        keep = keep & (column < lengths[:, None])
-        kept = keep.sum(1, dtype=torch.int32)
-        row, target = torch.nonzero(~keep & (column < kept[:, None]), as_tuple=True)
-        _, source = torch.nonzero((keep & (column >= kept[:, None])).flip(1), as_tuple=True)
-        source = width - 1 - source
-        if row.numel():
-            if self.arena.shared:
-                pages = torch.unique(torch.stack([row, target // self.layout.tiers[tier].slots]), dim=1)
-                self._own_pages(tier, pages[0], pages[1])
-            self.backend.move(self.rows(), tier, row.to(torch.int32), target.to(torch.int32), source.to(torch.int32))
-        if bool((kept < lengths).any()):
+        column = torch.arange(keep.shape[1], device=keep.device)
+        keep = keep & (column < self.lengths[tier][:, None])
+        if kept is None:
+            kept = keep.sum(1, dtype=torch.int32)
+        here, before = on_host(kept), self.lengths_on_host()[tier]
+        moves = torch.minimum(here, before - here)  # of each row at most
+        moved = None
+        if bool(moves.any()):
+            holes, movers = ~keep & (column < kept[:, None]), keep & (column >= kept[:, None])
+            row, target, source = moves_into_holes(holes, movers, int(moves.sum()), int(moves.argmax()))
+            if row.numel():
+                if self.arena.shared:
+                    pages = torch.unique(torch.stack([row, target // self.layout.tiers[tier].slots]), dim=1)
+                    self._own_pages(tier, pages[0], pages[1])
+                as_int = (x.to(torch.int32) for x in (row, target, source))
+                self.backend.move(self.rows(), tier, *as_int)
+                moved = row, source, target
+        if not torch.equal(here, before):
             self.evicted = True
             self.truncate(tier, kept)
-        return row, source, target
+        return moved
 
     def own(self, tier: int, chosen: torch.Tensor) -> None:
         """Makes the pages of some slots private, so that they can be written to.
@@ -640,26 +723,32 @@ class PagedStore:
         padded = torch.nn.functional.pad(values, (0, pages * slots - values.shape[1]))
         return padded.view(-1, pages, slots)
 
-    def demote(self, tier: int, lower: int, chosen: torch.Tensor) -> None:
+    def demote(self, tier: int, lower: int, chosen: torch.Tensor, counts: torch.Tensor | None = None) -> None:
         """Copies slots into a lower tier, re-quantised from what is stored; [`PagedStore.evict`] then drops them here.
 
         Args:
             tier (`int`): Index of the tier they are in.
             lower (`int`): Index of the tier that receives them.
             chosen (`torch.Tensor`): `bool` `[rows, slots]` over all layers, within each row's length.
+            counts (`torch.Tensor`, *optional*): `int32` `[rows]`, how many of each; best if known on the host.
 
         Raises:
             CacheMemoryError: If the arena is full; nothing has changed then.
         """
-        counts = chosen.sum(1, dtype=torch.int32)
-        row, source = torch.nonzero(chosen, as_tuple=True)
-        if not row.numel():
+        if counts is None:
+            counts = chosen.sum(1, dtype=torch.int32)
+        here = on_host(counts)
+        total = int(here.sum())
+        if not total:
             return
-        self._reserve(lower, slice(0, chosen.shape[0]), counts)
+        self._reserve(lower, slice(0, chosen.shape[0]), here)
+        row, source = places(chosen, total)
         rank = chosen.cumsum(1, dtype=torch.int32)[row, source] - 1
         target = self.lengths[lower][row] + rank
         self.backend.retier(self.rows(), row.to(torch.int32), tier, source.to(torch.int32), lower, target)
         self.lengths[lower] += counts
+        if self._known is not None:
+            self._known[lower] += here
         self.evicted = True
 
     def truncate(self, tier: int, lengths: torch.Tensor) -> None:
@@ -667,12 +756,18 @@ class PagedStore:
 
         Args:
             tier (`int`): Index of the tier.
-            lengths (`torch.Tensor`): `int32` `[rows]` over all layers, none longer than now.
+            lengths (`torch.Tensor`): `int32` `[rows]` over all layers, none longer than now; best if known on the host.
         """
-        before = self._live(tier)
+        here = on_host(lengths)
+        pages = self._pages(tier, here)
+        freed = int((self._pages(tier, self.lengths_on_host()[tier]) - pages).sum())
+        before = self._live(tier) if freed else None
         self.lengths[tier] = lengths
-        self.arena.release(self.tables[tier][before & ~self._live(tier)])
-        columns = int(self._pages(tier, lengths).max()) if lengths.numel() else 0
+        if self._known is not None:
+            self._known[tier] = here
+        if before is not None:
+            self.arena.release(self.tables[tier][places(before & ~self._live(tier), freed)])
+        columns = int(pages.max()) if pages.numel() else 0
         if columns + columns // _AHEAD < self.tables[tier].shape[1]:
             with torch.inference_mode(False):
                 self.tables[tier] = self.tables[tier][:, :columns].clone()
@@ -686,9 +781,11 @@ class PagedStore:
         Args:
             index (`torch.Tensor`): `int64` `[new batch]`.
         """
-        index = index.to(self.geometry.device)
         old = self.live_ids()
         heads = self.geometry.kv_heads
+        if self._known is not None:
+            self._known = self._known.view(-1, self.layers, self.batch, heads)[:, :, on_host(index)].flatten(1)
+        index = to_device(index, self.geometry.device)
         with torch.inference_mode(False):
             self.tables = [
                 table.view(self.layers, self.batch, heads, -1)[:, index].flatten(0, 2).contiguous()
@@ -727,6 +824,7 @@ class PagedStore:
         other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
         other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
         other.evicted, other.key_shift = self.evicted, self.key_shift
+        other._known = None if self._known is None else self._known.clone()
         if self._sums is not None and self._summed is not None:
             other._sums, other._summed = self._sums.clone(), self._summed.clone()
         self._tail_shared = other._tail_shared = self.tail_keys is not None
@@ -737,6 +835,7 @@ class PagedStore:
         """Gives every page back and empties the rows."""
         self.arena.release(self.live_ids())
         self.lengths.zero_()
+        self._known = None if self._known is None else torch.zeros_like(self._known)
         self.tail_lengths = torch.zeros_like(self.tail_lengths)
         self.evicted = False
         self._sums = self._summed = self.key_shift = None
@@ -789,7 +888,7 @@ class PagedStore:
         self.tail_positions, self.tail_fields = state.get("tail_positions"), state.get("tail_fields")
         self._sums, self._summed = state.get("sums"), state.get("summed")
         self.key_shift = state.get("key_shift")
-        self.evicted = evicted
+        self.evicted, self._known = evicted, None
         self.version += 1
 
     # -- called by the arena ---------------------------------------------------------------------------------------
@@ -802,7 +901,7 @@ class PagedStore:
         """
         for tier, table in enumerate(self.tables):
             live = self._live(tier)
-            table[live] = new_id[table[live].long()]
+            table.copy_(torch.where(live, new_id[torch.where(live, table, 0).long()], table))
 
     def slabs_changed(self) -> None:
         """Notes that slab addresses are no longer what they were."""

@@ -2,10 +2,11 @@
 
 import abc
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvcompress_hf.paging.waiting import derive, pick
 from kvcompress_hf.recipe import Part
 
 if TYPE_CHECKING:
@@ -84,7 +85,13 @@ class PlanView:
             "distortion",
         )
         present = {name: getattr(self, name) for name in per_sequence}
-        return replace(self, **{name: x[sequences] for name, x in present.items() if x is not None})
+        picked: dict[str, Any] = {name: pick(x, sequences) for name, x in present.items() if x is not None}
+        return replace(self, **picked)
+
+    @property
+    def slots_per_best_page(self) -> torch.Tensor:
+        """`torch.Tensor`: `int64` `[rows]`, slots of a page of the first tier."""
+        return derive(self.slots_per_page, lambda slots: slots[:, 0])
 
     def slots_allowed(self) -> torch.Tensor:
         """The even share of the budget; a recipe's plan is checked to have one.

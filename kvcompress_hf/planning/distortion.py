@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
+from kvcompress_hf.paging.waiting import on_host, to_device
 
 _TOKENS = 256  # newest tokens that are sampled
 _KEYS = 64
@@ -32,17 +33,18 @@ def measure_distortion(
         values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
         scale (`float`): Factor on the logits.
         tiers (`Sequence[tuple[int, int]]`): Key and value bits of each tier, (0, 0) for native.
-        padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens at the front of each sequence.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens at the front of each sequence; best if
+            known on the host.
 
     Returns:
         `torch.Tensor`: float32 `[batch, kv_heads, tiers]`, NaN for a sequence that is all padding.
     """
-    counts = [keys.shape[2]] * keys.shape[0] if padding is None else (keys.shape[2] - padding).tolist()
-    result = torch.full((keys.shape[0], keys.shape[1], len(tiers)), float("nan"))
+    counts = [keys.shape[2]] * keys.shape[0] if padding is None else (keys.shape[2] - on_host(padding)).tolist()
+    result = torch.full((keys.shape[0], keys.shape[1], len(tiers)), float("nan"), device=keys.device)
     for real in sorted(set(counts) - {0}):  # a sequence is measured as if it came alone
-        alike = torch.tensor([count == real for count in counts], device=keys.device)
+        alike = to_device(torch.tensor([i for i, count in enumerate(counts) if count == real]), keys.device)
         q, k, v = (x[alike, :, -real:] for x in (query, keys, values))
-        result[alike.cpu()] = _measure(q, k, v, scale, tiers).cpu()
+        result[alike] = _measure(q, k, v, scale, tiers)
     return result
 
 

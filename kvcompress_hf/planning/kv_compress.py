@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcompress_hf.paging.waiting import to_device
 from kvcompress_hf.planning.base import EVICT, Plan, PlanView, require_single_tier
 from kvcompress_hf.planning.lowest import FlatRows, lowest
 from kvcompress_hf.planning.pages import plan_pages
@@ -48,7 +49,7 @@ class PagePlan(Plan):
     def targets(self, view: PlanView) -> torch.Tensor:
         """Keeps what [`plan_pages`] keeps; see [`Plan.targets`]."""
         lengths = view.filled.sum(-1)
-        per_page = view.slots_per_page[:, 0]
+        per_page = view.slots_per_best_page
         held = ((lengths + per_page - 1) // per_page * view.page_bytes).sum(1)
         excess = held - view.bytes_allowed()
         scores, protected = self._scores(view), view.protected
@@ -67,7 +68,7 @@ class PagePlan(Plan):
             scores = scores / total.clamp(min=torch.finfo(torch.float32).tiny)
         if self.bias is None:
             return scores
-        bias = torch.tensor([x for heads in self.bias for x in heads], device=scores.device)
+        bias = to_device(torch.tensor([x for heads in self.bias for x in heads]), scores.device)
         if bias.numel() != scores.shape[1]:
             raise ValueError(
                 f"PagePlan.bias has {bias.numel()} numbers, but all layers together have {scores.shape[1]} KV heads; "

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcompress_hf.paging.waiting import on_host, to_device
 from kvcompress_hf.planning.base import EVICT, Plan, PlanView, require_single_tier
 from kvcompress_hf.planning.pages import plan_pages
 from kvcompress_hf.recipe import Recipe, require_int
@@ -64,14 +65,15 @@ class LowestPlan(Plan):
             candidates = candidates & ~self._unsettled(view, candidates, excess)
             kept = view.filled & ~lowest(view, candidates, excess)
             return torch.where(self._within_bytes(view, kept) if self.pyramid else kept, 0, EVICT)
-        groups = view.layer_of_row if self.scope == "layer" else torch.zeros_like(view.layer_of_row)
+        layers = on_host(view.layer_of_row)
+        groups = layers if self.scope == "layer" else torch.zeros_like(layers)
         keep = view.filled.clone()
         if self.floor:
             least = (capacity * self.floor).long()
             safe = view.filled & ~lowest(view, view.filled, (view.filled.sum(-1) - least).clamp(min=0))
             candidates = candidates & ~safe
         for group in torch.unique(groups).tolist():
-            rows = groups == group
+            rows = to_device(torch.nonzero(groups == group).flatten(), keep.device)
             shared = view_of(view, rows)
             excess = (shared.filled.sum(-1) - capacity[:, rows].sum(1, keepdim=True)).clamp(min=0)
             gone = lowest(shared, candidates[:, rows].flatten(1)[:, None], excess)
@@ -83,7 +85,7 @@ class LowestPlan(Plan):
         if view.counts_slots or view.allowed_bytes is None:
             return keep
         excess = view.bytes_of(torch.where(keep, 0, EVICT)) - view.allowed_bytes
-        sizes = view.slots_per_page[:, 0], view.page_bytes
+        sizes = view.slots_per_best_page, view.page_bytes
         return plan_pages(view.importance, view.positions, keep, view.protected & keep, *sizes, excess)
 
     def _capacity(self, view: PlanView, share: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,7 @@ def view_of(view: PlanView, rows: torch.Tensor) -> "FlatRows":
 
     Args:
         view (`PlanView`): Every slot.
-        rows (`torch.Tensor`): `bool` `[rows]`.
+        rows (`torch.Tensor`): Which, `int64` `[n]`.
 
     Returns:
         `FlatRows`: Importance, positions and filled, each `[batch, 1, rows * slots]`.

@@ -8,6 +8,8 @@ takes a prefix of each row. Ties go by position, then by row, so plans are deter
 
 import torch
 
+from kvcompress_hf.paging.waiting import on_host
+
 
 def plan_pages(
     scores: torch.Tensor,
@@ -44,7 +46,7 @@ def plan_pages(
 
     lengths = filled.sum(-1)
     last_page = (lengths - 1) % slots_per_page + 1  # slots in the last page, b when it is full
-    pages = int((slots // slots_per_page).max()) + 1
+    pages = int((slots // on_host(slots_per_page)).max()) + 1
     number = torch.arange(pages, device=scores.device)
     dropped = last_page[..., None] + number * slots_per_page[:, None]  # [batch, rows, pages]: slots gone with page e
     exists = (dropped <= lengths[..., None]) & (lengths[..., None] > 0)

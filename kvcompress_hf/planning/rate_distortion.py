@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcompress_hf.paging.waiting import known, on_host
 from kvcompress_hf.planning.base import EVICT, Plan, PlanView
 from kvcompress_hf.planning.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
 from kvcompress_hf.recipe import Recipe
@@ -61,9 +62,9 @@ class RateDistortion(Plan):
 
     def targets(self, view: PlanView) -> torch.Tensor:
         """Solves for the multiplier; see [`Plan.targets`]."""
-        slot_bytes = (view.page_bytes[:, None] / view.slots_per_page).median(0).values.tolist()  # of each tier
-        losses = (self.kappa * view.distortion).clamp(max=_WORST).tolist()
-        hulls = [lower_hull(slot_bytes, of_tiers) for of_tiers in losses]
+        slot_bytes = (on_host(view.page_bytes)[:, None] / on_host(view.slots_per_page)).median(0).values  # of each tier
+        losses = (self.kappa * on_host(view.distortion)).clamp(max=_WORST)
+        hulls = [lower_hull(slot_bytes.tolist(), of_tiers) for of_tiers in losses.tolist()]
         depth = bins_below_top(torch.where(view.filled, view.importance, 0.0))
         counts = SlotCounts.of(view, depth)
         if all(hull == hulls[0] for hull in hulls):
@@ -80,11 +81,13 @@ class RateDistortion(Plan):
         self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
     ) -> torch.Tensor:
         few = hull[: self.small_tiers]  # the hull's first vertices are its cheapest tiers; it stays convex
-        tight = view.bytes_allowed() < self.small * view.dense_bytes
-        if len(few) == len(hull) or bool(tight.all()):
+        allowed, dense = known(view.bytes_allowed()), known(view.dense_bytes)
+        sure = None if allowed is None or dense is None else allowed < self.small * dense
+        if len(few) == len(hull) or (sure is not None and bool(sure.all())):
             return self._targets(view, depth, counts, few)
         result = self._targets(view, depth, counts, hull)
-        if bool(tight.any()):
+        if sure is None or bool(sure.any()):
+            tight = view.bytes_allowed() < self.small * view.dense_bytes
             result = torch.where(tight[:, None, None], self._targets(view, depth, counts, few), result)
         return result
 
@@ -117,17 +120,18 @@ def solve(view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> 
     """
     ladder = _Ladder(view, counts, hull)
     allowed = view.bytes_allowed()
-    candidates = torch.arange(BINS + ladder.offsets[-1] + 1, device=allowed.device)
+    last = BINS + ladder.offsets[-1]
+    candidates = torch.arange(last + 1, device=allowed.device)
     held = ladder.row_bytes(ladder.at(candidates[None, None]))  # [batch, rows, candidates]
     total = held.sum(1)
     best = torch.where(total <= allowed[:, None], candidates, 0).amax(1)  # [batch]
     now = held.gather(-1, best[:, None, None].expand(-1, held.shape[1], 1))
     dearer = (held > now) & (candidates > best[:, None, None])
-    following = torch.where(dearer, candidates, candidates[-1] + 1).amin(-1)  # [batch, rows], where each wants a page
-    cost = held.gather(-1, following.clamp(max=int(candidates[-1]))[..., None]) - now
+    following = torch.where(dearer, candidates, last + 1).amin(-1)  # [batch, rows], where each wants a page
+    cost = held.gather(-1, following.clamp(max=last)[..., None]) - now
     rank, order = following.sort(dim=1, stable=True)
     spent = cost[..., 0].gather(1, order).cumsum(1)
-    granted = (spent <= (allowed - now.sum((1, 2)))[:, None]) & (rank <= candidates[-1])
+    granted = (spent <= (allowed - now.sum((1, 2)))[:, None]) & (rank <= last)
     granted = torch.zeros_like(granted).scatter_(1, order, granted)
     wanted = ladder.at(torch.where(granted, following, best[:, None])[..., None])
     filled = ladder.fill_pages(wanted)

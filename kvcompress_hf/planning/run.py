@@ -7,6 +7,7 @@ import torch
 
 from kvcompress_hf.paging.slots import Slots, StorePart
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import known, on_host, to_device
 from kvcompress_hf.planning.base import ENTRY_BYTES, Plan, PlanView, ragged_entries
 from kvcompress_hf.planning.budget import RowGroup, allowed_bytes
 from kvcompress_hf.recipe import Recipe
@@ -59,36 +60,64 @@ def bytes_held(store: PagedStore) -> torch.Tensor:
         store (`PagedStore`): The store.
 
     Returns:
-        `torch.Tensor`: `int64` `[batch]`.
+        `torch.Tensor`: `int64` `[batch]`, on the host.
     """
     pages = store.pages_of_rows()
     entries = torch.stack([ragged_entries(of_tier) for of_tier in pages])
-    return (pages.sum((0, 2)) * cost_of_page(store) + entries.sum(0) * ENTRY_BYTES).cpu()
+    return pages.sum((0, 2)) * cost_of_page(store) + entries.sum(0) * ENTRY_BYTES
 
 
-def targets_within(plan: Plan, view: PlanView) -> torch.Tensor:
-    """The targets of a plan, planned again for less where the page tables alone would exceed the budget.
+@dataclass(frozen=True)
+class Attempt:
+    """Targets of a plan, and what page tables alone take beyond the budget with them.
 
     How ragged the rows become, and so how much of the tables stays empty, is not known before.
 
     Args:
         plan (`Plan`): The plan.
         view (`PlanView`): Every slot.
+        targets (`torch.Tensor`): `int64` `[batch, rows, slots]`, see [`Plan.targets`].
+        excess (`torch.Tensor`): `int64` `[batch]`, bytes beyond the budget; zero, or where the device would have to be
+            waited for to see it.
+        left (`int`): How often it may be tried again for less.
+    """
+
+    plan: Plan
+    view: PlanView
+    targets: torch.Tensor
+    excess: torch.Tensor
+    left: int
+
+    def again(self) -> "Attempt":
+        """Plans again for what the excess leaves.
+
+        Returns:
+            `Attempt`: With other targets.
+        """
+        return attempt(self.plan, self.view, self.excess, self.left - 1)
+
+
+def attempt(plan: Plan, view: PlanView, excess: torch.Tensor | None = None, left: int = 2) -> Attempt:
+    """Plans, and plans again for less where the page tables alone exceed the budget and that is seen at once.
+
+    Args:
+        plan (`Plan`): The plan.
+        view (`PlanView`): Every slot.
+        excess (`torch.Tensor`, *optional*): `int64` `[batch]`, bytes to leave free.
+        left (`int`): How often it may be tried again.
 
     Returns:
-        `torch.Tensor`: `int64` `[batch, rows, slots]`, see [`Plan.targets`].
+        `Attempt`: The targets, and an excess that is to be asked for where the device is to be waited for.
     """
-    targets = plan.targets(view)
-    if view.allowed_bytes is None or view.counts_slots:
-        return targets
-    for _ in range(2):
-        tables = view.ragged_bytes(targets)
-        excess = view.bytes_of(targets) + tables - view.bytes_allowed()
-        excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
-        if not bool(excess.any()):
-            break
-        targets = plan.targets(replace(view, allowed_bytes=view.bytes_allowed() - excess))
-    return targets
+    targets = plan.targets(view if excess is None else replace(view, allowed_bytes=view.bytes_allowed() - excess))
+    if view.allowed_bytes is None or view.counts_slots or not left:
+        return Attempt(plan, view, targets, torch.zeros(targets.shape[0], dtype=torch.int64), 0)
+    tables = view.ragged_bytes(targets)
+    excess = view.bytes_of(targets) + tables - view.bytes_allowed()
+    excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
+    tried = Attempt(plan, view, targets, excess, left)
+    here = known(excess)
+    return tried if here is None or not bool(here.any()) else tried.again()
 
 
 def make_limits(
@@ -155,7 +184,8 @@ def prompt_on_top(recipe: Recipe, prompt: int, padding: torch.Tensor) -> torch.T
     Returns:
         `torch.Tensor`: `int64` `[batch]`.
     """
-    return (prompt - padding.cpu()).clamp(min=0) if recipe.protect.prompt else torch.zeros_like(padding.cpu())
+    padding = on_host(padding)
+    return (prompt - padding).clamp(min=0) if recipe.protect.prompt else torch.zeros_like(padding)
 
 
 def make_view(
@@ -189,7 +219,7 @@ def make_view(
     """
     device = slots.filled.device
     sinks, recent = recipe.protect.sinks, recipe.protect.recent
-    first = padding.to(device)[:, None, None]
+    first = to_device(padding, device)[:, None, None]
     protected = slots.filled & ((slots.positions >= slots.seen - recent) | (slots.positions < first + sinks))
     of_prompt = prompt_on_top(recipe, slots.prompt, padding)
     if recipe.protect.prompt:
@@ -214,12 +244,12 @@ def make_view(
         protected=protected,
         tier=slots.tier,
         layer_of_row=slots.layer_of_row,
-        slots_per_page=limits.slots_per_page.to(device),
-        page_bytes=page_bytes.to(device),
-        allowed_bytes=None if allowed is None else allowed.to(device),
-        allowed_slots=None if share is None else share.to(device),
-        tokens=tokens.to(device),
-        dense_bytes=limits.dense_bytes.to(device),
-        distortion=losses.to(device),
+        slots_per_page=to_device(limits.slots_per_page, device),
+        page_bytes=to_device(page_bytes, device),
+        allowed_bytes=None if allowed is None else to_device(allowed, device),
+        allowed_slots=None if share is None else to_device(share, device),
+        tokens=to_device(tokens, device),
+        dense_bytes=to_device(limits.dense_bytes, device),
+        distortion=to_device(losses, device),
         counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
     )

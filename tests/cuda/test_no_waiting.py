@@ -1,6 +1,11 @@
-"""A decoding step that packs nothing never asks the device for anything: the host may run ahead of it."""
+"""How often the host waits for the device: never in a decoding step, and a few times when something is packed."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +100,84 @@ def test_decoding_asks_nothing(model, monkeypatch, shim, preset, changes, max_by
                 assert questions.asked == []
                 quiet += 1
     assert 30 < quiet < 36
+
+
+# What is counted here runs on a device that only pretends to be one (far_device.py), in a process of its own.
+FAR = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch cannot have a device made in Python",
+)
+#: Most waits of a step that packs the tail, of one that plans as well, and of a prompt of one chunk.
+LIMITS = {
+    "lossless": dict(packing=0, prompt=0),
+    "k8v4": dict(packing=0, prompt=1),
+    "k4v2, window": dict(packing=1, prompt=2),
+    "k4v2, masks": dict(packing=1, prompt=2),
+    "kv-compress": dict(plan=2, prompt=2),
+    "leankv": dict(plan=2, prompt=2),
+    "roco": dict(plan=2, prompt=2),
+    "auto": dict(plan=2, prompt=3),
+    "auto, masks": dict(plan=3, prompt=4),
+    "auto, window": dict(plan=3, prompt=4),
+    "kvzip": dict(packing=0, prompt=0, second_reading=2),
+    "snapkv": dict(packing=0, prompt=2),
+    "pyramidkv": dict(packing=0, prompt=2),
+}
+MORE_LIMITS = {
+    "k8v4, max_bytes": dict(packing=0, prompt=1),
+    "kv-compress, tokens": dict(plan=2, prompt=2),
+    "kv-compress, bytes": dict(plan=2, prompt=2),
+    "kv-compress, padding": dict(plan=2, prompt=3),
+    "leankv, budget": dict(plan=2, prompt=2),
+    "h2o": dict(plan=2, prompt=2),
+    "tova": dict(plan=2, prompt=2),
+    "auto, padding": dict(plan=2, prompt=4),
+    "auto, max_bytes": dict(plan=2, prompt=3),
+    "auto-kvzip": dict(plan=2, prompt=1, second_reading=3),
+    "scissorhands": dict(plan=2, prompt=2),
+    "ada-snapkv": dict(packing=0, prompt=2),
+    "streaming": dict(plan=2, prompt=2),
+    "keydiff": dict(plan=2, prompt=2),
+    "expected-attention": dict(packing=0, prompt=2),
+}
+
+
+def far(script: str, *arguments: str) -> str:
+    """What a script prints that uses the pretended device."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def check_limits(limits: dict[str, dict[str, int]], *options: str) -> None:
+    counted = json.loads(far("waits.py", "--json", *options, *limits))
+    for name, most in limits.items():
+        steps = counted[name]
+        assert steps["quiet"] and not any(steps["quiet"]), f"{name}: a quiet step waits: {steps['quiet']}"
+        for kind, limit in most.items():
+            waits = steps[kind.replace("_", " ")]
+            worst = max(waits, key=lambda places: sum(places.values()))
+            assert sum(worst.values()) <= limit, f"{name}, {kind}: {worst}"
+
+
+@FAR
+def test_packing_and_planning_ask_only_what_the_host_must_know(shim_library):
+    check_limits(LIMITS)
+
+
+@FAR
+@pytest.mark.slow
+def test_so_do_other_recipes(shim_library):
+    check_limits(MORE_LIMITS)
+
+
+@FAR
+def test_a_device_that_is_not_asked_holds_the_same(shim_library):
+    """The same slots and bytes as where everything is asked: lists may be longer than what is in them."""
+    far("waits.py", "--same", "kv-compress", "auto, masks")
+
+
+@FAR
+def test_every_kind_of_wait_is_noticed():
+    assert json.loads(far("far_device.py")) == {"missed": [], "imagined": []}

@@ -1,0 +1,179 @@
+"""Counts how often the host waits for the device: per recipe and kind of step, with the places that ask.
+
+    python tests/cuda/waits.py [--places] [recipe ...]
+
+The package runs on [`far_device`], with the CUDA kernels on the CPU behind it. Prints a table, and JSON with `--json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from far_device import FAR, FarDevice, taken
+
+import kvcompress_hf as kvc
+from kvcompress_hf import kernels
+from kvcompress_hf.attention import PagedAttention
+from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
+
+LAYERS, BATCH, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 2, 4, 2, 64
+PROMPT, STEPS = 70, 18
+
+#: name: preset, overrides, most bytes of pages, sliding window of the last layer, padding
+CASES: dict[str, dict[str, Any]] = {
+    "lossless": dict(preset="lossless", when={"every": 8}),
+    "k8v4": dict(preset="k8v4", when={"every": 8}),
+    "k8v4, max_bytes": dict(preset="k8v4", when={"every": 8}, max_bytes=1 << 22),
+    "k4v2, window": dict(preset="k4v2", when={"every": 8}, window=24),
+    "k4v2, masks": dict(preset="k4v2", when={"every": 8}, padding=9, masks=True),
+    "kv-compress": dict(preset="kv-compress", budget=0.5),
+    "kv-compress, tokens": dict(preset="kv-compress", budget=40),
+    "kv-compress, bytes": dict(preset="kv-compress", budget="200KiB"),
+    "kv-compress, padding": dict(preset="kv-compress", budget=0.5, padding=9),
+    "leankv": dict(preset="leankv"),
+    "leankv, budget": dict(preset="leankv", budget=0.3),
+    "roco": dict(preset="roco", budget=24),
+    "h2o": dict(preset="h2o", budget=0.9, protect={"recent": 8}),
+    "tova": dict(preset="tova", budget=24),
+    "auto": dict(preset="auto", budget=0.3, protect={"recent": 8}),
+    "auto, packing only": dict(preset="auto", budget=0.9, protect={"recent": 8}),
+    "auto, window": dict(preset="auto", budget=0.3, protect={"recent": 8}, window=24),
+    "auto, masks": dict(preset="auto", budget=0.3, protect={"recent": 8}, padding=9, masks=True),
+    "auto, padding": dict(preset="auto", budget=0.3, protect={"recent": 8}, padding=9),
+    "auto, max_bytes": dict(preset="auto", budget=0.3, protect={"recent": 8}, max_bytes=1 << 22),
+    "auto, short of memory": dict(preset="auto", budget=0.5, max_bytes=120_000),
+    "scissorhands": dict(preset="scissorhands", budget=40),
+    "kvzip": dict(preset="kvzip", budget=0.5),
+    "auto-kvzip": dict(preset="auto-kvzip", budget=0.3, protect={"recent": 8}),
+    "snapkv": dict(preset="snapkv", budget=0.5),
+    "pyramidkv": dict(preset="pyramidkv", budget=0.5),
+    "ada-snapkv": dict(preset="ada-snapkv", budget=0.5),
+    "streaming": dict(preset="streaming", budget=40),
+    "keydiff": dict(preset="keydiff", budget=0.5, protect={"recent": 8}),
+    "expected-attention": dict(preset="expected-attention", budget=0.5),
+}
+
+
+def steps_of(
+    device: torch.device,
+    preset: str,
+    max_bytes: int | None = None,
+    window: int | None = None,
+    padding: int = 0,
+    masks: bool = False,
+    **changes: Any,
+) -> Iterator[tuple[str, dict[str, int], tuple[object, ...]]]:
+    """Runs a prompt and decoding steps.
+
+    Yields:
+        The kind of each step, its waits by place, and what is stored after it.
+    """
+    recipe = kvc.get_preset(preset).with_overrides(**changes)
+    windows = [None] * (LAYERS - 1) + [window]
+    attention = PagedAttention([recipe], windows, max_bytes=max_bytes)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(heads: int, tokens: int) -> torch.Tensor:
+        x = torch.randn((BATCH, tokens, heads, HEAD_DIM), generator=generator)
+        return (
+            (x * torch.rand((1, tokens, 1, 1), generator=generator))
+            .half()
+            .to(device, non_blocking=True)
+            .transpose(1, 2)
+        )
+
+    def forward(tokens: int, mask: torch.Tensor | None) -> None:
+        for layer, width in enumerate(windows):
+            out = torch.zeros((BATCH, tokens, Q_HEADS, HEAD_DIM), dtype=torch.float16, device=device)
+            new = randn(Q_HEADS, tokens), randn(KV_HEADS, tokens), randn(KV_HEADS, tokens)
+            attention.attend(layer, *new, mask, scaling=HEAD_DIM**-0.5, dense=lambda out=out: out, window=width)
+
+    mask = None
+    if padding:
+        allowed = torch.ones((BATCH, 1, PROMPT, PROMPT), dtype=torch.bool).tril()
+        allowed[0, :, :, :padding] = False
+        mask = allowed.to(device, non_blocking=True)
+
+    def stored() -> tuple[object, ...]:
+        slots = [positions.tolist() for store in attention.stores for positions in store.positions() or []]
+        for store in attention.stores:
+            lengths = store.lengths.near if device == FAR else store.lengths
+            if not torch.equal(store.lengths_on_host(), lengths):
+                raise AssertionError("the host believes in other lengths than the device has")
+        taken()
+        return slots, attention.nbytes, attention.statistics.evicted_slots
+
+    taken()
+    forward(PROMPT, mask)
+    yield "prompt", taken(), stored()
+    if attention.awaits_second_reading:
+        with attention.second_reading():
+            forward(PROMPT, mask)
+        yield "second reading", taken(), stored()
+    for _ in range(STEPS):
+        before = attention.statistics.packings, attention.statistics.plans
+        forward(1, torch.ones((BATCH, 1, 1, 1), dtype=torch.bool, device=device) if masks else None)
+        packings, plans = attention.statistics.packings - before[0], attention.statistics.plans - before[1]
+        yield ("plan" if plans else "packing" if packings else "quiet"), taken(), stored()
+
+
+def count(names: list[str], order: str = "ascending", same: bool = False) -> dict[str, dict[str, list[dict[str, int]]]]:
+    """All steps of some cases: waits by place, by case and kind of step.
+
+    Args:
+        names: Which of [`CASES`].
+        order: Schedule of the threads.
+        same: Check against the same kernels on host tensors, where all asking is done: the same slots and bytes.
+    """
+    folder = Path(__file__).parents[2] / "build" / "host_shim"
+    result: dict[str, dict[str, list[dict[str, int]]]] = {}
+    for name in names:
+        result[name] = {}
+        ends: dict[torch.device, tuple[object, ...]] = {}
+        for device in (FAR, torch.device("cpu")) if same else (FAR,):
+            backend = shim_backend(build_shim(folder), order)
+            backend.launcher.device_type = device.type
+            kernels.get_backend = lambda device, backend=backend: backend
+            with torch.no_grad(), FarDevice():
+                for kind, waits, stored in steps_of(device, **CASES[name]):
+                    ends[device] = stored
+                    if device == FAR:
+                        result[name].setdefault(kind, []).append(waits)
+        if any(end != ends[FAR] for end in ends.values()):
+            raise AssertionError(f"{name}: device and host do not hold the same: {ends}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", help=f"any of {', '.join(CASES)}")
+    parser.add_argument("--places", action="store_true", help="who asks what, in the step with the most waits")
+    parser.add_argument("--json", action="store_true", help="print all that was counted")
+    parser.add_argument("--same", action="store_true", help="check that a device holds what the host does")
+    options = parser.parse_args()
+    result = count(options.cases or list(CASES), same=options.same)
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    kinds = ("quiet", "packing", "plan", "prompt", "second reading")
+    lines = [f"{'most waits of a step':24}" + "".join(f"{kind:>16}" for kind in kinds)]
+    for name, steps in result.items():
+        most = {kind: max(sum(w.values()) for w in steps[kind]) for kind in steps}
+        lines.append(f"{name:24}" + "".join(f"{most.get(kind, '-'):>16}" for kind in kinds))
+        for kind in kinds[1:] if options.places else ():
+            worst: Counter[str] = Counter(max(steps.get(kind, [{}]), key=lambda w: sum(w.values())))
+            lines += [f"    {kind:8} {n:3} {place}" for place, n in worst.most_common()]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
