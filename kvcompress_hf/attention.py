@@ -19,13 +19,14 @@ from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.importance.base import Chunk, Observer
 from kvcompress_hf.new_tokens import NewTokens, real_tokens, split_mask
 from kvcompress_hf.paging.arena import Arena
-from kvcompress_hf.paging.slots import Decision, StorePart, apply_targets, gather_slots
+from kvcompress_hf.paging.slots import StorePart, apply_targets, gather_slots
 from kvcompress_hf.paging.store import Describe, Geometry, PagedStore, Snapshot
 from kvcompress_hf.paging.waiting import ask, known, known_as, on_host, pick, to_device
-from kvcompress_hf.planning.base import EVICT, Plan
+from kvcompress_hf.planning.base import Plan
+from kvcompress_hf.planning.decide import Ruling, decide
 from kvcompress_hf.planning.distortion import measure_distortion
 from kvcompress_hf.planning.pressure import under_pressure
-from kvcompress_hf.planning.run import Limits, attempt, bytes_held, make_limits, make_view, prompt_on_top
+from kvcompress_hf.planning.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
 from kvcompress_hf.recipe import TIERS, Recipe
 
 _BEST = 0  # new slots enter the first tier
@@ -179,7 +180,7 @@ class PagedAttention:
         self._stores: dict[Geometry, _StoreLayers] = {}
         self._arenas: dict[tuple[torch.device, int], Arena] = {}
         self._padding: torch.Tensor | None = None  # int64 [batch]: padding tokens seen per sequence
-        self._new_padding: torch.Tensor | None = None  # int64 [batch]: those of this forward pass
+        self._new_valid: torch.Tensor | None = None  # bool [batch, tokens] on the host: real tokens of this chunk
         self._before = _Before()
         self._unfinished = False  # a multi-token forward has been stored but its plan has not run yet
         self._waiting: list[Callable[[], None]] = []  # chunks that later layers read before they are stored
@@ -438,7 +439,7 @@ class PagedAttention:
         padded = self._before.padding
         if measured_before is not None and (padded is None or bool((on_host(padded) < layer.seen).all())):
             return  # every sequence had tokens before
-        padding = None if new.valid is None else self._new_padding
+        padding = None if self._new_valid is None else (~self._new_valid).sum(1)
         tiers = [TIERS[name] for name in self.recipe.tiers]
         measured = measure_distortion(new.query, new.key, new.value, new.scaling, tiers, padding)
         if measured_before is not None:
@@ -617,8 +618,9 @@ class PagedAttention:
             wanted = valid.clone()
             wanted[:, :first] = False
             counts = wanted.sum(1, keepdim=True, dtype=torch.int32).expand(-1, heads)
-            if not first and self._new_padding is not None:
-                known_as(counts, (tokens - on_host(self._new_padding)).to(torch.int32)[:, None].expand(-1, heads))
+            if self._new_valid is not None:
+                here = self._new_valid[:, first:].sum(1, keepdim=True, dtype=torch.int32)
+                known_as(counts, here.expand(-1, heads))
             # A stable sort brings the wanted tokens to the front in their order.
             index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)[:, None]
         elif first:
@@ -655,7 +657,8 @@ class PagedAttention:
             # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
             self._end_forward()
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
-        padding = None if mask is None else (~real_tokens(mask, mask.shape[-2], tokens, key.shape[0])).sum(1)
+        real = None if mask is None else real_tokens(mask, mask.shape[-2], tokens, key.shape[0])
+        padding = None if real is None else (~real).sum(1)
         if tokens > 1 and not self.recording:
             self._make_room(tokens)
         if not self.batch:
@@ -673,10 +676,11 @@ class PagedAttention:
             # A decoded token only goes to the tail, from where it can be taken back without a copy of the lengths.
             stores=None if decoding else {g: owned.store.snapshot() for g, owned in self._stores.items()},
         )
-        self._new_padding = padding
+        # While a prompt is read the device has enough to do, and how much is packed of it must be known.
+        self._new_valid = None if real is None or decoding else on_host(real)
         if padding is not None:
-            if tokens > 1:  # while a prompt is read the device has enough to do, and what is packed is then known
-                known_as(padding, on_host(padding))
+            if self._new_valid is not None:
+                known_as(padding, (~self._new_valid).sum(1))
             self._padding = padding if self._padding is None else _sum(self._padding, padding)
 
     def _spread_recipes(self, batch: int) -> tuple[Recipe, ...]:
@@ -915,27 +919,12 @@ class PagedAttention:
         ]
         if freeing:
             views = under_pressure(views, freeing)
-        tried = [attempt(plan, view) for (_, plan, _, _), view in zip(ruled, views, strict=True)]
-        while True:
-            targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
-            for (*_, rows, _), trial, fits in zip(ruled, tried, waits, strict=True):
-                planned = trial.targets
-                if fits is not None and bool(fits.any()):  # each sequence is planned when it would be if it were alone
-                    unchanged = torch.where(trial.view.filled, trial.view.tier, EVICT)
-                    planned = torch.where(to_device(fits, planned.device)[:, None, None], unchanged, planned)
-                targets[rows if isinstance(rows, slice) else to_device(rows, targets.device)] = planned
-            decision = Decision.of(parts, slots, targets)
-            # The one question of a plan: how many slots go where, unless it exceeds the budget.
-            answers = ask([*decision.counts, *(trial.excess for trial in tried), *self._clamped])
-            counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
-            self._tell_clamped(answers[len(parts) + len(tried) :])
-            if not any(bool(excess.any()) for excess in excesses):
-                break
-            tried = [
-                trial.again() if bool(excess.any()) else trial for trial, excess in zip(tried, excesses, strict=True)
-            ]
-        for asked, count in zip(decision.counts, counts, strict=True):
-            known_as(asked, count)
+        # Each sequence is planned when it would be if it were alone, so some may have to stay as they are.
+        rulings = [
+            Ruling(plan, view, rows, fits) for (_, plan, rows, _), view, fits in zip(ruled, views, waits, strict=True)
+        ]
+        decision, clamped = decide(parts, slots, rulings, self._clamped)
+        self._tell_clamped(clamped)
         self.statistics.plans += 1
         self.statistics.evicted_slots += apply_targets(parts, slots, decision, self.inv_freq)
         self._note_room(ruled, torch.stack([bytes_held(part.store) for part in parts]))
@@ -1144,7 +1133,7 @@ class PagedAttention:
         other._planned, other._faded = self._planned, self._faded
         other.awaits_second_reading = self.awaits_second_reading
         other._distortion = {layer: losses.clone() for layer, losses in self._distortion.items()}
-        other._padding = None if self._padding is None else self._padding.clone()
+        other._padding = self._padding
         other._arenas = dict(self._arenas)
         for geometry, owned in self._stores.items():
             other._stores[geometry] = _StoreLayers(owned.store.fork(), list(owned.layers))

@@ -1,14 +1,14 @@
 """From stored slots and a recipe to what a plan looks at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from kvcompress_hf.paging.slots import Slots, StorePart
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.paging.waiting import known, on_host, to_device
-from kvcompress_hf.planning.base import ENTRY_BYTES, Plan, PlanView, ragged_entries
+from kvcompress_hf.paging.waiting import on_host, to_device
+from kvcompress_hf.planning.base import ENTRY_BYTES, PlanView, ragged_entries
 from kvcompress_hf.planning.budget import RowGroup, allowed_bytes
 from kvcompress_hf.recipe import Recipe
 
@@ -65,59 +65,6 @@ def bytes_held(store: PagedStore) -> torch.Tensor:
     pages = store.pages_of_rows()
     entries = torch.stack([ragged_entries(of_tier) for of_tier in pages])
     return pages.sum((0, 2)) * cost_of_page(store) + entries.sum(0) * ENTRY_BYTES
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Targets of a plan, and what page tables alone take beyond the budget with them.
-
-    How ragged the rows become, and so how much of the tables stays empty, is not known before.
-
-    Args:
-        plan (`Plan`): The plan.
-        view (`PlanView`): Every slot.
-        targets (`torch.Tensor`): `int64` `[batch, rows, slots]`, see [`Plan.targets`].
-        excess (`torch.Tensor`): `int64` `[batch]`, bytes beyond the budget; zero, or where the device would have to be
-            waited for to see it.
-        left (`int`): How often it may be tried again for less.
-    """
-
-    plan: Plan
-    view: PlanView
-    targets: torch.Tensor
-    excess: torch.Tensor
-    left: int
-
-    def again(self) -> "Attempt":
-        """Plans again for what the excess leaves.
-
-        Returns:
-            `Attempt`: With other targets.
-        """
-        return attempt(self.plan, self.view, self.excess, self.left - 1)
-
-
-def attempt(plan: Plan, view: PlanView, excess: torch.Tensor | None = None, left: int = 2) -> Attempt:
-    """Plans, and plans again for less where the page tables alone exceed the budget and that is seen at once.
-
-    Args:
-        plan (`Plan`): The plan.
-        view (`PlanView`): Every slot.
-        excess (`torch.Tensor`, *optional*): `int64` `[batch]`, bytes to leave free.
-        left (`int`): How often it may be tried again.
-
-    Returns:
-        `Attempt`: The targets, and an excess that is to be asked for where the device is to be waited for.
-    """
-    targets = plan.targets(view if excess is None else replace(view, allowed_bytes=view.bytes_allowed() - excess))
-    if view.allowed_bytes is None or view.counts_slots or not left:
-        return Attempt(plan, view, targets, torch.zeros(targets.shape[0], dtype=torch.int64), 0)
-    tables = view.ragged_bytes(targets)
-    excess = view.bytes_of(targets) + tables - view.bytes_allowed()
-    excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
-    tried = Attempt(plan, view, targets, excess, left)
-    here = known(excess)
-    return tried if here is None or not bool(here.any()) else tried.again()
 
 
 def make_limits(

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 backend_registration._setup_privateuseone_for_python_backend("far")
 FAR = torch.device("far:0")
@@ -112,10 +112,20 @@ def taken() -> dict[str, int]:
     return result
 
 
+def each_of(values: Any, make: Callable[[Any], Any]) -> Any:
+    """What a function makes of each value in lists and tuples; named tuples become plain ones."""
+    if isinstance(values, (list, tuple)) and not isinstance(values, torch.Size):
+        return (
+            [each_of(x, make) for x in values] if isinstance(values, list) else tuple(each_of(x, make) for x in values)
+        )
+    return make(values)
+
+
 def run(function, args, kwargs):
     """Runs an operation on host memory, and notes it where the host would have to wait."""
     name = function._schema.name.removeprefix("aten::")
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    each_of((*args, *kwargs.values()), lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None)
     far = [x for x in tensors if isinstance(x, FarTensor)]
     near = [x for x in tensors if not isinstance(x, FarTensor) and x.dim()]
     wanted = kwargs.get("device")
@@ -145,7 +155,7 @@ def run(function, args, kwargs):
             return x.near
         return torch.device("cpu") if isinstance(x, torch.device) and x.type == FAR.type else x
 
-    result = function(*tree_map(inner, args), **tree_map(inner, kwargs))
+    result = function(*each_of(args, inner), **{key: each_of(x, inner) for key, x in kwargs.items()})
     if (
         function._schema.is_mutable
         and name.endswith("_")
@@ -154,7 +164,7 @@ def run(function, args, kwargs):
         and isinstance(result, torch.Tensor)
     ):
         return args[0]
-    return tree_map(lambda x: FarTensor(x) if isinstance(x, torch.Tensor) and to_far else x, result)
+    return each_of(result, lambda x: FarTensor(x) if isinstance(x, torch.Tensor) and to_far else x)
 
 
 WAITS = (

@@ -175,7 +175,12 @@ def test_so_do_other_recipes(shim_library):
 @FAR
 def test_a_device_that_is_not_asked_holds_the_same(shim_library):
     """The same slots and bytes as where everything is asked: lists may be longer than what is in them."""
-    far("waits.py", "--same", "kv-compress", "auto, masks")
+    far("waits.py", "--same", "kv-compress", "events")
+
+
+@FAR
+def test_lists_as_long_as_they_may_get_say_the_same():
+    assert far("far_lists.py").endswith("right\n")
 
 
 @FAR

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
 LAYERS, BATCH, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 2, 4, 2, 64
 PROMPT, STEPS = 70, 18
 
-#: name: preset, overrides, most bytes of pages, sliding window of the last layer, padding
+#: Presets with changes; most bytes of pages, sliding window of the last layer, padding of the first sequence, whether
+#: masks come with every step, and whether sequences are shuffled, tokens taken back and caches forked meanwhile.
 CASES: dict[str, dict[str, Any]] = {
     "lossless": dict(preset="lossless", when={"every": 8}),
     "k8v4": dict(preset="k8v4", when={"every": 8}),
@@ -51,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "auto, padding": dict(preset="auto", budget=0.3, protect={"recent": 8}, padding=9),
     "auto, max_bytes": dict(preset="auto", budget=0.3, protect={"recent": 8}, max_bytes=1 << 22),
     "auto, short of memory": dict(preset="auto", budget=0.5, max_bytes=120_000),
+    "events": dict(preset="auto", budget=0.3, protect={"recent": 8}, window=24, padding=9, events=True),
     "scissorhands": dict(preset="scissorhands", budget=40),
     "kvzip": dict(preset="kvzip", budget=0.5),
     "auto-kvzip": dict(preset="auto-kvzip", budget=0.3, protect={"recent": 8}),
@@ -70,16 +72,18 @@ def steps_of(
     window: int | None = None,
     padding: int = 0,
     masks: bool = False,
+    events: bool = False,
     **changes: Any,
-) -> Iterator[tuple[str, dict[str, int], tuple[object, ...]]]:
+) -> Iterator[tuple[str, dict[str, int], Callable[[], tuple[object, ...]]]]:
     """Runs a prompt and decoding steps.
 
     Yields:
-        The kind of each step, its waits by place, and what is stored after it.
+        The kind of each step, its waits by place, and a function that tells what is stored.
     """
     recipe = kvc.get_preset(preset).with_overrides(**changes)
     windows = [None] * (LAYERS - 1) + [window]
     attention = PagedAttention([recipe], windows, max_bytes=max_bytes)
+    forks: list[PagedAttention] = []
     generator = torch.Generator().manual_seed(0)
 
     def randn(heads: int, tokens: int) -> torch.Tensor:
@@ -109,21 +113,27 @@ def steps_of(
             lengths = store.lengths.near if device == FAR else store.lengths
             if not torch.equal(store.lengths_on_host(), lengths):
                 raise AssertionError("the host believes in other lengths than the device has")
-        taken()
         return slots, attention.nbytes, attention.statistics.evicted_slots
 
     taken()
     forward(PROMPT, mask)
-    yield "prompt", taken(), stored()
+    yield "prompt", taken(), stored
     if attention.awaits_second_reading:
         with attention.second_reading():
             forward(PROMPT, mask)
-        yield "second reading", taken(), stored()
-    for _ in range(STEPS):
+        yield "second reading", taken(), stored
+    for step in range(STEPS):
+        if events and step in (3, 11):
+            attention.select(torch.tensor([1, 0] if step == 3 else [1, 1]))
+        if events and step in (5, 12):
+            attention.crop(2)
+        if events and step in (7, 13):
+            forks.append(attention)
+            attention = attention.fork()
         before = attention.statistics.packings, attention.statistics.plans
         forward(1, torch.ones((BATCH, 1, 1, 1), dtype=torch.bool, device=device) if masks else None)
         packings, plans = attention.statistics.packings - before[0], attention.statistics.plans - before[1]
-        yield ("plan" if plans else "packing" if packings else "quiet"), taken(), stored()
+        yield ("plan" if plans else "packing" if packings else "quiet"), taken(), stored
 
 
 def count(names: list[str], order: str = "ascending", same: bool = False) -> dict[str, dict[str, list[dict[str, int]]]]:
@@ -138,16 +148,18 @@ def count(names: list[str], order: str = "ascending", same: bool = False) -> dic
     result: dict[str, dict[str, list[dict[str, int]]]] = {}
     for name in names:
         result[name] = {}
-        ends: dict[torch.device, tuple[object, ...]] = {}
+        ends: dict[torch.device, list[tuple[object, ...]]] = {}
         for device in (FAR, torch.device("cpu")) if same else (FAR,):
             backend = shim_backend(build_shim(folder), order)
             backend.launcher.device_type = device.type
             kernels.get_backend = lambda device, backend=backend: backend
             with torch.no_grad(), FarDevice():
                 for kind, waits, stored in steps_of(device, **CASES[name]):
-                    ends[device] = stored
                     if device == FAR:
                         result[name].setdefault(kind, []).append(waits)
+                    if kind != "quiet":
+                        ends.setdefault(device, []).append(stored())
+                    taken()
         if any(end != ends[FAR] for end in ends.values()):
             raise AssertionError(f"{name}: device and host do not hold the same: {ends}")
     return result
