@@ -130,7 +130,8 @@ def places(mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     if mask.device.type == "cpu":
         row, column = torch.nonzero(mask, as_tuple=True)
         return row, column
-    return _split(_numbered(mask, torch.arange(1, count + 1, device=mask.device)), mask.shape[1])
+    numbers = torch.arange(1, count + 1, dtype=torch.int32, device=mask.device)
+    return _split(_numbered(mask, numbers), mask.shape[1])
 
 
 def moves_into_holes(
@@ -153,8 +154,8 @@ def moves_into_holes(
     if holes.device.type == "cpu":
         row, hole = torch.nonzero(holes, as_tuple=True)
         return row, hole, last - torch.nonzero(movers, as_tuple=True)[1]
-    count = holes.sum()
-    numbers = torch.arange(1, most + 1, device=holes.device).clamp(max=count)
+    count = holes.sum(dtype=torch.int32)
+    numbers = torch.arange(1, most + 1, dtype=torch.int32, device=holes.device).clamp(max=count)
     row, hole = _split(_numbered(holes, numbers), last + 1)
     mover = last - _split(_numbered(movers, numbers), last + 1)[1]
     none = count == 0
@@ -163,7 +164,7 @@ def moves_into_holes(
 
 def _numbered(mask: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Where the n-th true value of a mask is, counted from 1 over all rows."""
-    return torch.searchsorted(mask.flatten().cumsum(0), numbers)
+    return torch.searchsorted(mask.flatten().cumsum(0, dtype=torch.int32), numbers)
 
 
 def _split(place: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

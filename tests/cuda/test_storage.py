@@ -109,6 +109,16 @@ def test_any_sequence_of_moves_and_retiers(make_twins, shim, exact, data):
     twins.assert_same_pages()
 
 
+def test_a_move_may_be_named_twice_and_a_slot_moved_onto_itself(make_twins, backend, exact):
+    twins = make_twins(tiers=[(8, 4)], lengths=[[40] * 4])
+    row, dst, src = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 1, 1, 3], [5, 3, 3, 3, 7], [39, 38, 38, 38, 7])
+    )
+    backend.move(twins.rows, 0, row, dst, src)
+    exact.move(twins.expected_rows, 0, row[:2], dst[:2], src[:2])
+    twins.assert_same_pages()
+
+
 @pytest.mark.parametrize("tiers", LAYOUTS)
 def test_pages_go_from_cpu_to_cuda_and_back(shim, tiers):
     layout = page_layout(80, torch.float16, tiers, ("position",))
