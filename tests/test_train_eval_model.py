@@ -333,8 +333,9 @@ def test_a_head_is_removed_and_comes_back(scripts, model_folder):
     torch.testing.assert_close(removed, scripts["prove"].token_losses(model, ids), atol=1e-5, rtol=0)
 
 
-def test_the_command_evaluates_the_folder(model_folder, capsys):
+def test_the_command_evaluates_the_folder(model_folder, capsys, tmp_path, monkeypatch):
     from kvcompress_hf.cli import main
 
+    monkeypatch.chdir(tmp_path)  # figures go into the working directory
     assert main(["eval", "--model", str(model_folder), "--context", "400", "--samples", "1", "--recipes", "k8v4"]) == 0
     assert "kvlm-toy" in capsys.readouterr().out
