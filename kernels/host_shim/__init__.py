@@ -107,8 +107,8 @@ class ShimLauncher:
         """See `Launcher`.
 
         Raises:
-            ShimError: A barrier was not reached by all threads, or a block waits for others that do not come, or there is
-                no such kernel.
+            ShimError: A barrier was not reached by all threads, or a block waits for others that do not come, or there
+                is no such kernel.
         """
         if grid == 0:
             return
