@@ -704,16 +704,16 @@ class PagedStore:
         by, seed = self._by_page(tier, torch.where(filled, by, 0)), self._by_page(tier, seed)
         row, column = torch.nonzero(by.any(-1), as_tuple=True)
         step = max(1, _TURNED_BYTES // self.layout.page_bytes)
-        inv_freq = inv_freq.to(by.device)
+        inv_freq = to_device(inv_freq, by.device)
         if not row.numel():
             return
-        for some_rows, some_columns in zip(row.split(step), column.split(step), strict=True):
-            ids = self.tables[tier][some_rows, some_columns]
+        here = on_host(self.tables[tier][row, column])
+        for some_rows, some_columns, ids in zip(row.split(step), column.split(step), here.split(step), strict=True):
             pages = self.backend.to_canonical(self.layout, tier, self.arena.read(ids))
             keys = page_section(pages, self.layout, tier, "keys")
             amounts, seeds = by[some_rows, some_columns], seed[some_rows, some_columns]
-            turning = amounts > 0
-            keys[turning] = turn_keys(keys[turning], amounts[turning], inv_freq, seeds[turning])
+            turned = turn_keys(keys.flatten(0, 1), amounts.flatten(), inv_freq, seeds.flatten()).view_as(keys)
+            keys.copy_(torch.where((amounts > 0)[..., None], turned, keys))
             self.arena.write(ids, self.backend.from_canonical(self.layout, tier, pages))
 
     def _by_page(self, tier: int, values: torch.Tensor) -> torch.Tensor:

@@ -137,6 +137,7 @@ MORE_LIMITS = {
     "scissorhands": dict(plan=2, prompt=2),
     "ada-snapkv": dict(packing=0, prompt=2),
     "streaming": dict(plan=2, prompt=2),
+    "streaming, reindexed": dict(plan=4, prompt=4),
     "keydiff": dict(plan=2, prompt=2),
     "expected-attention": dict(packing=0, prompt=2),
 }

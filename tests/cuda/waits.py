@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pyramidkv": dict(preset="pyramidkv", budget=0.5),
     "ada-snapkv": dict(preset="ada-snapkv", budget=0.5),
     "streaming": dict(preset="streaming", budget=40),
+    "streaming, reindexed": dict(preset="streaming", budget=40, positions="reindexed"),
     "keydiff": dict(preset="keydiff", budget=0.5, protect={"recent": 8}),
     "expected-attention": dict(preset="expected-attention", budget=0.5),
 }
@@ -82,7 +83,8 @@ def steps_of(
     """
     recipe = kvc.get_preset(preset).with_overrides(**changes)
     windows = [None] * (LAYERS - 1) + [window]
-    attention = PagedAttention([recipe], windows, max_bytes=max_bytes)
+    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)) if recipe.positions == "reindexed" else None
+    attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=turning)
     forks: list[PagedAttention] = []
     generator = torch.Generator().manual_seed(0)
 
