@@ -29,8 +29,8 @@ constexpr int kOutputs = kDim / 16 / kShare;  // tiles of 16 dimensions of the o
 constexpr int kLeastBlocks = 8;               // of 16 slots, per thread block: less is not worth merging
 constexpr int kTail = KVC_MAX_TIERS;          // the section after the tiers
 constexpr float kLowest = -1e30f;
-// Powers of two that a logit may lie above the reference point before that is moved. None in native sections, so that the
-// largest probability is 1 and rounded to itself; with codes it is scaled anyway.
+// Powers of two that a logit may lie above the reference point before that is moved. None in native sections, so that
+// the largest probability is 1 and rounded to itself; with codes it is scaled anyway.
 template <int kKeyBits>
 constexpr float kSlack = kKeyBits == kNative ? 0.f : 8.f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -176,7 +176,7 @@ struct Loaded {
   static constexpr bool kCoded = kKeyBits != kNative;
   uint32_t k[2][Key::kWords];    // slots 2g and 2g + 1
   uint32_t v[4][Value::kWords];  // slots 4t, 4t + 2, 4t + 1, 4t + 3
-  uint32_t params;               // fp16 of slots 2g and 2g + 1: for t = 0 1 2 3 key scale, key offset, value scale, offset
+  uint32_t params;               // fp16 of slots 2g and 2g + 1, by t: key scale, key offset, value scale, value offset
 
   KVC_DEVICE_METHOD void load_keys(const Block& at) {
     KVC_UNROLL
@@ -189,12 +189,12 @@ struct Loaded {
   KVC_DEVICE_METHOD void load_values(const Block& at) {
     KVC_UNROLL
     for (int i = 0; i < 4; i++) {
-      const int from = i % 2 * 2 + i / 2;
-      load_bytes<Value::kPiece>(v[i], at.v + (kCoded ? from : native_slot(at, thread_lane() % 4 * 4 + from)) * Value::kBytes);
+      const int from = i % 2 * 2 + i / 2, row = kCoded ? from : native_slot(at, thread_lane() % 4 * 4 + from);
+      load_bytes<Value::kPiece>(v[i], at.v + row * Value::kBytes);
     }
   }
   KVC_DEVICE_METHOD void load_params(const Block& at) {
-    if (kCoded) params = *reinterpret_cast<const uint32_t*>(at.params);
+    if (kCoded) load_bytes<4>(&params, at.params);
   }
 };
 
@@ -235,17 +235,18 @@ struct Outputs {  // sixteen dimensions of values x probabilities
   KVC_DEVICE_METHOD void step() const {
     constexpr int per_word = ValueRow<kDim, kValueBits, kShare>::kPerWord, c = 2 * kTile % per_word;
     constexpr int w = 2 * kTile / per_word;
+    const auto& v = words.v;
     const uint32_t a[4] = {
-        value_pair<kValueBits, c>(words.v[0][w], words.v[1][w]), value_pair<kValueBits, c + 1>(words.v[0][w], words.v[1][w]),
-        value_pair<kValueBits, c>(words.v[2][w], words.v[3][w]), value_pair<kValueBits, c + 1>(words.v[2][w], words.v[3][w])};
+        value_pair<kValueBits, c>(v[0][w], v[1][w]), value_pair<kValueBits, c + 1>(v[0][w], v[1][w]),
+        value_pair<kValueBits, c>(v[2][w], v[3][w]), value_pair<kValueBits, c + 1>(v[2][w], v[3][w])};
     KVC_UNROLL
     for (int j = 0; j < kTiles; j++) multiply<kBfloat && kValueBits == kNative>(o[kTile][j], a, p[j][0], p[j][1]);
   }
 };
 
 // Running softmax of one warp. Lane (g, t) has heads 2t and 2t + 1 of each tile of eight, and of each tile of 16
-// dimensions those of two rows: dimensions g * kDim / 8 + 2 * tile and the next one, tiles counting on from warp to warp
-// that share them.
+// dimensions those of two rows: dimensions g * kDim / 8 + 2 * tile and the next one, tiles counting on from warp to
+// warp that share them.
 struct Running {
   float o[kOutputs][kTiles][4];  // dimension, head; dimension, next head; next dimension, head; both next
   float top[kTiles][2], sum[kTiles][2];
@@ -263,23 +264,23 @@ struct Running {
 };
 
 struct Place {  // where a thread block is, the same for all its threads, which have no registers to spare for it
-  int blocks, parts;       // blocks of the list; thread blocks that share it
-  int my_begin, my_end;    // what this one takes of it
-  int index, begin, here;  // the row at hand: its number, its first block in the list, how many it has
-  int from, until;         // those of them that this thread block takes
-  int first_index, first_begin;  // the first row of this thread block
-  float* logits;           // where those of the section at hand are kept: [its blocks][16 slots][kHeads]
-  int position;            // of the new token
+  int blocks, parts;             // blocks of the list; thread blocks that share it
+  int my_begin, my_end;          // what this one takes of it
+  int first_index, first_begin;  // its first row
+  int index, begin, here;        // the row at hand: its number, its first block in the list, how many it has
+  int from, until;               // those of them that this thread block takes
+  float* logits;                 // where those of the section at hand are kept: [its blocks][16 slots][kHeads]
+  int position;                  // of the new token
   Row row;
 };
 
-// Outputs are summed up with dimension g * kDim / 8 + i at 8 i + g, and heads four words apart in the banks, so that the
-// lanes of a warp, which have one i at a time, meet different banks.
+// Outputs are summed up with dimension g * kDim / 8 + i at 8 i + g, and heads four words apart in the banks, so that
+// the lanes of a warp, which have one i at a time, meet different banks.
 constexpr int kPitch = kDim + 4;
 KVC_DEVICE int place_of(int d) { return d % (kDim / 8) * 8 + d / (kDim / 8); }
 
 struct Shared {
-  float q[kHeads][kPitch];                 // queries; outputs, each at its place_of, when the row is finished
+  float q[kHeads][kPitch];                   // queries; outputs, each at its place_of, when the row is finished
   uint4 queries[kSteps * kTiles / 2][32];    // fragments for the tier at hand
   float2 query[kHeads];                      // sum over the dimensions, as rounded, and what keys' bias takes off
   float top[kWalks][kHeads], sum[kWalks][kHeads];
@@ -318,9 +319,9 @@ KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier) {
   return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * kHeads);
 }
 
-// Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for in
-// their place, where there are `more`, so that loads are always under way. Without room for both keys and values, values
-// take the place of the keys they belong to.
+// Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for
+// in their place, where there are `more`, so that loads are always under way. Without room for both keys and values,
+// values take the place of the keys they belong to.
 template <int kKeyBits, int kValueBits, bool kBfloat>
 KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Block& at, const Block& next, bool more,
                        float factor, const Shared& shared, const Walk<kKeyBits, kValueBits>& walk, int block) {
@@ -384,7 +385,8 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
     float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
     KVC_UNROLL
     for (int i = 0; i < 2 * kTiles; i++) {
-      *reinterpret_cast<float2*>(to + i % 2 * kHeads + i / 2 * 8) = float2{c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]};
+      const float* x = &c[i / 2][i % 2 * 2];
+      *reinterpret_cast<float2*>(to + i % 2 * kHeads + i / 2 * 8) = float2{x[0], x[1]};
     }
   }
   float high[kTiles][2];
@@ -566,10 +568,7 @@ KVC_DEVICE void join_warps(Running& run, Shared& shared) {
   KVC_UNROLL
   for (int i = 0; i < 2 * kTiles; i++) {
     float top = kLowest;
-    for (int w = 0; w < kWalks; w++) {
-      const float other = shared.top[w][i / 2 * 8 + 2 * t + i % 2];
-      top = other > top ? other : top;
-    }
+    for (int w = 0; w < kWalks; w++) top = larger(top, shared.top[w][i / 2 * 8 + 2 * t + i % 2]);
     fade[i / 2][i % 2] = fast_exp2(run.top[i / 2][i % 2] - top);
   }
   for (int w = 0; w < kWalks; w++) {
@@ -592,7 +591,7 @@ KVC_DEVICE void join_warps(Running& run, Shared& shared) {
   if (threadIdx.x < kHeads) {
     const int m = threadIdx.x;
     float top = kLowest, sum = 0.f;
-    for (int w = 0; w < kWalks; w++) top = shared.top[w][m] > top ? shared.top[w][m] : top;
+    for (int w = 0; w < kWalks; w++) top = larger(top, shared.top[w][m]);
     for (int w = 0; w < kWalks; w++) sum += shared.sum[w][m] * fast_exp2(shared.top[w][m] - top);
     shared.top[0][m] = top, shared.sum[0][m] = sum;
   }
@@ -780,12 +779,12 @@ KVC_DEVICE bool merge(const Task& task, Shared& shared) {
   return true;
 }
 
-// Adds the probabilities of this thread block's blocks, and their squares, to the fields of the slots. Blocks whose heads
-// are further tiles of the same group may add to the same slots at the same time.
+// Adds the probabilities of this thread block's blocks, and their squares, to the fields of the slots. Blocks whose
+// heads are further tiles of the same group may add to the same slots at the same time.
 KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
   const KvcDecode& a = task.a;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
-  const int i = t % 2, field = t < 2 ? a.sum_field : a.square_field;  // what this lane adds: of slot 2g + i, to which field
+  const int i = t % 2, field = t < 2 ? a.sum_field : a.square_field;  // this lane adds to slot 2g + i
   if (threadIdx.x == 0) shared.place.index = shared.place.first_index, shared.place.begin = shared.place.first_begin;
   do {
     enter_row(task, shared);

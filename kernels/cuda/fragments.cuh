@@ -23,10 +23,10 @@ KVC_DEVICE uint32_t codes_to_halves(uint32_t word) {
   return half2_fma(biased, (static_cast<uint32_t>(15 - kBit) << 10) * both, (down | 0x8000u) * both);
 }
 
-// Keys. Registers r of a word hold codes r and r + 16 / kBits, some of them with a bias. A dot product is then too large
-// by the bias times the sum of the other operand; that is taken off where the sum begins, which costs nothing, while
-// taking it off every register would cost an instruction for each. What rounding in fp32 loses by it stays far below
-// what quantising lost: the bias is four times the range of codes of 8 and 4 bits, and about ten times that of 2.
+// Keys. Register r of a word holds codes r and r + 16 / kBits, some of them with a bias. A dot product is then too
+// large by the bias times the sum of the other operand; that is taken off where the sum begins, which costs nothing,
+// while taking it off every register would cost an instruction for each. What rounding in fp32 loses by it stays far
+// below what quantising lost: the bias is four times the range of codes of 8 and 4 bits, and about ten times that of 2.
 
 // Where a biased code of 2 bits lies when its word has been moved, of those at bits 4, 6 and 8 that need no more.
 KVC_DEVICE constexpr int two_bit_place(int r) { return r < 2 ? 2 * r + 4 : r < 5 ? 2 * r : 2 * r - 6; }
@@ -62,7 +62,8 @@ KVC_DEVICE uint32_t value_pair(uint32_t a, uint32_t b) {
   if (kBits == kNative) return select_bytes(a, b, c ? 0x7632 : 0x5410);
   if (kBits == 8) {  // the bytes of two codes at once, then one more step for each
     const uint32_t both = select_bytes(a, b, c < 2 ? 0x5140 : 0x7362);
-    return half2_subtract(select_bytes(both, kHolder<0>, c % 2 ? 0x7372 : 0x7170), kHolder<0> + kMiddle<kBits> * 0x10001u);
+    const uint32_t biased = select_bytes(both, kHolder<0>, c % 2 ? 0x7372 : 0x7170);
+    return half2_subtract(biased, kHolder<0> + kMiddle<kBits> * 0x10001u);
   }
   constexpr int byte = c * kBits / 8 % 4, bit = c * kBits % 8;
   const uint32_t both = select_bytes(a, b, byte | (byte + 4) << 8);  // code bytes in bits 0..7 and 16..23
@@ -71,6 +72,7 @@ KVC_DEVICE uint32_t value_pair(uint32_t a, uint32_t b) {
 
 template <int kBytes>
 KVC_DEVICE void load_bytes(uint32_t* to, const uint8_t* from) {
+  KVC_IS_GLOBAL(from);
   if (kBytes == 2) to[0] = *reinterpret_cast<const uint16_t*>(from);
   if (kBytes == 4) to[0] = *reinterpret_cast<const uint32_t*>(from);
   if (kBytes == 8) {
@@ -103,8 +105,8 @@ struct KeyRow {
   }
 };
 
-// How the row of a slot's values is spread over the eight lanes g that hold it: each has kDim / 8 dimensions running, or
-// its part of them where kShare warps take the same slots.
+// How the row of a slot's values is spread over the eight lanes g that hold it: each has kDim / 8 dimensions running,
+// or its part of them where kShare warps take the same slots.
 template <int kDim, int kBits, int kShare>
 struct ValueRow {
   static constexpr int kBytes = kDim * kBits / 8;

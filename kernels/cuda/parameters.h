@@ -13,10 +13,10 @@ typedef struct {
 } KvcWidths;
 
 typedef struct {         // memory of the tensor-core decode, kept by a plan between steps
-  float* partial;        // [2 * blocks][16][head_dim] sums of rows that several blocks share
-  float* partial_max;    // [2 * blocks][16] their largest logit, in powers of two
-  float* partial_sum;    // [2 * blocks][16]
-  int32_t* arrived;      // [rows x head tiles + 2] blocks that are done with a row, at the end, waiting; zero between steps
+  float* partial;        // [2 * blocks][8 or 16 heads][head_dim] sums of rows that several blocks share
+  float* partial_max;    // [2 * blocks][8 or 16] their largest logit, in powers of two
+  float* partial_sum;    // [2 * blocks][8 or 16]
+  int32_t* arrived;      // [rows x head tiles + 2] blocks done with a row; at the end; waiting; zero between steps
   float* lse;            // [batch, q_heads] log-sum-exp of this step
   int32_t* clock;        // [1] logical position of the next token; grows with every token appended
   float* logits;         // [blocks of 16 slots][16][8 or 16 heads] in powers of two, for statistics; null without

@@ -11,6 +11,8 @@
 #define KVC_DEVICE_METHOD __device__ __forceinline__
 #define KVC_PARAMETER const __grid_constant__
 #define KVC_UNROLL _Pragma("unroll")
+// Loads of addresses that were found in memory are quicker when the compiler knows.
+#define KVC_IS_GLOBAL(address) __builtin_assume(__isGlobal(address))
 #define KVC_UNROLL_BY(n) KVC_PRAGMA(unroll n)
 #define KVC_PRAGMA(text) _Pragma(#text)
 

@@ -24,6 +24,7 @@
 #define KVC_DEVICE_METHOD inline
 #define KVC_PARAMETER const
 #define KVC_UNROLL
+#define KVC_IS_GLOBAL(address)
 #define KVC_UNROLL_BY(n)
 #define __device__
 #define __forceinline__ inline

@@ -13,15 +13,15 @@ from kvcompress_hf.kernels.host_shim import shim_backend
 
 backend = shim_backend(Path(sys.argv[1]), "shuffled")
 SHAPES = [
-    (64, torch.float16, [(8, 4), (4, 2), (0, 0)]),
-    (128, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
-    (256, torch.float16, [(0, 0), (8, 4)]),
-    (80, torch.float32, [(0, 0), (8, 2)]),
+    (64, 3, torch.float16, [(8, 4), (4, 2), (0, 0)]),
+    (128, 10, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
+    (256, 2, torch.float16, [(0, 0), (8, 4)]),
+    (80, 3, torch.float32, [(0, 0), (8, 2)]),
 ]
-for head_dim, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHAPES:
-    twins = _make(tiers=tiers, head_dim=head_dim, dtype=dtype, group=3, capacity=9, tail_lengths=(5, 0))
+for head_dim, group, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHAPES:
+    twins = _make(tiers=tiers, head_dim=head_dim, dtype=dtype, group=group, capacity=9, tail_lengths=(5, 0))
     rows, tail = twins.rows, twins.tail
-    k, v, q = twins.randn(2, 7).clone(), twins.randn(2, 7).clone(), twins.randn(6, 7).clone()
+    k, v, q = twins.randn(2, 7).clone(), twins.randn(2, 7).clone(), twins.randn(2 * group, 7).clone()
     counts = torch.tensor([[7, 0], [3, 7]], dtype=torch.int32)
     fields = {name: torch.zeros(2, 2, 7).to(rows.layout.field_dtype(name)) for name in rows.layout.fields}
     row, src, dst = (torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [6, 5], [0, 0]))

@@ -146,12 +146,13 @@ def test_storage(gpu, tiers, head_dim, dtype):
 @pytest.mark.parametrize("dtype", [F16, BF16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tiers", [[tier] for tier in TIERS] + [[(8, 4), (4, 2), (0, 0)]])
-def test_decode(gpu, tiers, head_dim, dtype):
-    case = make(tiers, head_dim, dtype)
+@pytest.mark.parametrize("group", [4, 12, 20])
+def test_decode(gpu, group, tiers, head_dim, dtype):
+    case = make(tiers, head_dim, dtype, group=group)
     fill(case, gpu)
-    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, scale=0.1, q_heads=16, sum_field="sum")
+    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, scale=0.1, q_heads=4 * group, sum_field="sum")
     for position in range(2000, 2003):
-        q, k, v = case.randn(16, 1), case.randn(4, 1), case.randn(4, 1)
+        q, k, v = case.randn(4 * group, 1), case.randn(4, 1), case.randn(4, 1)
         wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, position=position, scale=0.1, sum_field="sum")
         close(plan.run(q.cuda(), k.cuda(), v.cuda(), position), wanted, dtype)
     case.check_tail()
