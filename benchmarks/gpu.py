@@ -5,8 +5,9 @@
 
 Each meant for ten minutes without network. In order, so that a run that is cut short has the most important part:
 `tests/gpu`; the speed of memory; decode attention of one layer against SDPA (and flash-attn where it is installed);
-window scores against the prefill they belong to; packing; decode steps of a model of Llama-8B's shape with random
-weights against `DynamicCache`. `throughput`: how many sequences fit into a fixed KV memory, and tokens per second with
+chunk attention of later turns and of drafted tokens against SDPA over the past dequantised before; window scores
+against the prefill they belong to; packing; decode steps of a model of Llama-8B's shape with random weights against
+`DynamicCache`. `throughput`: how many sequences fit into a fixed KV memory, and tokens per second with
 that many. Forms take turns within a setting. What does not fit into memory is reported as such. `--device cpu` runs the
 same on the CPU backend in small, to see that the command works.
 """
@@ -36,7 +37,7 @@ from kvcompress_hf.units import parse_bytes
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
 SLAB_BYTES = 4 << 20  # as the cache allocates its pages
 RECIPES = ("lossless", "k8v4", "k4v2")
-PARTS = ("tests", "decode", "prefill", "model", "throughput")
+PARTS = ("tests", "decode", "chunk", "prefill", "model", "throughput")
 SLICE = 16384  # tokens that go through an MLP at once: the whole prompt's activations would take the cache's room
 Form = Callable[[], object]
 
@@ -142,6 +143,31 @@ def decode_table(args: argparse.Namespace, context: int, batch: int, speed: floa
                 times_best_dense=best / ms,
             )
         )  # fmt: skip
+    return results
+
+
+def chunk_table(args: argparse.Namespace, context: int) -> list[dict]:
+    """Chunk attention of one layer: a few new tokens over a long past, packed, or dequantised before and dense."""
+    device, heads, backend = args.device, args.kv_heads * args.group, get_backend(args.device)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    results = []
+    packed = {tier: packed_rows(tier, context, 1, args)[0] for tier in args.tiers}
+    for queries in args.chunk_queries:
+        q = torch.randn(1, heads, queries, args.head_dim, device=device, dtype=args.dtype)
+        shape = (1, args.kv_heads, context + queries, args.head_dim)
+        k, v = (torch.randn(shape, device=device, dtype=args.dtype) for _ in range(2))
+        new_k, new_v = k[:, :, -queries:].contiguous(), v[:, :, -queries:].contiguous()
+        mask = torch.ones(queries, context + queries, dtype=torch.bool, device=device).tril(context)
+        forms: dict[str, Form] = {"SDPA, dense past": partial(sdpa, q, k, v, attn_mask=mask, enable_gqa=True)}
+        options = dict(position=context, scale=args.head_dim**-0.5)
+        for tier, rows in packed.items():
+            forms[tier] = partial(backend.chunk_attention, q, new_k, new_v, rows, None, **options)
+        times = clock(forms, device, args.rounds)
+        dense = times["SDPA, dense past"]
+        print(f"\nchunk attention, {queries} new tokens after {context}: {'ms':>28}{'x dense':>10}")
+        for name, ms in times.items():
+            print(f"  {name:54}{ms:9.4f}{dense / ms:10.2f}")
+            results.append(dict(context=context, queries=queries, form=name, ms=ms, times_dense=dense / ms))
     return results
 
 
@@ -317,6 +343,7 @@ def main() -> int:
     parser.add_argument("--group", type=int, default=4, help="query heads per KV head")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float16)
+    parser.add_argument("--chunk-queries", nargs="+", type=int, default=[4, 16, 512], help="new tokens of a chunk")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--parts", nargs="+", default=list(PARTS[:-1]), choices=PARTS)
     parser.add_argument("--prompt", type=int, default=6000, help="throughput: tokens of a prompt")
@@ -355,6 +382,8 @@ def main() -> int:
         for context in args.contexts:
             for batch in args.batches:
                 keep("decode", decode_table(args, context, batch, speed))
+    for context in args.contexts if "chunk" in args.parts else ():
+        keep("chunk", chunk_table(args, context))
     for context in args.contexts if "prefill" in args.parts else ():
         keep("prefill", prefill_table(args, context))
     if {"model", "throughput"} & {*args.parts}:

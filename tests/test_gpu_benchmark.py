@@ -23,12 +23,14 @@ def run(tmp_path, monkeypatch):
 
 
 def test_the_command_runs_and_writes_json(run):
-    sizes = "--contexts 200 --batches 1 --model-batches 2 --kv-heads 2 --head-dim 64 --rounds 1 --tiers native k8v4"
+    sizes = "--contexts 200 --batches 1 --model-batches 2 --chunk-queries 3 --kv-heads 2 --head-dim 64 --rounds 1"
+    sizes += " --tiers native k8v4"
     report = run(*sizes.split())
     assert report["tests"]["exit_status"] == 0
     assert {row["form"] for row in report["decode"]} >= {"native", "k8v4", "SDPA, enable_gqa"}
+    assert {row["form"] for row in report["chunk"]} == {"SDPA, dense past", "native", "k8v4"}
     assert [row["cache"] for row in report["model"]] == ["DynamicCache", "lossless", "k8v4", "k4v2"]
-    assert all(row["ms"] > 0 for part in ("decode", "prefill", "model") for row in report[part])
+    assert all(row["ms"] > 0 for part in ("decode", "chunk", "prefill", "model") for row in report[part])
 
 
 def test_throughput_fits_more_sequences_into_the_same_memory(run):

@@ -476,16 +476,14 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
       float high[2] = {run.top[0], run.top[1]}, fade[2];
       KVC_UNROLL
       for (int i = 0; i < S::kBlocks * 8; i++) {
-        const float x = c[i / 8][i / 4 % 2][i % 4];
-        high[i / 2 % 2] = x > high[i / 2 % 2] ? x : high[i / 2 % 2];
+        high[i / 2 % 2] = larger(high[i / 2 % 2], c[i / 8][i / 4 % 2][i % 4]);
       }
       bool moved = false;
       KVC_UNROLL
       for (int m = 0; m < 2; m++) {
         KVC_UNROLL
         for (int bit = 1; bit < 4; bit *= 2) {
-          const float other = __shfl_xor_sync(kAllLanes, high[m], bit);
-          high[m] = other > high[m] ? other : high[m];
+          high[m] = larger(high[m], __shfl_xor_sync(kAllLanes, high[m], bit));
         }
         moved = moved || high[m] > run.top[m];
         fade[m] = fast_exp2(run.top[m] - high[m]);
@@ -508,8 +506,10 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
           KVC_UNROLL
           for (int m = 0; m < 2; m++) {
             const float p0 = fast_exp2(c[j][i][2 * m] - high[m]), p1 = fast_exp2(c[j][i][2 * m + 1] - high[m]);
-            run.sum[m] += p0 * v.x + p1 * v.z;
-            run.offset[m] += p0 * v.y + p1 * v.w;
+            run.sum[m] += p0 * v.x;
+            run.sum[m] += p1 * v.z;
+            run.offset[m] += p0 * v.y;
+            run.offset[m] += p1 * v.w;
             p[2 * i + m] = kBfloat && native ? pack_bfloats(p0, p1) : pack_halves(p0, p1);
           }
         }

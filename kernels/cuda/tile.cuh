@@ -17,10 +17,13 @@ constexpr uint32_t kBytes1024 = 0x64646464u;           // 0x6400 is 1024 in fp16
 // What is taken off codes, so that rounding costs no more than it would with the numbers they stand for.
 KVC_DEVICE float middle_of(int bits) { return bits == 8 ? 128.f : bits == 4 ? 8.f : 2.f; }
 
-// Where chunk c of a slot lies in a tile, in chunks. Eight slots on, everything is the same.
+// Where chunk c of a slot lies in a tile, in chunks: with the bits of a number that says so turned by others, so that
+// where two numbers have no bit in common, turns are joined by exclusive or.
+KVC_DEVICE constexpr int slot_turn(int slot) { return (slot & 3) << 1 | (slot >> 2 & 1); }
+KVC_DEVICE constexpr int chunk_turn(int c) { return c ^ c >> 3; }
 template <int kDim>
 KVC_DEVICE int tile_at(int slot, int c) {
-  return slot * (kDim / 8) + (c ^ c >> 3 ^ ((slot & 3) << 1 | (slot >> 2 & 1)));
+  return slot * (kDim / 8) + (chunk_turn(c) ^ slot_turn(slot));
 }
 
 // Eight codes -> eight fp16, less the middle. 8 bits: two words; 4 bits: one; 2 bits: the half of `a` that `b` says.
@@ -85,9 +88,10 @@ template <int kDim, int kRows, int kBits>
 KVC_DEVICE void spread_codes(uint4* tile, const Words<kDim, kRows>& words) {
   using P = Pieces<kDim, kRows, kBits>;
   const int lane = renewed(thread_lane());
+  const int at = tile_at<kDim>(lane / P::kOfRow, lane % P::kOfRow * P::kChunks);
   KVC_UNROLL
   for (int i = 0; i < P::kCount; i++) {
-    const int c = lane + 32 * i, slot = c / P::kOfRow, chunk = c % P::kOfRow * P::kChunks;
+    const int more = i * (32 / P::kOfRow);  // slots from the first piece to this one
     const uint32_t* from = words.word + i * P::kPiece / 4;
     KVC_UNROLL
     for (int j = 0; j < P::kChunks; j++) {
@@ -95,7 +99,7 @@ KVC_DEVICE void spread_codes(uint4* tile, const Words<kDim, kRows>& words) {
       if (kBits == 8) x = codes_to_chunk<8>(from[2 * j], from[2 * j + 1]);
       if (kBits == 4) x = codes_to_chunk<4>(from[j], 0);
       if (kBits == 2) x = codes_to_chunk<2>(from[j / 2], j % 2);
-      tile[tile_at<kDim>(slot, chunk + j)] = x;
+      tile[(at ^ j ^ slot_turn(more)) + more * (kDim / 8)] = x;
     }
   }
 }
@@ -104,10 +108,12 @@ KVC_DEVICE void spread_codes(uint4* tile, const Words<kDim, kRows>& words) {
 template <int kDim, int kRows>
 KVC_DEVICE void copy_slots(uint4* tile, const uint8_t* from, int stride, int last) {
   const int lane = renewed(thread_lane());
+  const int at = tile_at<kDim>(lane / (kDim / 8), lane % (kDim / 8));
   KVC_UNROLL
   for (int i = 0; i < kRows * kDim / 256; i++) {
-    const int c = lane + 32 * i, row = c / (kDim / 8), chunk = c % (kDim / 8);
-    copy_async(tile + tile_at<kDim>(row, chunk), from + least(row, last) * stride + chunk * 16);
+    const int more = i * (256 / kDim);  // slots from the first chunk to this one
+    copy_async(tile + ((at ^ slot_turn(more)) + more * (kDim / 8)),
+               from + least(lane / (kDim / 8) + more, last) * stride + lane % (kDim / 8) * 16);
   }
 }
 
@@ -339,11 +345,11 @@ KVC_DEVICE float stage_spread_query(const float* row, bool as_bfloat, const Put&
 // slots.
 template <int kDim>
 KVC_DEVICE void key_operands(uint32_t (&b)[4], const uint4* tile, int step, int lane) {
-  load_matrices(b, tile + tile_at<kDim>((lane & 7) + (lane >> 4) * 8, 2 * step + (lane >> 3 & 1)));
+  load_matrices(b, tile + (tile_at<kDim>((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1) ^ chunk_turn(2 * step)));
 }
 // The same of values: two for each eight dimensions.
 template <int kDim>
 KVC_DEVICE void value_operands(uint32_t (&b)[4], const uint4* tile, int step, int lane) {
-  load_matrices_transposed(b, tile + tile_at<kDim>(lane & 15, 2 * step + (lane >> 4)));
+  load_matrices_transposed(b, tile + (tile_at<kDim>(lane & 15, lane >> 4) ^ chunk_turn(2 * step)));
 }
 #endif

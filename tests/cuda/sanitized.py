@@ -35,6 +35,9 @@ for head_dim, group, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHA
     pages = rows.tables[0].flatten()
     backend.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, pages[:1], pages[1:2])
     backend.chunk_attention(q, k, v, rows, tail, position=900, scale=0.1, return_lse=True)
+    backend.chunk_attention(q[:, :, :1], k, v, rows, tail, position=900, scale=0.1, window=99)
+    many = [twins.randn(heads, 70) for heads in (6, 2, 2)]
+    backend.chunk_attention(*many, rows, None, position=900, scale=0.1)
     backend.window_scores(q, k, rows, tail, position=900, key_position=900, scale=0.1, exclude=2, window=99)
     backend.append(tail, k[:, :, :3], v[:, :, :3], 900)
     token = (x[:, :, :1] for x in (q, k, v))

@@ -32,6 +32,13 @@ def test_tensor_core_decode_keeps_to_its_registers():  # the quickest of them
 
 
 @needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["chunk256", "scores64"])  # the most registers, and the fewest
+def test_tensor_core_chunks_keep_to_their_registers(unit):
+    assert build.problems(unit, nvrtc.compile_source(unit, "sm_90a").kernels) == []
+
+
+@needs_nvrtc
 def test_a_source_that_does_not_compile_says_where(monkeypatch):
     texts = nvrtc.source_texts() | {"storage.cu": "extern int nothing\n"}
     monkeypatch.setattr(nvrtc, "source_texts", lambda: texts)

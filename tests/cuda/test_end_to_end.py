@@ -89,3 +89,30 @@ def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim,
     got, wanted = results
     assert torch.equal(got.sequences, wanted.sequences)
     assert got.past_key_values.memory() == wanted.past_key_values.memory()
+
+
+@pytest.mark.parametrize("preset, changes", [("lossless", {}), ("k4v2", {}), ("kv-compress", {"budget": 0.5})])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_a_second_turn_on_tensor_cores(build_model, monkeypatch, shim, dtype, preset, changes):
+    model = build_model(dtype)
+    ids = torch.randint(3, 101, (2, 90), generator=torch.Generator().manual_seed(1))
+    started, launch = set(), shim.launcher.launch
+
+    def noting(kernel, *arguments, **options):
+        started.add(kernel)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(shim.launcher, "launch", noting)
+    recipe = kvc.get_preset(preset).with_overrides(**changes)
+    results = []
+    for backend in (shim, kernels.ReferenceBackend()):
+        monkeypatch.setattr(kernels, "get_backend", lambda device, backend=backend: backend)
+        cache = kvc.CompressedPagedCache(model.config, recipe)
+        with torch.no_grad(), kvc.patched(model, recipe):
+            turns = [model(part, past_key_values=cache).logits for part in ids.split([60, 30], dim=1)]
+        results.append(turns[1].float())
+    got, wanted = results
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > 0.999
+    name = f"64_{'f16' if dtype is torch.float16 else 'bf16'}"
+    assert any(kernel.startswith("kvc_chunk_64_") for kernel in started) and "kvc_chunk" not in started
+    assert (f"kvc_scores_{name}" in started) == (preset == "kv-compress") and "kvc_scores" not in started

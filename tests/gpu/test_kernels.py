@@ -190,6 +190,34 @@ def test_chunk_and_scores(gpu, head_dim, dtype):
         torch.testing.assert_close(a.cpu(), b, rtol=3e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("n_q, n_k", [(3, 3), (16, 16), (120, 120), (20, 200)])
+def test_chunk_and_scores_on_tensor_cores(gpu, head_dim, dtype, n_q, n_k):
+    case = make([*TIERS[:3], (4, 2)], head_dim, dtype)
+    fill(case, gpu)
+    q, k, v = case.randn(16, n_q), case.randn(4, n_k), case.randn(4, n_k)
+    options = dict(position=2500 + n_k - n_q, key_position=2500, scale=head_dim**-0.5)
+    for more in (dict(), dict(window=2100), dict(softcap=20.0, sinks=torch.linspace(-3, 3, 16))):
+        chosen = options | more
+        on_gpu = chosen | {name: x.cuda() for name, x in chosen.items() if isinstance(x, torch.Tensor)}
+        for masks in [{}] if "window" in more else [{}, dict(allowed=torch.rand(2, n_q, n_k) < 0.5)]:
+            wanted, lse = EXACT.chunk_attention(q, k, v, case.rows, case.tail, return_lse=True, **chosen, **masks)
+            moved = {name: x.cuda() for name, x in masks.items()}
+            for _ in range(2):  # the same again: what blocks share is in order afterwards
+                got, gpu_lse = gpu.chunk_attention(
+                    q.cuda(), k.cuda(), v.cuda(), case.gpu_rows, case.gpu_tail, return_lse=True, **on_gpu, **moved
+                )
+                close(got, wanted, dtype)
+                torch.testing.assert_close(gpu_lse.cpu(), lse, rtol=1e-4, atol=1e-3)
+        wanted = EXACT.column_scores(q, k, case.rows, case.tail, exclude=2, **chosen)
+        found = gpu.column_scores(q.cuda(), k.cuda(), case.gpu_rows, case.gpu_tail, exclude=2, **on_gpu)
+        for got, exactly in zip(found, wanted, strict=True):
+            parts = [*zip(got.past, exactly.past, strict=True), (got.tail, exactly.tail), (got.fresh, exactly.fresh)]
+            for a, b in parts:
+                torch.testing.assert_close(a.cpu(), b, rtol=3e-3, atol=1e-6)
+
+
 def test_another_stream(gpu):
     case = make([(8, 4)], 128, F16)
     fill(case, gpu)
