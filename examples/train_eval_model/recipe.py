@@ -39,7 +39,7 @@ class Recipe:
     prose_share: float = 0.12
     lr: float = 1.2e-3
     weight_decay: float = 0.1
-    muon: bool = False
+    muon: bool = True
     warmup_steps: int = 300
     log_every: int = 50
     measure_every: int = 500
@@ -69,7 +69,6 @@ RECIPES = {
         task_share=0.5,
         prose_share=0.15,
         lr=3e-3,
-        muon=True,
         warmup_steps=100,
         measure_every=250,
     ),
@@ -85,6 +84,7 @@ RECIPES = {
         rope_theta=10_000.0,
         tokens_per_step=1024,
         phases=((256, 3 * 1024), (512, float("inf"))),
+        muon=False,
         warmup_steps=3,
         log_every=1,
         measure_every=4,
