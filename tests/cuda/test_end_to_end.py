@@ -112,7 +112,9 @@ def test_a_second_turn_on_tensor_cores(build_model, monkeypatch, shim, dtype, pr
             turns = [model(part, past_key_values=cache).logits for part in ids.split([60, 30], dim=1)]
         results.append(turns[1].float())
     got, wanted = results
-    assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > 0.999
+    # Probabilities meet native values in their dtype, as in every fused attention; this model makes much of the rest.
+    least = 0.999 if dtype is torch.float16 else 0.995
+    assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > least
     name = f"64_{'f16' if dtype is torch.float16 else 'bf16'}"
     assert any(kernel.startswith("kvc_chunk_64_") for kernel in started) and "kvc_chunk" not in started
     assert (f"kvc_scores_{name}" in started) == (preset == "kv-compress") and "kvc_scores" not in started
