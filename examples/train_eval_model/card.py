@@ -18,7 +18,7 @@ library_name: transformers
 
 A Llama of {parameters:.1f} M parameters, trained from random weights so that methods for the KV cache can be compared
 on heads that specialised by themselves. A test instrument, not a language model to use.
-
+{note}
 | | |
 |---|---|
 | Architecture | `LlamaForCausalLM`, {num_hidden_layers} layers, hidden {hidden_size}, MLP {intermediate_size}, \
@@ -60,6 +60,7 @@ def write_card(folder: Path) -> None:
     """
     config = json.loads((folder / "config.json").read_text())
     run = json.loads((folder / "training" / "run.json").read_text())
+    recipe = RECIPES[run["recipe"]]
     manifest = json.loads((folder / "training" / "manifest.json").read_text())
     log = [json.loads(line) for line in (folder / "training" / "train_log.jsonl").read_text().splitlines()]
     figures = folder / "figures.json"
@@ -72,9 +73,10 @@ def write_card(folder: Path) -> None:
             tokens=run["tokens"] / 1e6,
             step=run["step"],
             minutes=run["seconds"] / 60,
+            note=f"\n{recipe.note}\n" if recipe.note else "",
             schedule="learning rate down to zero" if run["finished"] else "stopped before the learning rate fell",
         ),
-        _sources(manifest, RECIPES[run["recipe"]].task_share),
+        _sources(manifest, recipe.task_share),
         _curve(log),
         _figures(json.loads(figures.read_text())) if figures.is_file() else _UNMEASURED,
     ]
