@@ -1,4 +1,4 @@
-"""The evaluation model: facts in real text are found by heads that training made, and compression keeps what they need."""
+"""The evaluation model: heads that training made find facts in real text, and compression keeps what they need."""
 
 import json
 from pathlib import Path
