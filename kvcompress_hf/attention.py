@@ -147,7 +147,7 @@ class PagedAttention:
         sharing (`Sequence[str | None]`, *optional*): Per layer `"store"` where later layers read its keys and values as
             well, `"reuse"` where it reads those of an earlier layer and has none itself, else `None`.
         inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`;
-            for recipes with `positions="reindexed"`, and for no others.
+            recipes with `positions="reindexed"` need it, and some observers look further with it.
     """
 
     def __init__(
@@ -423,6 +423,7 @@ class PagedAttention:
             window=new.window,
             sinks=new.sink_logits(),
             valid=new.valid,
+            inv_freq=self.inv_freq,
         )
         fields: dict[str, torch.Tensor] = {}
         if self._reading_again:
@@ -926,7 +927,8 @@ class PagedAttention:
         decision, clamped = decide(parts, slots, rulings, self._clamped)
         self._tell_clamped(clamped)
         self.statistics.plans += 1
-        self.statistics.evicted_slots += apply_targets(parts, slots, decision, self.inv_freq)
+        turning = self.inv_freq if self.recipe.positions == "reindexed" else None
+        self.statistics.evicted_slots += apply_targets(parts, slots, decision, turning)
         self._note_room(ruled, torch.stack([bytes_held(part.store) for part in parts]))
 
     def _note_room(

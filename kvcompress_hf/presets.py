@@ -40,8 +40,8 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
     "auto": (
         Recipe(
             name="auto",
-            observer=WindowScores(window=32, power=2, pool=7, mean=True, value=True, equalise=True),
-            protect=Protect(sinks=4, recent=32),
+            observer=WindowScores(window=32, power=2, pool=7, mean=True, non_causal=True),
+            protect=Protect(sinks=4, recent=16),
             budget=Budget(0.25),
             plan=RateDistortion(),
             tiers=("k8v4", "k4v4", "k4v2"),

@@ -1,4 +1,4 @@
-"""The rotary embedding of a model, as far as it can be carried on after keys were stored (`positions="reindexed"`)."""
+"""The rotary embedding of a model, as far as keys and queries can be turned on to other positions."""
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,7 +18,7 @@ _TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies are 
 
 
 def key_frequencies(config: PreTrainedConfig, recipe: Recipe, windows: list[int | None]) -> torch.Tensor | None:
-    """What a cache must know of a model's rotary embedding to re-index positions.
+    """What a cache must know of a model's rotary embedding.
 
     Args:
         config (`PreTrainedConfig`): The model's config; of a composite model the text decoder's part counts.
@@ -27,25 +27,35 @@ def key_frequencies(config: PreTrainedConfig, recipe: Recipe, windows: list[int 
 
     Returns:
         `torch.Tensor` or `None`: Radians per position of each pair of channels, float32 `[pairs]`; `None` where the
-        recipe keeps absolute positions.
+        recipe does not ask for it, and where turning a key on is not all that another position does to it in this
+        model.
 
     Raises:
-        UnsupportedFeatureError: If turning a key on is not all that another position does to it in this model.
+        UnsupportedFeatureError: If the recipe re-indexes positions and this model does not allow it.
     """
-    if recipe.positions == "absolute":
+    reindexed = recipe.positions == "reindexed"
+    if not reindexed and (recipe.observer is None or not recipe.observer.needs_rotary):
         return None
+    found = _frequencies(config)
+    if reindexed and isinstance(found, str):
+        raise _refusal(found)
+    if reindexed and any(window is not None for window in windows):
+        raise _refusal("this model has layers with a sliding window, which is counted in absolute positions")
+    return None if isinstance(found, str) else found
+
+
+def _frequencies(config: PreTrainedConfig) -> torch.Tensor | str:
+    """The frequencies, or why there are none that are all of it."""
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     family, kind = text.model_type, rope.get("rope_type")
     if family not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
-        raise _refusal(f"it has not been tested with {family} models, only with {known}")
+        return f"it has not been tested with {family} models, only with {known}"
     if kind not in _TYPES:
-        raise _refusal(f"the rope_type of this model is {kind!r}; it must be one of {', '.join(_TYPES)}")
+        return f"the rope_type of this model is {kind!r}; it must be one of {', '.join(_TYPES)}"
     if rope.get("mrope_section"):
-        raise _refusal("this model has a rotary embedding of several axes (mrope_section)")
-    if any(window is not None for window in windows):
-        raise _refusal("this model has layers with a sliding window, which is counted in absolute positions")
+        return "this model has a rotary embedding of several axes (mrope_section)"
     if kind != "default":
         return ROPE_INIT_FUNCTIONS[kind](text)[0].float()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

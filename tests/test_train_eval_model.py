@@ -133,7 +133,9 @@ def test_batches_depend_on_the_step_alone(scripts, maker):
     eval_recipe = scripts["recipe"].RECIPES["eval"]
     assert [eval_recipe.length(step) for step in (0, 2000, 3000, 10**6)] == [512, 1024, 2048, 4096]
     assert [eval_recipe.length(eval_recipe.first_step(n) - 1) for n in (1024, 2048, 4096)] == [512, 1024, 2048]
-    assert eval_recipe.task_share <= 0.25
+    assert max(eval_recipe.task_share(step) for step in (0, 10**6)) <= 0.25
+    cpu = scripts["recipe"].RECIPES["cpu"]
+    assert [cpu.task_share(step) for step in (0, 1739, 1740)] == [0.5, 0.5, 0.15]
 
 
 def answers(scripts, maker, task, seed, size=500):

@@ -76,7 +76,7 @@ def write_card(folder: Path) -> None:
             note=f"\n{recipe.note}\n" if recipe.note else "",
             schedule="learning rate down to zero" if run["finished"] else "stopped before the learning rate fell",
         ),
-        _sources(manifest, recipe.task_share),
+        _sources(manifest, sum(map(recipe.task_share, range(run["step"]))) / run["step"]),
         _curve(log),
         _figures(json.loads(figures.read_text())) if figures.is_file() else _UNMEASURED,
     ]

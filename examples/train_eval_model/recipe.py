@@ -16,7 +16,8 @@ class Recipe:
         rope_theta: base of the rotary embedding.
         tokens_per_step: of one optimiser step; every length of `phases` divides it.
         phases: (length, tokens seen so far up to which sequences have that length), short ones first.
-        task_share: share of tokens that are generated tasks, the text between their facts included.
+        task_shares: (share of tokens that are generated tasks, the text between their facts included; tokens seen so
+            far up to which it holds).
         prose_share: share of tokens that are novels; the rest is code with its documentation.
         lr: AdamW's, on the plateau.
         weight_decay: of the matrices; embeddings and norms have none.
@@ -36,7 +37,7 @@ class Recipe:
     rope_theta: float = 50_000.0
     tokens_per_step: int = 65_536
     phases: tuple[tuple[int, float], ...] = ((512, 60e6), (1024, 140e6), (2048, 260e6), (4096, float("inf")))
-    task_share: float = 0.25
+    task_shares: tuple[tuple[float, float], ...] = ((0.25, float("inf")),)
     prose_share: float = 0.12
     lr: float = 1.2e-3
     weight_decay: float = 0.1
@@ -51,6 +52,11 @@ class Recipe:
         seen = step * self.tokens_per_step
         return next(length for length, until in self.phases if seen < until)
 
+    def task_share(self, step: int) -> float:
+        """Share of tasks in a step, counted from 0."""
+        seen = step * self.tokens_per_step
+        return next(share for share, until in self.task_shares if seen < until)
+
     def first_step(self, length: int) -> int:
         """The first step whose sequences have that length."""
         before = [0.0, *(until for _, until in self.phases)]
@@ -59,7 +65,7 @@ class Recipe:
 
 RECIPES = {
     "eval": Recipe(),
-    # What two CPU cores can do in an hour or two: a seventh of the size, mostly short sequences, half of it tasks.
+    # What two CPU cores can do in three hours: a seventh of the size, short sequences and many tasks first.
     "cpu": Recipe(
         layers=6,
         hidden=256,
@@ -67,8 +73,8 @@ RECIPES = {
         heads=4,
         kv_heads=2,
         tokens_per_step=8192,
-        phases=((256, 7e6), (512, 9e6), (1024, 11.8e6), (2048, 13.6e6), (4096, float("inf"))),
-        task_share=0.5,
+        phases=((256, 7e6), (512, 9e6), (1024, 11.8e6), (2048, 20e6), (4096, float("inf"))),
+        task_shares=((0.5, 14.25e6), (0.15, float("inf"))),
         prose_share=0.15,
         lr=3e-3,
         warmup_steps=100,

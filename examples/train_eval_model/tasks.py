@@ -77,7 +77,8 @@ class Maker:
         """
         length = self.recipe.length(step)
         rng = random.Random(f"{self.seed} {self.split} {kind} {step}")
-        shares = (self.recipe.prose_share, 1 - self.recipe.prose_share - self.recipe.task_share, self.recipe.task_share)
+        prose, tasks = self.recipe.prose_share, self.recipe.task_share(step)
+        shares = (prose, 1 - prose - tasks, tasks)
         rows, kinds = [], []
         for _ in range(self.recipe.tokens_per_step // length):
             chosen = kind or rng.choices(KINDS, shares)[0]

@@ -32,6 +32,9 @@ class Chunk:
         window (`int`, *optional*): Sliding window in tokens.
         sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
         valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`,
+            on the host; `None` where it is not known how another position would turn queries and keys, and for
+            observers that do not ask for it.
     """
 
     store: PagedStore
@@ -45,6 +48,7 @@ class Chunk:
     window: int | None
     sinks: torch.Tensor | None
     valid: torch.Tensor | None
+    inv_freq: torch.Tensor | None = None
 
 
 class Observer(Part, abc.ABC):
@@ -105,6 +109,11 @@ class Observer(Part, abc.ABC):
     def observes_steps(self) -> bool:
         """`bool`: Whether each decode step is a chunk of one token for [`Observer.observe`], because the decode kernel
         cannot add up what is needed. Costs a second pass over the keys per step."""
+        return False
+
+    @property
+    def needs_rotary(self) -> bool:
+        """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.inv_freq`."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""Window scores: what the last queries of a prompt attend to (KV-Compress, SnapKV, LeanKV)."""
+"""Window scores: what the last queries of a prompt attend to (KV-Compress, SnapKV, LeanKV), and what all may."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 
 from kvcompress_hf.importance.attention_seen import attention_seen, pool_in_order
 from kvcompress_hf.importance.base import Chunk, Observer, queries_that_saw
+from kvcompress_hf.importance.non_causal import non_causal_scores
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.waiting import on_host
 from kvcompress_hf.recipe import require_int
@@ -31,6 +32,10 @@ class WindowScores(Observer):
         equalise (`bool`): Make the importances of each layer sum to one.
         decode (`bool`): Go on adding each decode step's probabilities to the `power`; with `group="max"` the largest
             over the query heads of that step (as LeanKV's code), which takes a pass of its own per step.
+        non_causal (`bool`): Count every query of the prompt once more, as if the prompt came again (see
+            [`non_causal_scores`]), so that what the window does not look at can still be asked for; with `power=2`
+            only. Later chunks of a prompt then leave a slot the larger of the two scores. In layers with a sliding
+            window, and in models whose rotary embedding is not known, the window alone counts.
         half_life (`int`, *optional*): Decode steps after which what was seen counts half, so that slots are forgotten
             that once mattered; `None` remembers for ever, as the papers do. Scores fade once per packing.
     """
@@ -46,6 +51,7 @@ class WindowScores(Observer):
     value: bool = False
     equalise: bool = False
     decode: bool = True
+    non_causal: bool = False
     half_life: int | None = None
 
     def __post_init__(self) -> None:
@@ -58,9 +64,11 @@ class WindowScores(Observer):
             raise ValueError(f"WindowScores.pool is {self.pool}; it must be odd, so that it is centred on the slot.")
         if self.group not in ("sum", "max"):
             raise ValueError(f"WindowScores.group is {self.group!r}; it must be 'sum' or 'max'.")
-        for name in ("mean", "value", "equalise", "decode"):
+        for name in ("mean", "value", "equalise", "decode", "non_causal"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"WindowScores.{name} is {getattr(self, name)!r}; it must be True or False.")
+        if self.non_causal and self.power != 2:
+            raise ValueError(f"WindowScores(non_causal=True, power={self.power}): squares only; give power=2.")
         if self.half_life is not None:
             require_int("WindowScores", "half_life", self.half_life, 1)
             if not self.decode:
@@ -92,6 +100,11 @@ class WindowScores(Observer):
         return self.decode and self.group == "max"
 
     @property
+    def needs_rotary(self) -> bool:
+        """`bool`: True where queries are turned to behind the prompt."""
+        return self.non_causal
+
+    @property
     def scores_decoded(self) -> bool:
         """`bool`: Whether decode steps are scored."""
         return self.decode
@@ -108,7 +121,7 @@ class WindowScores(Observer):
         return {"value": (values.float() - value_mean).square().sum(-1)} if self.value else {}
 
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
-        """Scores new tokens, and replaces the scores of the stored ones; see [`Observer.observe`]."""
+        """Scores new tokens, and what is stored by what the new ones see; see [`Observer.observe`]."""
         tokens = chunk.keys.shape[2]
         observing = tokens if self.window is None else min(self.window, tokens)
         seen = attention_seen(chunk, observing, self.power, self.exclude)
@@ -116,9 +129,15 @@ class WindowScores(Observer):
 
         def pooled(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             scores = pool_in_order(scores, order, 1 if decoding else self.pool)
-            return scores.sum(2) if self.group == "sum" else scores.amax(2)
+            return self._of_group(scores)
 
-        return {"score": seen.write(seen.reduce(pooled), "score", add=decoding)}
+        score = seen.write(seen.reduce(pooled), "score", add=decoding, largest=self.non_causal and not decoding)
+        again = non_causal_scores(chunk) if self.non_causal and not decoding else None
+        return {"score": score if again is None else score + self._of_group(again)}
+
+    def _of_group(self, scores: torch.Tensor) -> torch.Tensor:
+        """From scores per query head, `[batch, kv_heads, group, slots]`, to one per KV head."""
+        return scores.sum(2) if self.group == "sum" else scores.amax(2)
 
     def importance(self, slots: Slots) -> torch.Tensor:
         """The score, with the factors asked for; see [`Observer.importance`]."""

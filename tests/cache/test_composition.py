@@ -21,6 +21,7 @@ OBSERVERS = {
     "window": kvc.WindowScores(window=16),
     "window-max": kvc.WindowScores(window=16, power=1, group="max", mean=True, half_life=32),
     "window-full": kvc.WindowScores(window=None, pool=1, exclude=10, value=True, equalise=True),
+    "window-again": kvc.WindowScores(window=16, pool=3, mean=True, non_causal=True),
     "window-once": kvc.WindowScores(window=16, decode=False),
     "running": kvc.RunningScores("mean", std=True),
     "last": kvc.RunningScores("last"),

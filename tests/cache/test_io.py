@@ -168,7 +168,8 @@ def test_half_precision(recipe, dtype, tmp_path):
 
 
 def test_several_tiers_are_really_there(model, tmp_path):
-    cache, _ = filled(model, "auto", prompt=600)
+    recipe = kvc.get_preset("auto").with_overrides(observer=kvc.WindowScores(mean=True, value=True))
+    cache, _ = filled(model, recipe, prompt=600)
     cache.save(tmp_path / "cache")
     rows = kvc.CompressedPagedCache.load(tmp_path / "cache", model).rows()
     assert sum(sum(row.slots[tier] > 0 for row in rows) > 0 for tier in ("k8v4", "k4v4", "k4v2")) >= 2
