@@ -22,11 +22,12 @@ __all__ = ["non_causal_scores"]
 
 _BLOCK = 32  # queries that are worked on with the same keys
 _MARGIN = 16  # a query counts for keys up to this distance from where it stands
-_NEAR = _BLOCK + 2 * _MARGIN  # keys that some query of a block counts for
+_NEAR = _BLOCK + 2 * _MARGIN  # keys that some query of a block counts for,
+_HERE = _BLOCK + _MARGIN  # and the first of them, which some query sees from where it stands
 _SINKS = 4  # the first keys often draw most of the attention: they are taken as they are
-_SAMPLE = 128  # keys that stand for all others
+_SAMPLE = 96  # keys that stand for all others
 _ASKED = 32  # queries that tell how much a later chunk looks at what was stored before
-_NUMBERS = {"cpu": 2**18}  # logits that exist at once, by device: in cache on a CPU,
+_NUMBERS = {"cpu": 2**19}  # logits that exist at once, by device: in cache on a CPU,
 _MOST_NUMBERS = 2**24  # few launches elsewhere
 
 
@@ -64,7 +65,7 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
 
     Query `i`, turned to the position behind the chunk, gives key `j` the probability `p(i, j)`; key `j` gets the sum of
     `p(i, j) ** 2` over the queries up to 16 tokens away from it. The softmax runs over those keys, over the keys at and
-    shortly before `i` seen from `i` itself, over the first four tokens, and over 128 others evenly spaced, which stand
+    shortly before `i` seen from `i` itself, over the first four tokens, and over 96 others evenly spaced, which stand
     for all that are further away. In a later chunk, what falls on the tokens before it is estimated per query head from
     32 of its queries.
 
@@ -91,32 +92,35 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
     is_near = F.pad(valid, (_MARGIN, _MARGIN + filling)).unfold(1, _NEAR, _BLOCK)  # [batch, blocks, near]
     of_query = F.pad(places.of_token, (0, filling), value=-1).view(-1, blocks, _BLOCK)
     index = (places.first + places.of_far).clamp(max=tokens - 1)[:, None, :, None]
-    far = keys.gather(2, index.expand(batch, kv_heads, -1, head_dim)).transpose(-1, -2)[:, :, None, None]
+    far = keys.gather(2, index.expand(batch, kv_heads, -1, head_dim)).transpose(-1, -2)
 
-    per_block = chunk.query[:, :, 0, 0].numel() * _BLOCK * (2 * _NEAR + far.shape[-1])
+    per_block = chunk.query[:, :, 0, 0].numel() * _BLOCK * (_NEAR + _HERE + far.shape[-1])
     step = max(1, _NUMBERS.get(keys.device.type, _MOST_NUMBERS) // per_block)
     found = []
     for part in (slice(at, at + step) for at in range(0, blocks, step)):
         bias = _bias(is_near[:, part], of_query[:, part], places)
         inside = slice(part.start * _BLOCK, part.stop * _BLOCK)
         query = chunk.query[:, :, inside] * chunk.scale  # before the products, which may not fit into float16
+        if chunk.valid is not None:  # padding may hold anything
+            query = torch.where(valid[:, None, inside, None], query, 0)
         here = _in_blocks(query, kv_heads)
         ahead = _in_blocks(_turn(query, by[:, inside], inv_freq), kv_heads)
-        part_of_near = near[:, :, part, None]
+        part_of_near = near[:, :, part]
         logits = here.new_empty((*here.shape[:-1], bias.shape[-1]), dtype=torch.float32)
         logits[..., :_NEAR] = ahead @ part_of_near
-        logits[..., _NEAR : 2 * _NEAR] = here @ part_of_near
-        logits[..., 2 * _NEAR :] = ahead @ far
+        logits[..., _NEAR : _NEAR + _HERE] = here @ part_of_near[..., :_HERE]
+        logits[..., _NEAR + _HERE :] = (ahead.flatten(2, 3) @ far).view(*here.shape[:-1], -1)
+        logits = logits.unflatten(3, (-1, _BLOCK))  # [batch, kv_heads, blocks, group, block, keys]
         if chunk.softcap is not None:
             logits.div_(chunk.softcap).tanh_().mul_(chunk.softcap)
         logits.add_(bias[:, None, :, None])
-        top = logits.amax(-1, keepdim=True)
+        top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # some padding sees nothing
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)
         if chunk.sinks is not None:
             total += (chunk.sinks.float().view(1, kv_heads, 1, -1, 1, 1) - top).exp()
         real = (of_query[:, part] >= 0) & (of_query[:, part] < places.count[:, :, None])
-        squares = (logits[..., :_NEAR] / total).square_()
-        found.append(torch.where(real[:, None, :, None, :, None], squares, 0.0).sum(-2))
+        total.masked_fill_(~real[:, None, :, None, :, None], torch.inf)
+        found.append((logits[..., :_NEAR] / total).square_().sum(-2))
     overlapping = torch.cat(found, 2).permute(0, 1, 3, 4, 2).flatten(0, 2)  # [batch * q_heads, near, blocks]
     summed = F.fold(overlapping, (1, blocks * _BLOCK + 2 * _MARGIN), (1, _NEAR), stride=(1, _BLOCK))
     result = summed[:, 0, 0, _MARGIN : _MARGIN + tokens].unflatten(0, (batch, kv_heads, -1))
@@ -126,9 +130,9 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
 
 
 def _in_blocks(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """`[batch, kv_heads, blocks, group, block, head_dim]` of `[batch, q_heads, tokens, head_dim]`, zeros at the end."""
+    """`[batch, kv_heads, blocks, group * block, head_dim]` from `[batch, q_heads, tokens, head_dim]` and zeros."""
     query = F.pad(query, (0, 0, 0, -query.shape[2] % _BLOCK))
-    return query.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, _BLOCK)).transpose(2, 3)
+    return query.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, _BLOCK)).transpose(2, 3).flatten(3, 4)
 
 
 def _turn(query: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -150,13 +154,13 @@ def _bias(is_near: torch.Tensor, of_query: torch.Tensor, places: _Places) -> tor
         places (`_Places`): Of the chunk.
 
     Returns:
-        `torch.Tensor`: float32 `[batch, blocks, block, near + near + sinks + sample]`: for the near keys seen from
-        behind the chunk, for the same seen from where a query stands, and for the far ones.
+        `torch.Tensor`: float32 `[batch, blocks, block, near + here + sinks + sample]`: for the near keys seen from
+        behind the chunk, for those seen from where a query stands, and for the far ones.
     """
     device = is_near.device
     behind = torch.arange(_BLOCK, device=device)[:, None] + _MARGIN - torch.arange(_NEAR, device=device)
     ahead = is_near[:, :, None] & (behind.abs() <= _MARGIN)
-    here = ahead & (behind >= 0)
+    here = (ahead & (behind >= 0))[..., :_HERE]
     distance = (of_query[..., None] - places.of_far[:, None, None]).abs()
     far = (distance > _MARGIN) & (places.of_far < places.count)[:, None, None]
     sinks = far[..., :_SINKS].sum(-1)

@@ -36,7 +36,9 @@ def by_hand(query, key, softcap=None, sinks=None):
     """Scores `[kv_heads, group, tokens]` of one sequence, one query after the other."""
     heads, tokens, _ = query.shape
     result = torch.zeros(heads, tokens, dtype=torch.float64)
-    others = torch.tensor([4 + (2 * s + 1) * (tokens - 4) // (2 * non_causal._SAMPLE) for s in range(128)])
+    others = torch.tensor(
+        [4 + (2 * s + 1) * (tokens - 4) // (2 * non_causal._SAMPLE) for s in range(non_causal._SAMPLE)]
+    )
     for head in range(heads):
         keys = key[head // GROUP].double()
 
