@@ -1,5 +1,6 @@
 """The evaluation model: heads that training made find facts in real text, and compression keeps what they need."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -47,6 +48,29 @@ def test_facts_are_found_and_an_eighth_of_the_bytes_keeps_them(model, prompts):
         assert right >= stock - 1 and max(ratios) < 0.135
     with kvc.patched(model, "streaming", budget=1 / 8):
         assert right_answers(model, prompts)[0] <= stock / 2  # a control: blind eviction must lose the facts
+
+
+def test_answers_to_questions_that_come_later_are_kept_too(model, prompts):
+    tokenizer, asked = prompts
+    window = dataclasses.replace(kvc.get_preset("auto").observer, non_causal=False)
+
+    def right(**changes):
+        found = 0
+        for question, _ in asked:
+            context, later = question.prompt.split("\nWhat")
+            ids = tokenizer(context, return_tensors="pt").input_ids
+            cache = kvc.prefill(model, ids, "auto", budget=1 / 16, **changes)
+            assert cache.memory().ratio < 0.075
+            later = tokenizer("\nWhat" + later, add_special_tokens=False, return_tensors="pt").input_ids
+            ids = torch.cat([ids, later], 1)
+            out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+            found += question.is_right(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        return found
+
+    stock, _ = right_answers(model, prompts)
+    with kvc.patched(model):
+        assert right() >= stock - 1
+        assert right(observer=window) <= stock / 2  # a control: the last queries cannot know the question
 
 
 def test_the_heads_that_ablation_found_are_needed(model, prompts):

@@ -1,10 +1,13 @@
 """Prompts judged as if they came again, against the same attention computed densely, query by query."""
 
+import importlib
+
 import pytest
 import torch
-from transformers import GemmaConfig, GPT2Config, LlamaConfig, MistralConfig
+from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig
 
 import kvcompress_hf as kvc
+from kvcompress_hf import rotary
 from kvcompress_hf.importance import non_causal
 from kvcompress_hf.importance.base import Chunk
 from kvcompress_hf.importance.non_causal import non_causal_scores
@@ -175,10 +178,24 @@ def test_layers_and_models_that_cannot_be_turned_have_the_window_alone():
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("config", [llama(), MistralConfig(num_hidden_layers=1), GemmaConfig(num_hidden_layers=1)])
-def test_frequencies_are_known_without_reindexing(config):
-    cache = kvc.CompressedPagedCache(config, "auto")
-    assert cache._attention.inv_freq is not None
+@pytest.mark.parametrize("family", sorted(rotary._FAMILIES | rotary._QUERIES))
+def test_queries_are_turned_as_the_model_would(family):
+    """Every family that is said to be known, against its own rotary embedding at two positions."""
+    config = CONFIG_MAPPING[family]()
+    inv_freq = kvc.CompressedPagedCache(config, "auto")._attention.inv_freq
+    package = type(config).__module__.rsplit(".", 1)[0]
+    code = importlib.import_module(f"{package}.modeling_{package.rsplit('.', 1)[1]}")
+    embedding = next(c for name, c in vars(code).items() if name.endswith("RotaryEmbedding"))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query = torch.randn(1, 1, 3, head_dim, generator=torch.Generator().manual_seed(0))
+    rotated = []
+    for places in ([3, 50, 1000], [3 + 200, 50 + 1, 1000 + 3000]):
+        cos, sin = embedding(config)(query, torch.tensor([places]))
+        part = query[..., : 2 * inv_freq.numel()]
+        turned = code.apply_rotary_pos_emb(part, part, cos, sin)[0]
+        rotated.append(torch.cat([turned, query[..., 2 * inv_freq.numel() :]], -1))
+    found = non_causal._turn(rotated[0], torch.tensor([[200, 1, 3000]]), inv_freq)
+    torch.testing.assert_close(found, rotated[1], atol=2e-3, rtol=1e-3)
 
 
 def test_probabilities_are_refused():
