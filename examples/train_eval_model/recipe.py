@@ -80,10 +80,10 @@ RECIPES = {
         warmup_steps=100,
         measure_every=250,
         note=(
-            "This is what two CPU cores could train in three and a half hours, not what the recipe for a GPU (32.5 M "
-            "parameters, 500 M tokens and more, a quarter of them tasks) is meant to give. It finds what it was "
-            "trained to find, by heads that came to do so; it knows little language, follows no instruction, and has only "
-            "12 KV heads. What holds on it has yet to be seen on a larger model."
+            "This is what two CPU cores could train in three and a half hours, not what the recipe for a GPU "
+            "(32.5 M parameters, 500 M tokens and more, a quarter of them tasks) is meant to give. It finds what "
+            "it was trained to find, by heads that came to do so; it knows little language, follows no "
+            "instruction, and has only 12 KV heads. What holds on it has yet to be seen on a larger model."
         ),
     ),
     # For tests and for trying things out: seconds on one CPU core.
