@@ -24,7 +24,7 @@ _FAMILIES = _PARTIAL - {"nemotron", "persimmon"} | {
     "starcoder2",
 }
 _FAMILIES |= {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
-# Others that rotate in the same way, but have not been re-indexed in a test: queries of theirs are turned, keys are not.
+# Others that rotate in the same way, but have not been re-indexed in a test: their queries are turned, keys are not.
 _QUERIES = frozenset({"apertus", "bitnet", "cwm", "dots1", "flex_olmo", "gemma2", "gpt_oss", "granitemoe", "nemotron"})
 _QUERIES |= {"granitemoeshared", "ministral", "olmoe", "persimmon", "phimoe", "seed_oss", "solar_open", "vaultgemma"}
 _TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies are the same at every length
