@@ -9,24 +9,15 @@ from kvcompress_hf.recipe import Recipe
 
 __all__ = ["key_frequencies"]
 
-# Families with a partial_rotary_factor, and all families whose keys are turned in pairs of channels half of the rotary
-# part apart, in every layer, and by nothing but this; each of them is tested against the stock model.
-_PARTIAL = frozenset({"gpt_neox", "nemotron", "persimmon", "phi", "phi3", "stablelm"})
-_FAMILIES = _PARTIAL - {"nemotron", "persimmon"} | {
-    "arcee",
-    "gemma",
-    "granite",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo",
-    "olmo2",
-    "starcoder2",
-}
-_FAMILIES |= {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+# Families whose keys are turned in pairs of channels half of the rotary part apart, in every layer, and by nothing but
+# this; each of them is tested against the stock model with positions re-indexed.
+_FAMILIES = frozenset({"arcee", "gemma", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi"})
+_FAMILIES |= {"phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"}
 # Others that rotate in the same way, but have not been re-indexed in a test: their queries are turned, keys are not.
 _QUERIES = frozenset({"apertus", "bitnet", "cwm", "dots1", "flex_olmo", "gemma2", "gpt_oss", "granitemoe", "nemotron"})
 _QUERIES |= {"granitemoeshared", "ministral", "olmoe", "persimmon", "phimoe", "seed_oss", "solar_open", "vaultgemma"}
+# Those of both with a partial_rotary_factor.
+_PARTIAL = frozenset({"gpt_neox", "nemotron", "persimmon", "phi", "phi3", "stablelm"})
 _TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies are the same at every length
 
 
