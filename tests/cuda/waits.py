@@ -83,7 +83,8 @@ def steps_of(
     """
     recipe = kvc.get_preset(preset).with_overrides(**changes)
     windows = [None] * (LAYERS - 1) + [window]
-    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)) if recipe.positions == "reindexed" else None
+    turned = recipe.positions == "reindexed" or (recipe.observer is not None and recipe.observer.needs_rotary)
+    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)) if turned else None
     attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=turning)
     forks: list[PagedAttention] = []
     generator = torch.Generator().manual_seed(0)
