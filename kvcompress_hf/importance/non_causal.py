@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kvcompress_hf.importance.base import Chunk
+from kvcompress_hf.paging.key_turn import turn
 from kvcompress_hf.paging.waiting import to_device
 
 __all__ = ["non_causal_scores"]
@@ -104,7 +105,7 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
         if chunk.valid is not None:  # padding may hold anything
             query = torch.where(valid[:, None, inside, None], query, 0)
         here = _in_blocks(query, kv_heads)
-        ahead = _in_blocks(_turn(query, by[:, inside], inv_freq), kv_heads)
+        ahead = _in_blocks(_turned(query, by[:, inside], inv_freq), kv_heads)
         part_of_near = near[:, :, part]
         logits = here.new_empty((*here.shape[:-1], bias.shape[-1]), dtype=torch.float32)
         logits[..., :_NEAR] = ahead @ part_of_near
@@ -135,14 +136,10 @@ def _in_blocks(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return query.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, _BLOCK)).transpose(2, 3).flatten(3, 4)
 
 
-def _turn(query: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Queries `[batch, q_heads, tokens, head_dim]` turned on by rotary embedding, each by its number of positions."""
-    pairs = inv_freq.numel()
-    angles = by.double()[:, None, :, None] * inv_freq.double()
-    cos, sin = angles.cos().float(), angles.sin().float()
-    first, second = query[..., :pairs].float(), query[..., pairs : 2 * pairs].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((turned.to(query.dtype), query[..., 2 * pairs :]), dim=-1)
+def _turned(query: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Queries `[batch, q_heads, tokens, head_dim]`, each turned on by its number of positions, `[batch, tokens]`."""
+    rotary = turn(query, by[:, None], inv_freq)
+    return torch.cat((rotary.to(query.dtype), query[..., rotary.shape[-1] :]), dim=-1)
 
 
 def _bias(is_near: torch.Tensor, of_query: torch.Tensor, places: _Places) -> torch.Tensor:
@@ -178,7 +175,7 @@ def _share_of_the_past(chunk: Chunk, by: torch.Tensor, inv_freq: torch.Tensor) -
     query_valid = None if chunk.valid is None else chunk.valid[:, asked].contiguous()
     store = chunk.store
     past, tail, _ = store.backend.window_scores(
-        _turn(chunk.query[:, :, asked], by[:, asked], inv_freq),
+        _turned(chunk.query[:, :, asked], by[:, asked], inv_freq),
         chunk.keys,
         store.rows(chunk.layer),
         store.tail(chunk.layer),

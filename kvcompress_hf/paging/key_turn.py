@@ -1,4 +1,4 @@
-"""Keys that move nearer to the present: turned on by rotary embedding after they were stored.
+"""Keys and queries at other positions: turned on by rotary embedding, stored keys that move nearer to the present too.
 
 Rotary embedding turns each pair of channels by position times the pair's frequency, and attention sees the difference
 of two positions only (RoFormer, arXiv 2104.09864). So a stored key that is to look `d` positions nearer is turned by
@@ -7,14 +7,32 @@ another `d` positions, whatever its own position was.
 
 import torch
 
-__all__ = ["newer_evicted", "turn_keys"]
+__all__ = ["newer_evicted", "turn", "turn_keys"]
 
 
-def turn_keys(keys: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
-    """Rotates keys on by some positions.
+def turn(states: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Rotates the rotary channels of keys or queries on by some positions.
 
     Channel `i` of the first `2 * pairs` is paired with channel `i + pairs`, as in Llama; the channels behind them have
     no rotary embedding.
+
+    Args:
+        states (`torch.Tensor`): `[..., head_dim]`.
+        by (`torch.Tensor`): Positions to go forward, integers `[...]` or broadcasting to it.
+        inv_freq (`torch.Tensor`): Radians per position of each pair, float32 `[pairs]`.
+
+    Returns:
+        `torch.Tensor`: float32 `[..., 2 * pairs]`.
+    """
+    pairs = inv_freq.numel()
+    angles = by.double()[..., None] * inv_freq.double()  # in float32, a large number of positions would lose the angle
+    cos, sin = angles.cos().float(), angles.sin().float()
+    first, second = states[..., :pairs].float(), states[..., pairs : 2 * pairs].float()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def turn_keys(keys: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """Rotates stored keys on by some positions, see [`turn`].
 
     Args:
         keys (`torch.Tensor`): `[n, head_dim]`.
@@ -25,12 +43,8 @@ def turn_keys(keys: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor, seed
     Returns:
         `torch.Tensor`: `[n, head_dim]` in the dtype of `keys`, computed in float32.
     """
-    pairs = inv_freq.numel()
-    angles = by.double()[:, None] * inv_freq.double()  # in float32, a large number of positions would lose the angle
-    cos, sin = angles.cos().float(), angles.sin().float()
-    first, second = keys[:, :pairs].float(), keys[:, pairs : 2 * pairs].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=1)
-    return torch.cat((_round(turned, keys.dtype, seed), keys[:, 2 * pairs :]), dim=1)
+    turned = turn(keys, by, inv_freq)
+    return torch.cat((_round(turned, keys.dtype, seed), keys[:, turned.shape[1] :]), dim=1)
 
 
 def _round(values: torch.Tensor, dtype: torch.dtype, seed: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,7 @@ def test_queries_are_turned_as_the_model_would(family):
         part = query[..., : 2 * inv_freq.numel()]
         turned = code.apply_rotary_pos_emb(part, part, cos, sin)[0]
         rotated.append(torch.cat([turned, query[..., 2 * inv_freq.numel() :]], -1))
-    found = non_causal._turn(rotated[0], torch.tensor([[200, 1, 3000]]), inv_freq)
+    found = non_causal._turned(rotated[0], torch.tensor([[200, 1, 3000]]), inv_freq)
     torch.testing.assert_close(found, rotated[1], atol=2e-3, rtol=1e-3)
 
 
