@@ -29,7 +29,7 @@ from kvcompress_hf.compat import (
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates
-from kvcompress_hf.patches.support import text_config, unwrap
+from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
@@ -153,6 +153,10 @@ def _prepare_generation_config(
 
     The config returned is a copy made for the call, so nothing stays on the model.
     """
+    # PEFT lends the model inside its own method for the length of a call; it may have come after the patch.
+    lender = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    if lender is not model:
+        check_adapters(lender)
     for name in {generate_argument(), cache_argument(model)}:
         past = kwargs.get(name)
         if past is not None and not isinstance(past, Cache):
