@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.compat import Cache, CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.io import UnreadPages, layer_devices, load_cache, model_identity, save_cache
@@ -19,6 +18,7 @@ from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
+from kvcompress_hf.runtime.attention import PagedAttention
 from kvcompress_hf.units import parse_bytes
 
 __all__ = ["CompressedPagedCache", "KVHandle"]

@@ -1,20 +1,21 @@
 """The arrows of the design: who may import whom, read from the sources."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Higher may import lower, never the other way; importance and planning are neighbours that do not know each other.
+# Higher may import lower, never the other way; observers and plans are neighbours that do not know each other.
 LEVEL = {
     "kernels": 0,
     "paging": 1,
-    "importance": 2,
-    "planning": 2,
-    "new_tokens": 2,
+    "observers": 2,
+    "plans": 2,
     "presets": 3,
-    "attention": 3,
+    "runtime": 3,
     "reports": 4,
     "compat": 4,
     "io": 4,
@@ -24,9 +25,14 @@ LEVEL = {
     "perplexity": 8,
     "cli": 9,
     "__init__": 10,
+    # Old import paths, for one release; nobody imports them.
+    "moved": 0,
+    "attention": 11,
+    "importance": 11,
+    "planning": 11,
 }
 ANYONE = {"errors", "units", "recipe"}
-BELOW_CACHE = ["kernels", "paging", "importance", "planning", "attention", "recipe", "presets", "reports", "io"]
+BELOW_CACHE = ["kernels", "paging", "observers", "plans", "runtime", "recipe", "presets", "reports", "io"]
 
 
 def sources():
@@ -70,9 +76,40 @@ def test_imports_follow_the_arrows(path):
         assert LEVEL[target] < LEVEL[room], f"{path.relative_to(ROOT)} imports {name}, against the arrows"
 
 
+# The stock attention classes beside the paged ones, and how models of all families are built for the census.
+MAY_IMPORT_INSIDES = {"kvcompress_hf/compat.py", "kvcompress_hf/cli/tiny_models.py"}
+MAY_IMPORT_INSIDES |= {f"patches/{name}.py" for name in ("llama", "mistral", "qwen")}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_module_knows_the_inside_of_transformers(path):
+    """Only names that `transformers` itself exports are imported elsewhere, and no other file spells the cache."""
+    if str(path.relative_to(ROOT)) in MAY_IMPORT_INSIDES:
+        return
+    inside = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in inside if (name or "").startswith("transformers.")]
+    assert "past_key_values" not in path.read_text()
+
+
 def test_no_room_is_left_out():
     rooms = {room_of(path) for path in sources()}
-    assert {"kernels", "paging", "importance", "planning", "attention", "cache", "patches", "cli"} <= rooms
+    assert {"kernels", "paging", "observers", "plans", "runtime", "cache", "patches", "cli"} <= rooms
+
+
+@pytest.mark.parametrize("name", ["importance.window", "planning.base", "attention"])
+def test_old_import_paths_give_the_same_modules_and_warn(name):
+    new = name.replace("importance", "observers").replace("planning", "plans").replace("attention", "runtime.attention")
+    code = f"""
+import importlib, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    old = importlib.import_module("kvcompress_hf.{name}")
+new = importlib.import_module("kvcompress_hf.{new}")
+assert any(issubclass(w.category, DeprecationWarning) and "kvcompress_hf." in str(w.message) for w in caught)
+for shown in getattr(old, "__all__", dir(new)):
+    assert getattr(old, shown) is getattr(new, shown), shown
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
 
 
 @pytest.mark.parametrize("path", [p for p in sources() if room_of(p) != "cli"], ids=lambda p: str(p.relative_to(ROOT)))

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from kvcompress_hf.compat import logging
 
 from kvcompress_hf.errors import UnsupportedModelError
 
