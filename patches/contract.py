@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+)
 
 from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.compat import (
@@ -115,9 +122,9 @@ def attention_interface() -> str:
 
 
 def end_to_end(install: Install, route: str) -> str:
-    """A tiny random Llama writes the stock tokens over a compressed cache, and nothing that was called is deprecated."""
+    """A tiny random Llama writes the stock tokens over a compressed cache, without a deprecation warning."""
     ids = torch.arange(1, 41)[None]
-    ways: tuple[dict[str, Any], ...] = ({}, {"prefill_chunk_size": 11}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3})
+    ways: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 11}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}]
     model = tiny_llama()
     arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     expected = [model.generate(ids, **arguments, **way) for way in ways]
@@ -242,7 +249,7 @@ def _need(holds: bool, otherwise: str) -> None:
 
 def _begins(function: Callable[..., Any], *names: str) -> None:
     got = [name for name in inspect.signature(function).parameters if name not in ("self", "cls")]
-    _need(got[: len(names)] == list(names), f"{_name(function)} takes ({', '.join(got)}), not ({', '.join(names)}, ...)")
+    _need(got[: len(names)] == list(names), f"{_name(function)} takes ({', '.join(got)}), not {', '.join(names)} first")
 
 
 def _takes(function: Callable[..., Any], *names: str) -> None:

@@ -75,8 +75,8 @@ def patch(
         TypeError: If `model` is no transformers model or `recipe` of no known type.
         ValueError: If the recipe, an override or the route is not allowed.
         UnsupportedModelError: If the model cannot be patched; the message says why.
-        UnsupportedFeatureError: If the installed transformers does not keep what is needed of it, or positions are to be
-            re-indexed and the model's rotary embedding does not allow it.
+        UnsupportedFeatureError: If the installed transformers lacks something that is needed of it, or positions are
+            to be re-indexed and the model's rotary embedding does not allow it.
 
     Example:
 

@@ -169,7 +169,7 @@ def _prepare_generation_config(
     if isinstance(option, Cache):
         if not isinstance(option, CompressedPagedCache):
             raise TypeError(
-                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache, or a recipe for a fresh one."
+                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache or a recipe."
             )
         if find_cache([option, *kwargs.values()], CompressedPagedCache) is option:
             kwargs, given = {**kwargs, generate_argument(): option}, False
@@ -255,7 +255,7 @@ def _cache_of_call(
     cache = find_cache(model_kwargs, CompressedPagedCache)
     if cache is None and getattr(generation_config, _MARK, False):
         raise UnsupportedFeatureError(
-            f"generate() of {type(model).__name__} was given a compressed cache and lost it before the model ran, so it "
+            f"generate() of {type(model).__name__} had a compressed cache and lost it before the model ran, so it "
             f"would go on without compression; its arguments are now {', '.join(sorted(model_kwargs))}."
         )
     return cache
@@ -275,7 +275,7 @@ def _check_passed_cache(
         )
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
-        raise ValueError("use_cache=False and a cache passed to generate() contradict each other; leave one of them out.")
+        raise ValueError("use_cache=False contradicts the cache passed to generate(); leave one of them out.")
     seen, given = cache.get_seq_length(), _prompt_tokens(generation_config, model_kwargs)
     if seen and given is not None and given <= seen:
         # Stock takes the tokens for the whole text, finds nothing new in it, and fails or reads them a second time.

@@ -67,8 +67,8 @@ def check_adapters(model: Any) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         if getattr(config, "peft_type", None) in ("PREFIX_TUNING", "CARTRIDGE"):
             raise UnsupportedModelError(
-                f"The adapter {name!r} is of the kind of prefix tuning, which fills the cache with keys and values of its own "
-                "before the prompt; adapters that change weights (LoRA and its kin) or embeddings are supported."
+                f"The adapter {name!r} is a prefix tuning or of its kind, which fills the cache with keys and values "
+                "of its own before the prompt; adapters that change weights (LoRA and its kin) or embeddings are fine."
             )
         outdated = outdated_peft() if getattr(config, "is_prompt_learning", False) else None
         if outdated is not None:

@@ -52,6 +52,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, A
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from kvcompress_hf.compat import logging
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):

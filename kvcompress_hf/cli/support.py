@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from kvcompress_hf.compat import logging
 
+from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedModelError
 
 from .tiny_models import VOCABULARY, families, tiny_model
