@@ -10,7 +10,7 @@ from kvcompress_hf.cli import main
 from kvcompress_hf.compat import TESTED
 from kvcompress_hf.compat import logging as stock_logging
 from kvcompress_hf.errors import UnsupportedFeatureError
-from kvcompress_hf.patches import contract, is_patched, patch
+from kvcompress_hf.patches import contract, is_patched, patch, swap
 from kvcompress_hf.patches.core import contract_results
 
 
@@ -87,8 +87,6 @@ def test_each_item_can_fail(owner, attribute, value, item, monkeypatch):
 
 
 def test_wrong_tokens_break_it(monkeypatch):
-    from kvcompress_hf.patches import swap
-
     monkeypatch.setattr(swap, "_paged_attention", lambda module, cache, states, *rest: (states, None))
-    results = dict((name, holds) for name, holds, _ in contract_results(contract.CONTRACT[-2:]))
+    results = {name: holds for name, holds, _ in contract_results(contract.CONTRACT[-2:])}
     assert results == {"end to end, swap route": False, "end to end, interface route": True}
