@@ -24,7 +24,7 @@ LEVEL = {
     "cli": 8,
     "__init__": 9,
 }
-ANYONE = {"errors", "units", "recipe"}
+ANYONE = {"errors", "units", "recipe", "validation"}
 BELOW_CACHE = ["kernels", "paging", "importance", "planning", "attention", "recipe", "presets", "reports", "io"]
 
 
