@@ -58,7 +58,9 @@ def require_int(owner: str, name: str, value: object, low: int, high: int = MOST
     """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         called = f"{owner}.{name}" if owner else name
-        allowed = f">= {low}" if high == MOST_TOKENS and isinstance(value, int) and value < low else f"in [{low}, {high}]"
+        allowed = f">= {low}" if high == MOST_TOKENS else f"in [{low}, {high}]"
+        if high == MOST_TOKENS and isinstance(value, int) and value > high:
+            allowed = f"of at most {high}"
         raise ValueError(f"{called} is {shown(value)}; it must be an integer {allowed}.")
     return int(value)
 
