@@ -86,9 +86,7 @@ class Notes:
         reader = sum(1 for step, layer, _ in self.calls if (step, layer) == (self.step, mark.layer))
         queries, keys = call.query.shape[2], call.key.shape[2]
         stop = self.trial.span(self.step)[1]
-        made = make_up(
-            call.query, call.key, self.trial.length, call.scaling, mark.layer, working_dtype(call.key)
-        )
+        made = make_up(call.query, call.key, self.trial.length, call.scaling, mark.layer, _working_dtype(call.key))
         with torch.autocast(call.query.device.type, enabled=False):
             truth = call.run(made.query[:, :, stop - queries : stop], *made.part(stop - keys, stop)[1:])
         self.calls[self.step, mark.layer, reader] = Observed(
@@ -100,15 +98,8 @@ class Notes:
         )
 
 
-def working_dtype(key: Tensor) -> torch.dtype:
-    """The dtype in which attention works on keys: under autocast another than theirs.
-
-    Args:
-        key (`Tensor`): Keys.
-
-    Returns:
-        `torch.dtype`: It.
-    """
+def _working_dtype(key: Tensor) -> torch.dtype:
+    """The dtype in which attention works on keys: under autocast another than theirs."""
     device = key.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
 
@@ -188,7 +179,9 @@ class _PastCache(StockCache):
         super().__init__(config, notes)
         filled: dict[tuple[Any, ...], Any] = {}
         any_shape = next(iter(shapes.values()))
-        for i, layer in enumerate(self.layers):
+        for i, (layer, reads_another) in enumerate(zip(self.layers, self.is_dummy, strict=True)):
+            if reads_another:
+                continue
             empty = shapes.get(i, any_shape)[:1]
             kind = (type(layer), getattr(layer, "sliding_window", None), empty.shape, empty.dtype, empty.device)
             if kind not in filled:
