@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
-import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
@@ -68,7 +67,10 @@ def installed_version() -> str:
     Returns:
         `str`: Such as `"5.24.0"`.
     """
-    return transformers.__version__
+    # Looked up at each call: test tools load the package anew, and only one of the two modules is the current one.
+    from transformers import __version__
+
+    return __version__
 
 
 def is_tested(version: str) -> bool:
