@@ -154,7 +154,7 @@ def eager_function(module: nn.Module) -> AttentionFunction:
     return _no_eager_function
 
 
-def _noeager_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _no_eager_function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     raise UnsupportedFeatureError(
         f"{type(module).__module__} has no eager_attention_forward to go on with; load the model with "
         'attn_implementation="sdpa" if it supports that.'

@@ -12,7 +12,7 @@ from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches.dry_run.compare import difference, limit
 from kvcompress_hf.patches.dry_run.probe import ProbeCache
 from kvcompress_hf.patches.dry_run.stock import Notes, StockCache, behind_a_past, observing
-from kvcompress_hf.patches.dry_run.trial import Trial, long_past, reading, run_pass
+from kvcompress_hf.patches.dry_run.trial import long_past, reading, run_pass
 
 __all__ = ["StockNotes", "check_dry_run", "evaluating", "observe_stock"]
 
@@ -102,7 +102,8 @@ def check_dry_run(model: PreTrainedModel, stock: StockNotes) -> None:
             faults = _run_patched(model, notes)
         except Exception as error:
             raise UnsupportedModelError(
-                f"{name} is not supported: with a compressed cache it stops with {type(error).__name__}: {error}"
+                f"{name} is not supported: with a compressed cache it stops with {type(error).__name__}: {error} "
+                "Use the model unpatched, with a stock cache."
             ) from error
         if faults:
             more = len(faults) - _NAMED
@@ -116,25 +117,28 @@ def check_dry_run(model: PreTrainedModel, stock: StockNotes) -> None:
 
 
 def _run_stock(model: PreTrainedModel, notes: Notes, cache: StockCache) -> None:
-    for notes.step in range(len(notes.trial.parts)):
-        notes.logits.append(run_pass(model, notes.trial, notes.step, cache))
+    trial = notes.trial
+    for step in range(len(trial.parts)):
+        notes.step = step
+        notes.logits.append(run_pass(model, trial, step, cache))
 
 
 def _run_patched(model: PreTrainedModel, notes: Notes) -> list[str]:
-    if not notes.calls:
-        return ["none of its layers attends to keys and values as the stock cache returns them"]
-    trial: Trial = notes.trial
+    trial = notes.trial
     cache = ProbeCache(model.config, notes)
-    for cache.step in range(len(trial.parts)):
-        logits = run_pass(model, trial, cache.step, cache)
+    for step in range(len(trial.parts)):
+        cache.step = step
+        logits = run_pass(model, trial, step, cache)
         cache.end_pass()
         # All layers went on with the same outputs, so what is left differs only by what comes after attention.
-        found, allowed = difference(logits, notes.logits[cache.step]), limit(model.dtype, *_dtypes(notes))
+        found, allowed = difference(logits, notes.logits[step]), limit(model.dtype, *_dtypes(notes))
         if found > allowed and not cache.faults:
             cache.faults.append(
                 f"its logits differ though all its layers agree (relative difference {found:.2g}, rounding explains "
                 f"{allowed:.2g})"
             )
+    if not notes.calls:
+        cache.faults.append("none of its layers attends to keys and values as the stock cache returns them")
     return cache.faults
 
 

@@ -117,14 +117,14 @@ def run_pass(model: PreTrainedModel, trial: Trial, step: int, cache: Cache) -> T
         `Tensor`: float32 logits of the last token, `[rows, vocab]`, on the host.
     """
     start, stop = (place - trial.past for place in trial.span(step))
-    arguments: dict[str, Any] = {"input_ids": trial.ids[:, start:stop]}
+    arguments: dict[str, Any] = {"input_ids": trial.ids[:, start:stop].contiguous()}
     if not bool(trial.real.all()):
         arguments["attention_mask"] = trial.real[:, :stop].long()
     # Said outright where the model takes them: on the later ranks of a pipeline stock caches cannot tell. Behind a made
     # up past they begin at 0: what keys are made of is not looked at there, and no table of positions is too short.
     if _takes(model, "position_ids"):
         positions = torch.arange(start, stop, device=trial.ids.device)
-        arguments["position_ids"] = positions.expand(trial.ids.shape[0], -1)
+        arguments["position_ids"] = positions.repeat(trial.ids.shape[0], 1)
     out = model(**arguments, use_cache=True, **as_argument(model, cache))
     return out.logits[:, -1].float().cpu()
 
