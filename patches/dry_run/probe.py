@@ -1,4 +1,4 @@
-"""The cache of the patched model in a dry run: it compares at every layer, and goes on with stock attention's output."""
+"""The cache of the patched model in a dry run: compares at every layer, and goes on with stock attention's output."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
