@@ -5,6 +5,7 @@ that makes it, and it round-trips through JSON.
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ def require_int(owner: str, name: str, value: object, low: int, high: int | None
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ValueError(f"{owner}.{name} is {value!r}; it must be an integer {allowed}.")
+
+
+#: Where the kinds that come with the package are defined; imported when one is first asked for by name.
+_BUILT_IN = {"observer": "kvcompress_hf.observers", "plan": "kvcompress_hf.plans"}
 
 
 class Part:
@@ -89,6 +94,8 @@ class Part:
         """
         arguments = dict(values)
         kind = arguments.pop("kind", None)
+        if (family, str(kind)) not in cls._known and family in _BUILT_IN:
+            importlib.import_module(_BUILT_IN[family])
         known = cls._known.get((family, str(kind)))
         if known is None:
             names = sorted(name for fam, name in cls._known if fam == family)
