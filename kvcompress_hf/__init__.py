@@ -20,7 +20,8 @@ if TYPE_CHECKING:
         WindowScores,
     )
     from kvcompress_hf.patches import last_run_report as report
-    from kvcompress_hf.patches import patch, patched, prefill, unpatch
+    from kvcompress_hf.patches import patch, patched, unpatch
+    from kvcompress_hf.patches.prefill import prefill
     from kvcompress_hf.perplexity import PerplexityReport, perplexity
     from kvcompress_hf.plans import LowestPlan, PagePlan, RateDistortion, ThresholdPlan
     from kvcompress_hf.presets import get_preset, presets
@@ -72,7 +73,8 @@ _NAMES = {
     "errors": "CacheFormatError CacheMemoryError UnsupportedFeatureError UnsupportedModelError",
     "observers": "Chance ExpectedAttention GroupMeanScores KeyDiff PersistenceScores Recency ReconstructionScores "
     "RunningScores WindowScores",
-    "patches": "patch patched prefill report unpatch",
+    "patches": "patch patched report unpatch",
+    "patches.prefill": "prefill",
     "perplexity": "PerplexityReport perplexity",
     "plans": "LowestPlan PagePlan RateDistortion ThresholdPlan",
     "presets": "get_preset presets",
