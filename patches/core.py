@@ -12,7 +12,7 @@ from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
-from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, observe_stock
+from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
 from kvcompress_hf.patches.implementation import configs_of, set_implementation
 from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
@@ -251,8 +251,8 @@ def _choose_route(model: PreTrainedModel, route: str) -> str:
     return "swap" if swappable == text_config(model).num_hidden_layers else "interface"
 
 
-def _install_checked(model: PreTrainedModel, record: PatchRecord, expected: Any) -> None:
-    """Puts everything in place and compares with what the stock model did; if that fails, the model is as it was."""
+def _install_checked(model: PreTrainedModel, record: PatchRecord, expected: StockNotes | None) -> None:
+    """Puts everything in place and compares it with the stock model if asked to; if that fails, all is as it was."""
     _install(model, record)
     try:
         if expected is not None:
