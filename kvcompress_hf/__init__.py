@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvcompress_hf.cache import CompressedPagedCache
+    from kvcompress_hf.compat import cache_of
     from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
     from kvcompress_hf.observers import (
         Chance,
@@ -55,6 +56,7 @@ __all__ = [
     "UnsupportedModelError",
     "When",
     "WindowScores",
+    "cache_of",
     "get_preset",
     "patch",
     "patched",
@@ -70,6 +72,7 @@ __version__ = "0.1.0"
 #: Module of each public name. It is imported when the name is first used: `import kvcompress_hf` alone loads no torch.
 _NAMES = {
     "cache": "CompressedPagedCache",
+    "compat": "cache_of",
     "errors": "CacheFormatError CacheMemoryError UnsupportedFeatureError UnsupportedModelError",
     "observers": "Chance ExpectedAttention GroupMeanScores KeyDiff PersistenceScores Recency ReconstructionScores "
     "RunningScores WindowScores",
