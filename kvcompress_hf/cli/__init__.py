@@ -1,4 +1,4 @@
-"""The `kvcompress` command: `demo`, `generate`, `eval`, `presets`, `doctor`, `support`.
+"""The `kvcompress` command: `demo`, `generate`, `eval`, `models`, `presets`, `doctor`, `support`.
 
 It looks at the library from outside: only the public names of `kvcompress_hf` are used, plus the backend's name for
 `doctor`. Nothing in the library imports it.
@@ -42,13 +42,13 @@ def parse_budget(text: str) -> float | int | str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the command, with every subcommand."""
-    from . import demo, evaluate, generate, info, support
+    from . import demo, evaluate, generate, info, models, support
 
     parser = argparse.ArgumentParser(
         prog="kvcompress", description="A compressed, paged, per-head KV cache for Hugging Face transformers."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, generate, evaluate, info, support):
+    for module in (demo, generate, evaluate, models, info, support):
         module.add_commands(commands)
     return parser
 
