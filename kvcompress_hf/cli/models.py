@@ -89,7 +89,7 @@ def run_list(args: argparse.Namespace) -> int:
         terms = " --accept-terms" if model.terms else ""
         where = str(folder) if folder else f"not here: kvcompress models fetch {model.name}{terms}"
         rows.append([model.name, model.title, model.licence, size, where, model.about])
-    print(columns([row[:-2] + [row[-1]] for row in rows], ["--model", "model", "licence", "download", "what it is"]))
+    print(columns([[*row[:-2], row[-1]] for row in rows], ["--model", "model", "licence", "download", "what it is"]))
     print()
     print(columns([[row[0], row[-2]] for row in rows], ["--model", "where"]))
     return 0
