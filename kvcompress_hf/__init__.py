@@ -1,6 +1,7 @@
 """Paged, compressed KV caches for Hugging Face Transformers: per-head budgets, mixed precision, memory really freed."""
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import cache_of
 from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.importance.expected import ExpectedAttention
 from kvcompress_hf.importance.per_query import GroupMeanScores, PersistenceScores
@@ -46,6 +47,7 @@ __all__ = [
     "UnsupportedModelError",
     "When",
     "WindowScores",
+    "cache_of",
     "get_preset",
     "patch",
     "patched",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import Cache, as_argument, cache_of
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches.support import text_config
 from kvcompress_hf.presets import get_preset
@@ -99,10 +100,11 @@ def _run(model: PreTrainedModel, cache: CompressedPagedCache | None) -> list[Ten
     ids = torch.tensor([[1, 2, 3]], device=device) % text_config(model).vocab_size
     # Said outright where the model takes them: on the later ranks of a pipeline stock caches cannot tell.
     say = "position_ids" in inspect.signature(model.forward).parameters
-    past, logits = cache, []
+    logits = []
+    past: Cache | None = cache
     for part in (slice(0, 2), slice(2, 3)):
         positions = {"position_ids": torch.arange(3, device=device)[None, part]} if say else {}
-        out = model(input_ids=ids[:, part], past_key_values=past, use_cache=True, **positions)
-        past = out.past_key_values
+        out = model(input_ids=ids[:, part], use_cache=True, **as_argument(model, past), **positions)
+        past = cache_of(out)
         logits.append(out.logits.float().cpu())
     return logits

@@ -16,13 +16,14 @@ LEVEL = {
     "presets": 3,
     "attention": 3,
     "reports": 4,
+    "compat": 4,
     "io": 4,
-    "rotary": 4,
-    "cache": 5,
-    "patches": 6,
-    "perplexity": 7,
-    "cli": 8,
-    "__init__": 9,
+    "rotary": 5,
+    "cache": 6,
+    "patches": 7,
+    "perplexity": 8,
+    "cli": 9,
+    "__init__": 10,
 }
 ANYONE = {"errors", "units", "recipe"}
 BELOW_CACHE = ["kernels", "paging", "importance", "planning", "attention", "recipe", "presets", "reports", "io"]
