@@ -65,10 +65,10 @@ def run_demo(args: argparse.Namespace) -> int:
             outcomes.append(bench.run(method))
         print(draw_row(outcomes[-1], outcomes[0]), flush=True)
     print(
-        "\nright: answers that hold what the document says; same text: answers that are the stock cache's, word for word;"
-        "\nbytes: what is allocated after reading, scales, tables and free pages included, and as a share of the stock"
-        "\ncache's. Stock is the measure, not the truth: a model this small is often wrong. Only in float32 does lossless"
-        "\npromise the same text: in 16 bits its arithmetic is the stock model's within rounding."
+        "\nright: answers that hold what the document says; same text: answers that are stock's, word for word; bytes:"
+        "\nwhat is allocated after reading, scales, tables and free pages included; ratio: as a share of stock's. A model"
+        "\nthis small is often wrong: stock is the measure, not the truth. lossless promises stock's text in float32; in"
+        "\n16 bits its arithmetic is stock's within rounding."
     )
     print("\n" + draw_answers(reading, outcomes))
     print("\n" + draw_second(outcomes))

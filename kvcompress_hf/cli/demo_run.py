@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 
 from .measure import PARTS, Method, Stopwatch, dense_bytes
 from .readings import Inquiry, Reading
@@ -128,13 +129,14 @@ class Bench:
     def _stock(self, method: Method) -> Outcome:
         self.model(self.ids[:, :64], logits_to_keep=1)  # the first calls are slower: not counted
         began = self._now()
-        cache = self.model(self.ids, use_cache=True, logits_to_keep=1).past_key_values
+        out = self.model(self.ids, use_cache=True, logits_to_keep=1)
         seconds = self._now() - began
+        cache: Any = kvc.cache_of(out)
         total = dense_bytes(cache)
         memory = dict.fromkeys(PARTS, 0) | {"payload": total}
         outcome = Outcome(method.title, False, self.ids.shape[1], memory, total, total, seconds)
         outcome.answers = [self.ask(inquiry, copy.deepcopy(cache)) for inquiry in self.reading.inquiries]
-        del cache
+        del cache, out
         outcome.second_seconds = self.ask(self.reading.inquiries[1], None).seconds
         return outcome
 
@@ -176,10 +178,10 @@ class Bench:
         out = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
             max_new_tokens=self.new_tokens,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([watch]),
+            **as_argument(self.model, cache),
         )
         new = out[0, ids.shape[1] :]
         text = " ".join(self.tokenizer.decode(new, skip_special_tokens=True).split())
