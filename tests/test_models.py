@@ -178,6 +178,7 @@ def test_a_fetched_model_is_an_ordinary_folder():
         pytest.skip(str(error))
     assert gguf.weights_digest(folder) == REAL_MODELS["smollm2"].weights_sha256
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.decode(tokenizer("In 1434 there died one John Hiram.").input_ids) == "In 1434 there died one John Hiram."
+    text = "In 1434 there died one John Hiram."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert (folder / "LICENSE").read_text().lstrip().startswith("Apache License")

@@ -41,7 +41,7 @@ def draw_heads(outcomes: list[Outcome], path: Path) -> None:
         print("No picture of the heads: it needs matplotlib, install kvcompress_hf[plot]")
         return
     rows = [head for outcome in outcomes for layer in outcome.tiers for head in layer]
-    names = list(dict.fromkeys(name for head in rows for name in head))
+    names = list(dict.fromkeys(name for head in rows for name in head if head[name]))
     colours = {name: f"C{i}" for i, name in enumerate(names)}
     figure = Figure(figsize=(11, 0.6 + 2.2 * len(outcomes)), layout="constrained")
     panels = figure.subplots(len(outcomes), 1, squeeze=False, sharex=True)[:, 0]

@@ -63,7 +63,9 @@ class Outcome:
         read_seconds: reading the document, compression included.
         answers: one per question.
         tiers: per layer and KV head, how many of the document's tokens lie in each tier (`"tail"`: not packed yet).
-        second_seconds: from nothing but the model to the second answer: the document read again, or loaded from a file.
+        second_first: from nothing but the model to the second answer's first token: the document is read again, or
+            loaded from a file.
+        second_seconds: likewise to the answer's end.
         load_seconds: of that, loading the file.
         file_bytes: size of the file; `None` for the stock cache.
     """
@@ -77,6 +79,7 @@ class Outcome:
     read_seconds: float
     answers: list[Answer] = field(default_factory=list)
     tiers: list[list[dict[str, int]]] = field(default_factory=list)
+    second_first: float = 0.0
     second_seconds: float = 0.0
     load_seconds: float = 0.0
     file_bytes: int | None = None
@@ -137,7 +140,8 @@ class Bench:
         outcome = Outcome(method.title, False, self.ids.shape[1], memory, total, total, seconds)
         outcome.answers = [self.ask(inquiry, copy.deepcopy(cache)) for inquiry in self.reading.inquiries]
         del cache, out
-        outcome.second_seconds = self.ask(self.reading.inquiries[1], None).seconds
+        again = self.ask(self.reading.inquiries[1], None)
+        outcome.second_first, outcome.second_seconds = again.first_seconds, again.seconds
         return outcome
 
     def _ours(self, method: Method) -> Outcome:
@@ -162,6 +166,7 @@ class Bench:
                 loaded = kvc.CompressedPagedCache.load(path, self.model)
                 outcome.load_seconds = self._now() - began
                 again = self.ask(self.reading.inquiries[1], loaded)
+                outcome.second_first = outcome.load_seconds + again.first_seconds
                 outcome.second_seconds = outcome.load_seconds + again.seconds
         return outcome
 

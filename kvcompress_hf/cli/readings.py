@@ -14,7 +14,6 @@ from .facts import PASSKEY_INTRO, sentences
 __all__ = ["Inquiry", "Reading", "document_reading", "facts_reading", "find_document"]
 
 DOCUMENT = Path("examples") / "texts" / "the_warden.txt"
-_SYSTEM = "You answer questions about a text in a few words, with what the text says."
 _MARK = "THE QUESTION COMES HERE"
 
 
@@ -87,7 +86,7 @@ def document_reading(tokenizer: Any, path: Path, questions: list[str] | None = N
     else:
         raise ValueError(f"no questions about {path}: give some with --ask, or questions and answers in {beside}")
     if tokenizer.chat_template:
-        chat = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": f"{text}\n\n{_MARK}"}]
+        chat = [{"role": "user", "content": f"{text}\n\n{_MARK}"}]
         whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     else:
         whole = f"{text}\n\nQuestion: {_MARK}\nAnswer:"

@@ -1,4 +1,4 @@
-"""Real pretrained models for the tests, and held-out prose to read; each is fetched once, to the user's cache directory."""
+"""Real pretrained models, each fetched once to the user's cache directory, and held-out prose for them to read."""
 
 import os
 from pathlib import Path
