@@ -1,0 +1,205 @@
+"""What an observer is: a typed part of a recipe that says which statistics to keep and how they rank slots."""
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvcompress_hf.paging.slots import Slots
+from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.recipe import Part
+
+if TYPE_CHECKING:
+    from kvcompress_hf.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Several new tokens of one layer, before they are stored.
+
+    Args:
+        store (`PagedStore`): What is stored already.
+        layer (`int`): Index of the layer in the store.
+        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
+        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, as they will be stored: less the store's
+            `key_shift`, if there is one. Softmax does not notice; `store.whole(layer, keys)` gives whole keys back, and
+            [`Observer.describe`] gets them whole.
+        values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        position (`int`): Logical position of the first token.
+        scale (`float`): Factor on the logits.
+        softcap (`float`, *optional*): Soft cap on the logits.
+        window (`int`, *optional*): Sliding window in tokens.
+        sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
+        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`,
+            on the host; `None` where it is not known how another position would turn queries and keys, and for
+            observers that do not ask for it.
+    """
+
+    store: PagedStore
+    layer: int
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+    valid: torch.Tensor | None
+    inv_freq: torch.Tensor | None = None
+
+
+class Observer(Part, abc.ABC):
+    """Which statistics are kept per slot, and how they become importance.
+
+    Subclass it as a frozen dataclass with a `kind`, and a recipe can use it (`docs/adding.md`).
+    """
+
+    family = "observer"
+
+    @property
+    @abc.abstractmethod
+    def fields(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: Names of the float32 slot fields it keeps, at most three."""
+
+    @property
+    def describes(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: Those of the fields that follow from keys and values alone, by [`Observer.describe`]."""
+        return ()
+
+    def describe(
+        self, keys: torch.Tensor, values: torch.Tensor, key_mean: torch.Tensor, value_mean: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The fields that follow from keys and values alone, made when slots are packed.
+
+        Args:
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            key_mean (`torch.Tensor`): float32 `[batch, kv_heads, 1, head_dim]`, over all tokens of the sequence so far.
+            value_mean (`torch.Tensor`): Likewise for values.
+
+        Returns:
+            `dict[str, torch.Tensor]`: Fields by name, float32 `[batch, kv_heads, tokens]`.
+        """
+        return {}
+
+    @property
+    def sum_field(self) -> str | None:
+        """`str` or `None`: The field to which each decode step adds its probabilities, summed over query heads."""
+        return None
+
+    @property
+    def square_field(self) -> str | None:
+        """`str` or `None`: The field to which each decode step adds its squared probabilities."""
+        return None
+
+    @property
+    def last_only(self) -> bool:
+        """`bool`: Whether only the last step before a plan counts."""
+        return False
+
+    @property
+    def fading(self) -> tuple[tuple[str, ...], float]:
+        """`tuple[tuple[str, ...], float]`: Fields that fade while decoding, and the factor per step."""
+        return (), 1.0
+
+    @property
+    def observes_steps(self) -> bool:
+        """`bool`: Whether each decode step is a chunk of one token for [`Observer.observe`], because the decode kernel
+        cannot add up what is needed. Costs a second pass over the keys per step."""
+        return False
+
+    @property
+    def needs_rotary(self) -> bool:
+        """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.inv_freq`."""
+        return False
+
+    @property
+    def reads_again(self) -> int | None:
+        """`int` or `None`: Tokens of a chunk in which a prompt is read a second time before it is planned for."""
+        return None
+
+    def observe_again(self, chunk: Chunk) -> None:
+        """Looks at tokens of the prompt that are read a second time; updates the fields of what is stored.
+
+        Args:
+            chunk (`Chunk`): The tokens, as if they came next. They are not stored.
+        """
+
+    @property
+    def scores_decoded(self) -> bool:
+        """`bool`: Whether decoded tokens get a score, so that plans during decoding can judge them."""
+        return True
+
+    def check(self, recipe: "Recipe") -> None:
+        """Refuses recipes that this observer cannot serve; called when the recipe is made.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Raises:
+            ValueError: If the recipe plans during decoding and decoded tokens get no score.
+        """
+        if recipe.when.decode and not self.scores_decoded:
+            raise ValueError(
+                f"When(decode=True) plans over decoded tokens, but this {type(self).__name__} gives them no score, so "
+                "they would always go first; use when={'decode': False}, or an observer that scores decode steps."
+            )
+
+    def spread(self, slots: Slots) -> torch.Tensor | None:
+        """How unsettled the importance of each slot is, for plans that protect such slots.
+
+        Args:
+            slots (`Slots`): Every stored slot.
+
+        Returns:
+            `torch.Tensor` or `None`: float32 `[batch, rows, slots]`; `None` if the observer cannot tell.
+        """
+        return None
+
+    @abc.abstractmethod
+    def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        """Looks at a chunk of a prompt; may update the fields of what is stored.
+
+        Args:
+            chunk (`Chunk`): The new tokens.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The other fields of the new tokens, float32 `[batch, kv_heads, tokens]`.
+        """
+
+    @abc.abstractmethod
+    def importance(self, slots: Slots) -> torch.Tensor:
+        """Ranks slots: what has the least importance goes first.
+
+        Args:
+            slots (`Slots`): Every stored slot.
+
+        Returns:
+            `torch.Tensor`: float32 `[batch, rows, slots]`; anything where nothing is stored.
+        """
+
+
+def queries_that_saw(slots: Slots, observing: int, fading: float = 1.0) -> torch.Tensor:
+    """How many queries contributed to a slot's running statistics.
+
+    Args:
+        slots (`Slots`): Every stored slot.
+        observing (`int`): Queries of the prompt that were observed at most.
+        fading (`float`): Factor per decode step by which what was seen counts less.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, rows, slots]`, at least 1: for a slot of the prompt the observing queries
+        from itself on and every decode step; for a decoded slot the steps since, its own included.
+    """
+    in_prompt = (slots.prompt - slots.positions).clamp(min=0, max=observing)
+    decoded = slots.seen - slots.positions.clamp(min=slots.prompt)
+    if fading == 1:
+        return (in_prompt + decoded).clamp(min=1).float()
+    steps = max(slots.seen - slots.prompt, 0)
+    # The sum of fading**i over the decode steps; by expm1, because fading may differ from 1 by less than float32 sees.
+    faded = torch.expm1(decoded.float() * math.log(fading)) / (fading - 1)
+    return (in_prompt * fading**steps + faded).clamp(min=1)
