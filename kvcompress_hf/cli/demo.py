@@ -66,8 +66,8 @@ def run_demo(args: argparse.Namespace) -> int:
         print(draw_row(outcomes[-1], outcomes[0]), flush=True)
     print(
         "\nright: answers that hold what the document says; same text: answers that are stock's, word for word;"
-        "\nbytes: what is allocated after reading, scales, tables and free pages included; ratio: as a share of stock's."
-        "\nA model this small is often wrong: stock is the measure, not the truth. lossless promises stock's text in"
+        "\nbytes: what is allocated after reading, scales, tables and free pages included; ratio: as a share of stock's"
+        ".\nA model this small is often wrong: stock is the measure, not the truth. lossless promises stock's text in"
         "\nfloat32; in 16 bits its arithmetic is stock's within rounding."
     )
     print("\n" + draw_answers(reading, outcomes))
