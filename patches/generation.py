@@ -271,7 +271,9 @@ def _check_passed_cache(
         )
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
-        raise ValueError("use_cache=False and a cache passed to generate() contradict each other; leave one of them out.")
+        raise ValueError(
+            "use_cache=False and a cache passed to generate() contradict each other; leave one of them out."
+        )
     seen, given = cache.get_seq_length(), _prompt_tokens(generation_config, model_kwargs)
     if seen and given is not None and given <= seen:
         # Stock takes the tokens for the whole text, finds nothing new in it, and fails or reads them a second time.

@@ -4,7 +4,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kvcompress_hf.compat import TESTED, PreTrainedConfig, installed_version, is_tested, outdated_peft, unreachable_argument
+from kvcompress_hf.compat import (
+    TESTED,
+    PreTrainedConfig,
+    installed_version,
+    is_tested,
+    outdated_peft,
+    unreachable_argument,
+)
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
 
 __all__ = [
