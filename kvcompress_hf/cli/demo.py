@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     demo.add_argument("--model", help=f"{MODEL_HELP} (default: {DEFAULT_MODEL}, tiny where it cannot be fetched)")
     demo.add_argument("--text", type=Path, help="a document to read (default: the first chapter of a novel)")
     demo.add_argument("--ask", action="append", metavar="QUESTION", help="ask this about --text; may be repeated")
-    demo.add_argument("--new-tokens", type=int, default=16, help="at most, per answer (default: %(default)s)")
+    demo.add_argument("--new-tokens", type=int, default=12, help="at most, per answer (default: %(default)s)")
     demo.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: the model's)")
     demo.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)")
