@@ -165,7 +165,7 @@ def _prepare_generation_config(
     if isinstance(option, Cache):
         if not isinstance(option, CompressedPagedCache):
             raise TypeError(
-                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache, or a recipe for a fresh one."
+                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache, or a recipe for a new one."
             )
         if find_cache([option, *kwargs.values()], CompressedPagedCache) is option:
             kwargs, given = {**kwargs, generate_argument(): option}, False
