@@ -40,15 +40,22 @@ def test_the_models_are_what_they_should_be(read):
         assert config.layer_types.count("sliding_attention") == 15 and len(config.layer_types) == 18
 
 
-def test_greedy_and_prompt_lookup_give_the_stock_tokens(read):
+def test_greedy_gives_the_stock_tokens(read):
     model, _, ids, stock = read
     assert stock.unique().numel() > 20  # a model that only repeats itself would show nothing
     with kvc.patched(model, "lossless"):
         cache = kvc.prefill(model, ids[:, :-1])
-        lookup = go_on(model, ids, 64, kvcompress=cache.fork(), prompt_lookup_num_tokens=4)
-        assert torch.equal(lookup, stock[:, :64])
         assert torch.equal(go_on(model, ids, NEW, kvcompress=cache), stock)
         assert cache.memory().ratio < 1.1
+
+
+def test_prompt_lookup_gives_the_stock_tokens(read, prose):
+    # On a cache of its own: continuing a given one, transformers' prompt lookup strays from greedy decoding by itself.
+    model, tokenizer, _, _ = read
+    ids = prose(tokenizer, 560, skip=60_000)
+    stock = go_on(model, ids, 48)
+    with kvc.patched(model, "lossless"):
+        assert torch.equal(go_on(model, ids, 48, prompt_lookup_num_tokens=4), stock)
 
 
 def test_a_prompt_in_chunks_gives_the_stock_tokens(read):
