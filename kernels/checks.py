@@ -133,7 +133,7 @@ def check_packed_width(rows: Rows, tier: int, lengths: Tensor) -> None:
 def check_positions(position: int, tokens: int) -> None:
     """Checks that positions from one on can be counted in 32 bits."""
     if not 0 <= position <= LAST_POSITION + 1 - tokens:
-        raise ValueError(f"positions must be between 0 and {LAST_POSITION}, got {position} and {tokens} tokens from it on")
+        raise ValueError(f"positions must be between 0 and {LAST_POSITION}, got {tokens} tokens from {position} on")
 
 
 def check_pack(
