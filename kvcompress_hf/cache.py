@@ -449,9 +449,10 @@ class CompressedPagedCache(Cache):
         attention = getattr(self, "_attention", None)
         if attention is None or sys.is_finalizing():
             return
-        self.run_report.freeze()
-        if attention.has_forks:  # they share an arena, so a cache that goes must hand its pages back
-            attention.close()
+        try:
+            self.run_report.freeze(waiting=False)
+        finally:
+            attention.abandon()  # forks share an arena, so a cache that goes must hand its pages back
 
     # -- to a file and back ----------------------------------------------------------------------------------------
 
