@@ -233,11 +233,11 @@ def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[st
     """Length of the prompt, padding included; generate() drops a mask of ones but notes its length."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
-        return int(mask.shape[-1])
+        return int(mask.shape[-1]) or None
     length = getattr(generation_config, "_mask_length", None)
     if length is None and model_kwargs.get("position_ids") is not None:
         length = model_kwargs["position_ids"].shape[-1]
-    return None if length is None else int(length)
+    return int(length) if length else None
 
 
 def _may_drop_cache(model: PreTrainedModel) -> bool:

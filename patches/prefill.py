@@ -15,6 +15,7 @@ from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.support import unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.validation import require_int
 
 __all__ = ["prefill"]
 
@@ -60,8 +61,8 @@ def prefill(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be that of input_ids, "
             f"{tuple(input_ids.shape)}."
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None.")
+    if chunk_size is not None:
+        require_int("", "chunk_size", chunk_size, 1)
     record = record_of(model)
     rows = resolve_rows(recipe, None if record is None or recipe is not None else record.recipe)
     recipes = [row.with_overrides(**overrides) for row in rows]

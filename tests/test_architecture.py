@@ -30,7 +30,7 @@ LEVEL = {
     "importance": 10,
     "planning": 10,
 }
-ANYONE = {"errors", "units", "recipe"}
+ANYONE = {"errors", "units", "recipe", "validation"}
 BELOW_CACHE = ["kernels", "paging", "observers", "plans", "runtime", "recipe", "presets", "reports", "io"]
 
 
