@@ -76,16 +76,17 @@ def make_document(tokenizer, tokens):
 
 def ask(model, ids, new_tokens, cache=None):
     """The new tokens, the bytes of all caches alive (forks of one share pages), and how long it took."""
+    past = {} if cache is None else {"kvcompress": cache}
     began = time.perf_counter()
     out = model.generate(
         ids,
-        past_key_values=cache,
+        **past,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
-    seconds, past = time.perf_counter() - began, out.past_key_values
+    seconds, past = time.perf_counter() - began, kvc.cache_of(out)
     if cache is None:
         held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
     else:

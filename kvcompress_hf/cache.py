@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers import PreTrainedModel
 
+from kvcompress_hf.compat import Cache, CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.io import UnreadPages, layer_devices, load_cache, model_identity, save_cache
 from kvcompress_hf.presets import resolve_rows
@@ -20,7 +20,6 @@ from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
-from kvcompress_hf.units import format_bytes
 from kvcompress_hf.validation import MOST_TOKENS, require_bytes, require_int, shown
 
 __all__ = ["CompressedPagedCache", "KVHandle"]
@@ -88,7 +87,7 @@ class _LayerFace(CacheLayerMixin):
 class CompressedPagedCache(Cache):
     """A KV cache of pages, with per-head budgets and keys and values at different precision.
 
-    Made by a patched model at each `generate` call, or by hand and given as `past_key_values=`. It only works with
+    Made by a patched model at each `generate` call, or by hand and given as `kvcompress=cache`. It only works with
     models prepared by [`patch`]: `update` returns the new tokens alone, and attention reads the pages.
 
     Args:
@@ -597,12 +596,10 @@ class CompressedPagedCache(Cache):
         return measure_rows(self._attention)
 
     def __repr__(self) -> str:
-        memory = self.memory()
-        slots = sum(int(layer.sum()) for layer in self.slots())
+        # Cheap, since transformers puts it into warnings at every call: nothing on a device is read for it.
         return (
-            f"CompressedPagedCache(recipe={self.recipe.name!r}, tokens={self.get_seq_length()}, "
-            f"batch={self._attention.batch}, slots={slots}, "
-            f"bytes={format_bytes(memory.total)}, ratio={memory.ratio:.1%})"
+            f"CompressedPagedCache(recipe={self.recipe.name!r}, layers={len(self)}, batch={self._attention.batch}, "
+            f"tokens={self.get_seq_length()})"
         )
 
 

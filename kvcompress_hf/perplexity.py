@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches import patched
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
@@ -112,8 +113,8 @@ def perplexity(
             logits = model(
                 input_ids=ids[:, start:end],
                 position_ids=positions[None],
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
                 **extra,
             ).logits
             if kept > 0:

@@ -5,6 +5,7 @@ that makes it, and it round-trips through JSON.
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ MOST_PAGE_BYTES = 2**24
 
 #: How far what is kept looks from the next query: as far as it was in the text, or as if nothing had been between.
 POSITIONS = ("absolute", "reindexed")
+
+
+#: Where the kinds that come with the package are defined; imported when one is first asked for by name.
+_BUILT_IN = {"observer": "kvcompress_hf.observers", "plan": "kvcompress_hf.plans"}
 
 
 class Part:
@@ -75,6 +80,8 @@ class Part:
         """
         arguments = dict(values)
         kind = arguments.pop("kind", None)
+        if (family, str(kind)) not in cls._known and family in _BUILT_IN:
+            importlib.import_module(_BUILT_IN[family])
         known = cls._known.get((family, str(kind)))
         if known is None:
             names = sorted(name for fam, name in cls._known if fam == family)

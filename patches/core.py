@@ -6,24 +6,28 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
 
 from kvcompress_hf.cache import layer_windows
+from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
-from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
+from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
+from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
+from kvcompress_hf.patches.implementation import configs_of, set_implementation
 from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
 from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
 from kvcompress_hf.patches.qwen import PagedQwen2Attention, PagedQwen3Attention, PagedQwen3MoeAttention
-from kvcompress_hf.patches.support import check_model, check_transformers, text_config, unwrap
+from kvcompress_hf.patches.support import check_model, text_config, unwrap
 from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
 from kvcompress_hf.rotary import key_frequencies
 
-__all__ = ["is_patched", "last_run_report", "patch", "patched", "unpatch"]
+__all__ = ["contract_results", "is_patched", "last_run_report", "patch", "patched", "unpatch"]
+
+logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -45,24 +49,29 @@ def patch(
     recipe: str | Mapping[str, Any] | Recipe | None = None,
     *,
     route: str = "auto",
+    check: bool = True,
     **overrides: Any,
 ) -> Model:
     """Makes a model keep its past in a compressed, paged cache whenever it generates.
 
     Everything else about the model stays: weights, class, config, placement. `generate`, `pipeline` and chat
-    make a fresh [`CompressedPagedCache`] per call; a cache passed as `past_key_values` is used instead, and
-    one of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only
-    the recipe.
+    make a fresh [`CompressedPagedCache`] per call; one passed as `kvcompress=cache` is used instead, and a cache
+    of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only the
+    recipe.
 
-    Before anything is relied on, three tokens are run through the stock and the patched model; if the logits
-    differ, or anything else fails, the model is left exactly as it was.
+    Before anything is relied on, a few tokens are run through the stock and the patched model, and every layer's
+    attention is compared; if one differs by more than rounding, or anything else fails, the model is left exactly as
+    it was.
 
     Args:
         model (`PreTrainedModel`): A decoder-only language model, or a PEFT model around one.
         recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts. Left out, it is
             `"k8v4"`, which keeps every token; with a `budget` it is `"auto"`.
         route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
-            goes through transformers' attention interface, `"auto"` takes the first that fits.
+            goes through transformers' attention interface, `"auto"` takes the first that fits and passes its check.
+        check (`bool`): Whether to compare with the stock model before the patch is relied on. `False` saves about ten
+            forward passes over a few tokens, and takes models that the comparison refuses; what they then say is on
+            your own account. What the config shows to be unsupported is refused in any case.
         overrides: Parts of the recipe to change, such as `budget=1/8`.
 
     Returns:
@@ -72,8 +81,8 @@ def patch(
         TypeError: If `model` is no transformers model or `recipe` of no known type.
         ValueError: If the recipe, an override or the route is not allowed.
         UnsupportedModelError: If the model cannot be patched; the message says why.
-        UnsupportedFeatureError: If the installed transformers version is not supported, or positions are to be
-            re-indexed and the model's rotary embedding does not allow it.
+        UnsupportedFeatureError: If the installed transformers lacks something that is needed of it, or positions are
+            to be re-indexed and the model's rotary embedding does not allow it.
 
     Example:
 
@@ -84,7 +93,7 @@ def patch(
 
     ```
     """
-    check_transformers()
+    check_transformers(_install_lossless, tuple(_SWAPPED))
     resolved = resolve_recipe(recipe, **overrides)
     if route not in ("auto", "swap", "interface"):
         raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
@@ -98,14 +107,20 @@ def patch(
     key_frequencies(inner.config, resolved, layer_windows(inner.config))  # refuses now what a cache would refuse later
     if record is not None:
         unpatch(inner)
+    chosen = _choose_route(inner, route)
     with evaluating(inner):
-        expected = stock_logits(inner)
-        _install(inner, PatchRecord(resolved, route=_choose_route(inner, route)))
+        expected = observe_stock(inner) if check else None
         try:
-            check_dry_run(inner, expected)
-        except BaseException:
-            unpatch(inner)
-            raise
+            _install_checked(inner, PatchRecord(resolved, route=chosen), expected)
+        except Exception as error:
+            if route != "auto" or chosen == "interface":
+                raise
+            # The interface needs less of transformers than the swapped modules do.
+            _install_checked(inner, PatchRecord(resolved, route="interface"), expected)
+            logger.warning_once(
+                f"{type(inner).__name__} goes by the attention interface, because its attention modules could not be "
+                f"swapped ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            )
     return model
 
 
@@ -141,6 +156,7 @@ def patched(
     recipe: str | Mapping[str, Any] | Recipe | None = None,
     *,
     route: str = "auto",
+    check: bool = True,
     **overrides: Any,
 ) -> Iterator[Model]:
     """[`patch`] for the length of a `with` block; afterwards the model is as before, patched or not.
@@ -149,6 +165,7 @@ def patched(
         model (`PreTrainedModel`): A decoder-only language model.
         recipe (`str`, `Recipe` or `dict`, *optional*): As for [`patch`].
         route (`str`): As for [`patch`].
+        check (`bool`): As for [`patch`].
         overrides: As for [`patch`].
 
     Yields:
@@ -164,14 +181,14 @@ def patched(
     """
     record = record_of(model) if isinstance(model, nn.Module) else None
     before = None if record is None else (record.recipe, record.route)
-    patch(model, recipe, route=route, **overrides)
+    patch(model, recipe, route=route, check=check, **overrides)
     try:
         yield model
     finally:
         if before is None:
             unpatch(model)
         else:
-            patch(model, before[0], route=before[1])
+            patch(model, before[0], route=before[1], check=check)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -204,6 +221,25 @@ def last_run_report(model: nn.Module) -> RunReport | None:
     return record.last_run
 
 
+def contract_results(items: tuple[Item, ...] = CONTRACT) -> list[tuple[str, bool, str]]:
+    """Checks on the installed transformers whatever this package needs of it.
+
+    Args:
+        items (`tuple[Item, ...]`): What to check; everything when left out.
+
+    Returns:
+        `list[tuple[str, bool, str]]`: Per item its name, whether it holds, and a few words or what is wrong.
+    """
+    return check_contract(_install_lossless, tuple(_SWAPPED), items)
+
+
+def _install_lossless(model: PreTrainedModel, route: str) -> PreTrainedModel:
+    """`patch` for the contract, which is what `patch` itself may be waiting for."""
+    with evaluating(model):
+        _install_checked(model, PatchRecord(resolve_recipe("lossless"), route=route), stock_logits(model))
+    return model
+
+
 def _choose_route(model: PreTrainedModel, route: str) -> str:
     swappable = sum(type(module) in _SWAPPED for module in model.modules())
     if route == "swap" and not swappable:
@@ -215,9 +251,20 @@ def _choose_route(model: PreTrainedModel, route: str) -> str:
     return "swap" if swappable == text_config(model).num_hidden_layers else "interface"
 
 
+def _install_checked(model: PreTrainedModel, record: PatchRecord, expected: StockNotes | None) -> None:
+    """Puts everything in place and compares it with the stock model if asked to; if that fails, all is as it was."""
+    _install(model, record)
+    try:
+        if expected is not None:
+            check_dry_run(model, expected)
+    except BaseException:
+        unpatch(model)
+        raise
+
+
 def _install(model: PreTrainedModel, record: PatchRecord) -> None:
     """Puts everything in place, or nothing."""
-    before = [(config, config._attn_implementation) for config in _configs(model)]
+    before = [(config, config._attn_implementation) for config in configs_of(model)]
     try:
         _set_implementation(model, record.route)
         record.implementations = [
@@ -237,50 +284,11 @@ def _install(model: PreTrainedModel, record: PatchRecord) -> None:
 
 def _set_implementation(model: PreTrainedModel, route: str) -> None:
     """Sets the attention implementation that the route needs, for the text part only."""
-    text = text_config(model)
-    base = interface.base_implementation(text._attn_implementation)
-    # Flash and flex attention know other masks than ours; the past is read by our own kernels in any case.
-    names: tuple[str, ...] = (base,) if base in interface.BASES else interface.BASES
     if route == "swap":
-        if base in interface.BASES:
-            return
-    else:
-        interface.register()
-        names = tuple(interface.interface_name(name) for name in names)
-    for name in names:
-        try:
-            model.set_attn_implementation(
-                name if text is model.config else {_sub_config_name(model.config, text): name}
-            )
-        except (ValueError, ImportError) as error:
-            refusal: Exception | None = error
-            continue
-        if text._attn_implementation == name:
-            return
-        refusal = None
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not supported: its attention implementation could not be set to "
-        f"{' or '.join(names)}"
-    ) from refusal
-
-
-def _sub_config_name(config: PreTrainedConfig, text: PreTrainedConfig) -> str:
-    for name in config.sub_configs:
-        if getattr(config, name, None) is text:
-            return name
-    raise UnsupportedModelError(f"{type(config).__name__} hides its text config, so its attention cannot be set.")
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config of a model once, composite ones before their parts."""
-    found: dict[int, PreTrainedConfig] = {}
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop(0)
-        if id(config) not in found:
-            found[id(config)] = config
-            waiting += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
-    return list(found.values())
+        set_implementation(model)
+        return
+    interface.register()
+    set_implementation(model, interface.interface_name)
 
 
 def _is_intact(model: Any, record: PatchRecord) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches.core import patched
 from kvcompress_hf.patches.generation import record_of
 from kvcompress_hf.patches.second_reading import read_again
@@ -30,7 +31,7 @@ def prefill(
     chunk_size: int | None = None,
     **overrides: Any,
 ) -> CompressedPagedCache:
-    """Runs a prompt through a model and returns the filled cache, for `generate(..., past_key_values=cache)`.
+    """Runs a prompt through a model and returns the filled cache, for `generate(..., kvcompress=cache)`.
 
     `generate` needs at least one token beyond the cached ones: pass it the prompt with the question appended,
     or only the new tokens together with the attention mask of all of them.
@@ -85,8 +86,8 @@ def prefill(
                 input_ids=input_ids[:, start:end],
                 attention_mask=None if attention_mask is None else attention_mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
                 **extra,
             )
         if cache.awaits_second_reading:
