@@ -1,5 +1,6 @@
 """A change of a cache that is stopped, wherever that happens, leaves it as it was before, or closed with an error."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -61,6 +62,7 @@ RECIPES = {
     "auto": recipe("auto", budget=0.3, protect={"recent": 4}),
     "keydiff": recipe("keydiff", budget=0.5, protect={"recent": 4}),
 }
+KVZIP = recipe("kvzip", budget=0.5)
 
 
 def tokens(count, seed, batch=2):
@@ -124,7 +126,7 @@ def check_pages(cache):
 
 
 def make(name, decoded):
-    cache = kvc.CompressedPagedCache(CONFIG, RECIPES[name])
+    cache = kvc.CompressedPagedCache(CONFIG, RECIPES.get(name, KVZIP))
     forward(cache, tokens(40, seed=0))
     for step in range(decoded):
         forward(cache, tokens(1, seed=100 + step))
@@ -169,3 +171,67 @@ def test_a_forward_pass_stopped_anywhere_can_be_repeated(name, kind):
         assert same(contents(cache), after), stop.place
         check_pages(cache)
     assert closed < len(lines) if RECIPES[name].evicts else not closed
+
+
+def recorded(name):
+    cache = make(name, 1)
+    cache.activate_past_recording()
+    for step in range(5):
+        forward(cache, tokens(1, seed=200 + step))
+    return cache
+
+
+def chunk_on_a_fork(cache):
+    fork = cache.fork()
+    forward(fork, tokens(9, seed=5))
+    fork.reset()
+
+
+def read_again(cache):
+    with cache.second_reading():
+        forward(cache, tokens(40, seed=0))
+
+
+#: What is done to a cache, to which, and whether it may have to be closed.
+CHANGES = {
+    "beams": (lambda: make("k4v2", 2), lambda cache: cache.reorder_cache(torch.tensor([1, 0])), False),
+    "fewer rows": (lambda: make("h2o", 2), lambda cache: cache.batch_select_indices(torch.tensor([1])), False),
+    "more rows": (lambda: make("auto", 2), lambda cache: cache.batch_repeat_interleave(3), False),
+    "crop": (lambda: make("lossless", 2), lambda cache: cache.crop(-5), False),
+    "commit": (lambda: recorded("kv-compress"), lambda cache: cache.crop(-1), True),
+    "commit, packing": (lambda: recorded("k4v2"), lambda cache: cache.crop(-1), False),
+    "fork": (lambda: make("auto", 2), lambda cache: cache.fork().reset(), False),
+    "a fork's chunk": (lambda: make("h2o", 2), chunk_on_a_fork, False),
+    "second reading": (lambda: make("kvzip", 0), read_again, True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_any_other_change_stopped_anywhere_can_be_repeated(name):
+    prepare, change, may_close = CHANGES[name]
+    cache = prepare()
+    before = contents(cache)
+    with StopAt() as counter:
+        change(cache)
+    after, live = contents(cache), [arena.live for arena in cache._attention.arenas]
+    for line in sorted({1, 2, counter.count, *range(3, counter.count, max(1, counter.count // 11))}):
+        cache = prepare()
+        with pytest.raises(Stopped), StopAt(line) as stop:
+            change(cache)
+        gc.collect()  # what the change had made is gone
+        if cache._attention.rollback.closed is not None:
+            assert may_close, stop.place
+            with pytest.raises(RuntimeError, match="closed"):
+                forward(cache, tokens(1, seed=1))
+            assert not cache._attention.arenas
+            continue
+        if same(contents(cache), after) and not same(after, before):
+            assert line > 0.9 * counter.count, stop.place  # it was through
+        else:
+            assert same(contents(cache), before), stop.place
+            check_pages(cache)
+            change(cache)
+        gc.collect()
+        assert same(contents(cache), after), stop.place
+        assert [arena.live for arena in cache._attention.arenas] == live, stop.place
+        check_pages(cache)
