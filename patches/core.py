@@ -236,7 +236,7 @@ def contract_results(items: tuple[Item, ...] = CONTRACT) -> list[tuple[str, bool
 def _install_lossless(model: PreTrainedModel, route: str) -> PreTrainedModel:
     """`patch` for the contract, which is what `patch` itself may be waiting for."""
     with evaluating(model):
-        _install_checked(model, PatchRecord(resolve_recipe("lossless"), route=route), stock_logits(model))
+        _install_checked(model, PatchRecord(resolve_recipe("lossless"), route=route), observe_stock(model))
     return model
 
 

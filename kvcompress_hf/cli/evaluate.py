@@ -215,7 +215,7 @@ def surroundings(device: str) -> dict[str, Any]:
     from .info import version_of
 
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "architecture": platform.machine(),
             "cpus": os.cpu_count(),
