@@ -15,8 +15,8 @@ import torch
 
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.layer_work import LayerWork
-from kvcompress_hf.runtime.new_tokens import NewTokens, real_tokens
 from kvcompress_hf.runtime.state import AttentionState, LayerState, RunStatistics, layout_for
 
 __all__ = ["AttentionState", "PagedAttention", "RunStatistics", "layout_for"]
@@ -72,7 +72,8 @@ class PagedAttention(LayerWork):
         """
         last = layer_idx == len(self.layers) - 1 and not self._reading_again
         try:
-            output = self._attend(layer_idx, query, key, value, mask, scaling, dense, softcap, window, sinks)
+            new = AttentionCall(query, key, value, None, 0, scaling, softcap, window, sinks)
+            output = self._attend(layer_idx, new, mask, dense)
             if last:
                 self._end_forward()
         except BaseException:
@@ -83,43 +84,37 @@ class PagedAttention(LayerWork):
         return output
 
     def _attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        dense: Callable[[], torch.Tensor],
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, layer_idx: int, new: AttentionCall, mask: torch.Tensor | None, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        layer, counters = self.layers[layer_idx], self.counters
-        tokens, position = key.shape[2], layer.seen
+        layer, counters, key = self.layers[layer_idx], self.counters, new.key
+        tokens = key.shape[2]
+        position = new.position = layer.seen
         if position == counters.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
             counters = self.counters
         store = self._store_of(layer_idx, layer, key)
-        valid = None if mask is None else real_tokens(mask, query.shape[2], tokens, key.shape[0])
-        layer.group = query.shape[1] // key.shape[1]
+        if mask is not None:
+            read = self._read_mask(mask)
+            new.valid = read.real_tokens(new.query.shape[2], tokens, key.shape[0])
+            if tokens > 1 or not position:  # a decoded token sees all there is
+                new.mask = read
+        layer.group = new.query.shape[1] // key.shape[1]
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
-        if position == 0 and self.recipe.centres_keys and softcap is None and sinks is None:
-            store.settle_key_shift(layer.index, key.detach(), valid)
-        key = store.centre(layer.index, key)
-        new = NewTokens(query, key, value, valid, position, scaling, softcap, window, sinks)
+        if position == 0 and self.recipe.centres_keys and new.softcap is None and new.sinks is None:
+            store.settle_key_shift(layer.index, key.detach(), new.valid)
+        new.key = store.centre(layer.index, key)
         if self._reading_again:
-            return self._read_again(layer, store, new.detached(), mask)
+            return self._read_again(layer, store, new.detached())
         if tokens == 1 and position:
             output = self._decode(layer, store, new)
-        elif self._verifies(layer, mask, valid, tokens):
+        elif self._verifies(layer, new):
             outputs = []
             for token in new.singly():
                 outputs.append(self._decode(layer, store, token))
                 layer.seen += 1
             output = torch.cat(outputs, dim=1)
         else:
-            output = self._chunk(layer, store, new.detached(), mask, dense)
+            output = self._chunk(layer, store, new.detached(), dense)
         layer.seen = position + tokens
         counters.seen = max(counters.seen, layer.seen)
         return output
@@ -186,9 +181,9 @@ class PagedAttention(LayerWork):
         """
         last = layer_idx == len(self.layers) - 1
         try:
-            output = self._attend_shared(
-                layer_idx, source_idx, query, key, value, mask, scaling, dense, softcap, window, sinks
-            )
+            read = None if mask is None else self._read_mask(mask)
+            new = AttentionCall(query, key, value, None, 0, scaling, softcap, window, sinks, read)
+            output = self._attend_shared(layer_idx, source_idx, new, dense)
             if last:
                 self._end_forward()
         except BaseException:
@@ -199,44 +194,34 @@ class PagedAttention(LayerWork):
         return output
 
     def _attend_shared(
-        self,
-        layer_idx: int,
-        source_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        dense: Callable[[], torch.Tensor],
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, layer_idx: int, source_idx: int, new: AttentionCall, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        source, tokens = self.layers[source_idx], key.shape[2]
+        source, tokens, queries = self.layers[source_idx], new.tokens, new.query.shape[2]
+        mask = None if new.mask is None else new.mask.tensor
         if source.sharing != "store" or source.store is None:
             raise UnsupportedFeatureError(
                 f"Layer {layer_idx} attends to the keys and values of layer {source_idx}, but the model's config does "
                 "not say that layer is shared (kv_sharing_modes), so they have not been kept for it."
             )
-        if mask is not None and (mask.dim() != 4 or mask.shape[-2:] != (query.shape[2], tokens)):
+        if mask is not None and (mask.dim() != 4 or mask.shape[-2:] != (queries, tokens)):
             raise UnsupportedFeatureError(
-                f"Got an attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries and {tokens} new "
+                f"Got an attention mask of shape {tuple(mask.shape)} for {queries} queries and {tokens} new "
                 "tokens; a compressed cache needs one over the new tokens only."
             )
         position = source.seen - tokens
         # Stock attention without a mask takes the first query for the first token, which it is not if there are fewer.
-        if position == 0 and (mask is not None or query.shape[2] in (1, tokens)):
+        if position == 0 and (mask is not None or queries in (1, tokens)):
             return dense()
         store = source.store
-        new = NewTokens(query, store.centre(source.index, key), value, None, position, scaling, softcap, window, sinks)
+        new.key, new.position = store.centre(source.index, new.key), position
         store.reserve_tail(source.tail_used)
         tail = store.tail(source.index)
         if tokens == 1:
             # The token is in the tail already; it comes as a new key, as in a chunk that is not stored yet.
-            newest = 1 if mask is None else real_tokens(mask, 1, 1, self.batch)[:, 0].to(torch.int32)
+            newest = 1 if new.mask is None else new.mask.real_tokens(1, 1, self.batch)[:, 0].to(torch.int32)
             tail = replace(tail, lengths=tail.lengths - newest)
-        at = source.seen - query.shape[2]
-        return new.detached().attend(store, source.index, tail, mask, position=at, key_position=position)
+        at = source.seen - queries
+        return new.detached().attend(store, source.index, tail, position=at, key_position=position)
 
     @contextlib.contextmanager
     def second_reading(self) -> Iterator[None]:

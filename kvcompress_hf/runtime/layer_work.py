@@ -11,7 +11,7 @@ from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime import packing
-from kvcompress_hf.runtime.new_tokens import NewTokens, split_mask
+from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.past import Past
 from kvcompress_hf.runtime.state import LayerState
 
@@ -24,7 +24,7 @@ class LayerWork(Past):
 
     _reading_again = False  # tokens are looked at once more, and not stored
 
-    def _decode(self, layer: LayerState, store: PagedStore, new: NewTokens) -> torch.Tensor:
+    def _decode(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
         """Appends one token to the tail and attends to everything."""
         if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
             room = layer.tail_used + 1
@@ -51,6 +51,7 @@ class LayerWork(Past):
                 new.window,
                 None if sinks is None else sinks.data_ptr(),
                 sum_field,
+                square_field,
             )
             plan = layer.plan
             if plan is None or layer.plan_key != plan_key:
@@ -73,7 +74,7 @@ class LayerWork(Past):
         return output
 
     def _before_counting(
-        self, observer: Observer, layer: LayerState, store: PagedStore, new: NewTokens
+        self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall
     ) -> dict[str, torch.Tensor]:
         """Makes ready for statistics of a decode step; returns the new token's fields, if it has any beforehand."""
         if observer.sum_field or observer.square_field:
@@ -85,7 +86,7 @@ class LayerWork(Past):
         return self._observe(observer, layer, store, new.detached()) if observer.observes_steps else {}
 
     def _observe(
-        self, observer: Observer, layer: LayerState, store: PagedStore, new: NewTokens
+        self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall
     ) -> dict[str, torch.Tensor]:
         """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`.
 
@@ -122,8 +123,7 @@ class LayerWork(Past):
         self,
         layer: LayerState,
         store: PagedStore,
-        new: NewTokens,
-        mask: torch.Tensor | None,
+        new: AttentionCall,
         dense: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """Attends to what is stored and to several new tokens, and stores them."""
@@ -132,7 +132,7 @@ class LayerWork(Past):
             output = dense()
         else:
             store.reserve_tail(layer.tail_used)
-            output = new.attend(store, layer.index, store.tail(layer.index), mask, position=position)
+            output = new.attend(store, layer.index, store.tail(layer.index), position=position)
         fields: dict[str, torch.Tensor] = {}
         if self.recording and position:
             if self._holds:
@@ -150,7 +150,7 @@ class LayerWork(Past):
             self._store(layer, store, new, fields)
         return output
 
-    def _store(self, layer: LayerState, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor]) -> None:
+    def _store(self, layer: LayerState, store: PagedStore, new: AttentionCall, fields: dict[str, torch.Tensor]) -> None:
         started = time.perf_counter()
         if self.recording or new.tokens == 1:
             packing.append(self, layer, store, new, fields)
@@ -159,29 +159,28 @@ class LayerWork(Past):
             self.counters.unfinished = True
         self.statistics.seconds_packing += time.perf_counter() - started
 
-    def _read_again(
-        self, layer: LayerState, store: PagedStore, new: NewTokens, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _read_again(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
         """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
         store.reserve_tail(layer.tail_used)
-        output = new.attend(store, layer.index, store.tail(layer.index), mask, position=layer.seen)
+        output = new.attend(store, layer.index, store.tail(layer.index), position=layer.seen)
         if self._observer is not None:
             self._observe(self._observer, layer, store, new)
         return output
 
-    def _verifies(self, layer: LayerState, mask: torch.Tensor | None, valid: torch.Tensor | None, tokens: int) -> bool:
+    def _verifies(self, layer: LayerState, new: AttentionCall) -> bool:
         """Whether recorded tokens are to attend one by one, as decoded ones do.
 
         Decoding rounds attention over quantised pages in its own way, so a draft that is verified in one block could
         differ from the tokens of plain decoding where two of them are nearly equal.
         """
-        if not self.recording or not layer.seen or tokens > self.recipe.when.every or layer.sharing is not None:
+        if not self.recording or not layer.seen or new.tokens > self.recipe.when.every or layer.sharing is not None:
             return False
         if all(TIERS[name] == (0, 0) for name in self.recipe.tiers):
             return False
+        mask, valid = new.mask, new.valid
         if mask is None or valid is None:
             return True
-        allowed, bias = split_mask(mask)
-        causal = torch.ones((tokens, tokens), dtype=torch.bool, device=mask.device).tril() & valid[:, None]
-        same = allowed is not None and bool(((allowed == causal) | ~valid[:, :, None]).all())
+        allowed, bias = mask.parts()
+        causal = torch.ones((new.tokens, new.tokens), dtype=torch.bool, device=valid.device).tril() & valid[:, None]
+        same = bool(((allowed == causal) | ~valid[:, :, None]).all())
         return same and bias is None

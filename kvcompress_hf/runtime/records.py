@@ -9,7 +9,7 @@ from kvcompress_hf import kernels
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import pick
 from kvcompress_hf.recipe import Recipe
-from kvcompress_hf.runtime.new_tokens import NewTokens
+from kvcompress_hf.runtime.call import AttentionCall
 
 __all__ = ["AttentionState", "Counters", "LayerState", "RunStatistics", "StoreLayers"]
 
@@ -50,7 +50,7 @@ class LayerState:
         tail_used (`int`): Most slots any sequence has in the tail.
         uneven (`bool`): Whether sequences may have fewer, because of padding.
         tails (`torch.Tensor`, *optional*): `int32` `[batch]` on the host: how many they have, if uneven and known.
-        held (`list[NewTokens]`): The newest tokens while past recording is on, oldest first.
+        held (`list[AttentionCall]`): The newest tokens while past recording is on, oldest first.
         plan (`DecodePlan`, *optional*): Prepared native call for decode steps.
         plan_key (`tuple`): What the plan was made for.
     """
@@ -64,7 +64,7 @@ class LayerState:
     tail_used: int = 0
     uneven: bool = False
     tails: torch.Tensor | None = None
-    held: list[NewTokens] = field(default_factory=list)
+    held: list[AttentionCall] = field(default_factory=list)
     plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = ()
 
