@@ -178,7 +178,7 @@ class CompressedPagedCache(Cache):
                 "something else of the keys before it attends."
             )
         self._pending[layer_idx] = key_states.shape[2]
-        keys, values = key_states.detach().view_as(key_states), value_states.detach().view_as(value_states)
+        keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         keys._kvc = values._kvc = KVHandle(self, layer_idx)  # type: ignore[attr-defined]
         return keys, values
 

@@ -97,12 +97,12 @@ def patch(
     inner, resolved = _asked(model, recipe, route, overrides)
     with lock_of(inner):
         record = _ensure_installed(inner, resolved, route, check)
-        block = record.holders.own()
-        if block is None:
-            record.holders.base = Holder(resolved, record.route, check)
-        else:
+        own = record.holders.own()
+        if own:
             # For the rest of the block only; afterwards the model is as it was before it.
-            block.recipe, block.route, block.check = resolved, record.route, check
+            own[-1].recipe, own[-1].route, own[-1].check = resolved, record.route, check
+        else:
+            record.holders.base = Holder(resolved, record.route, check)
     return model
 
 
@@ -125,11 +125,8 @@ def unpatch(model: Model) -> Model:
     with lock_of(inner):
         record = record_of(inner)
         if record is not None:
-            holders = record.holders
-            holders.base = None
-            while (block := holders.own()) is not None:
-                holders.blocks.remove(block)
-            if not holders:
+            record.holders.suspend()
+            if not record.holders:
                 _uninstall(inner, record)
     return model
 
@@ -170,7 +167,7 @@ def patched(
     inner, resolved = _asked(model, recipe, route, overrides)
     with lock_of(inner):
         record = _ensure_installed(inner, resolved, route, check)
-        block = Holder(resolved, record.route, check, before=record.holders.base)
+        block = Holder(resolved, record.route, check)
         record.holders.blocks.append(block)
     enter(block)
     try:
@@ -303,13 +300,13 @@ def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
 
 def _release(model: PreTrainedModel, block: Holder) -> None:
     """What is left to do when a block is left: the model goes the way of those who still hold its patch."""
+    block.left = True
     record = record_of(model)
     if record is not None and block in record.holders.blocks:
         record.holders.blocks.remove(block)
-    elif block.before is not None and (record is None or record.holders.base is None):
-        # unpatch() was called inside the block.
-        record = _ensure_installed(model, block.before.recipe, block.before.route, block.before.check)
-        record.holders.base = block.before
+    elif block.suspended is not None and (last := block.suspended.newest()) is not None:
+        record = _ensure_installed(model, last.recipe, last.route, last.check)
+        record.holders.take_back(block.suspended)
     if record is None:
         return
     rest = record.holders.newest()

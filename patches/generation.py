@@ -335,9 +335,12 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwa
     dropped = find_cache(inputs, CompressedPagedCache) is None
     if not dropped and not turns_otherwise(model, cache, inputs):
         return inputs
-    mask = kwargs.get("attention_mask")
-    seen = cache.get_seq_length()
-    if input_ids.shape[1] <= seen or (mask is not None and mask.shape[-1] != input_ids.shape[1]):
+    mask, positions, seen = kwargs.get("attention_mask"), kwargs.get("position_ids"), cache.get_seq_length()
+    if mask is not None:
+        total = mask.shape[-1]
+    else:  # generate() drops a mask of ones; the positions then tell how much text there is
+        total = int(positions.max()) + 1 if positions is not None else seen + 1
+    if input_ids.shape[1] < max(total, seen + 1):
         raise UnsupportedFeatureError(
             f"The long rope of {type(model).__name__} changes its factors between the {seen} tokens that the cache "
             "holds and the new ones, so all tokens must be read again, but generate() was given only the new ones. "

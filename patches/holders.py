@@ -42,13 +42,15 @@ class Holder:
         recipe (`Recipe`): What fresh caches are made with.
         route (`str`): The route that the model went then.
         check (`bool`): Whether a dry run was asked for.
-        before (`Holder`, *optional*): Of a block, the `patch` that it was opened over.
+        suspended (`Holders`, *optional*): Of a block inside of which `unpatch` was called, what comes back after it.
+        left (`bool`): Of a block, whether it was left.
     """
 
     recipe: Recipe
     route: str
     check: bool = True
-    before: "Holder | None" = None
+    suspended: "Holders | None" = None
+    left: bool = False
 
 
 @dataclass(eq=False)
@@ -66,13 +68,13 @@ class Holders:
     def __bool__(self) -> bool:
         return self.base is not None or bool(self.blocks)
 
-    def own(self) -> Holder | None:
-        """The innermost open block of the calling thread or task.
+    def own(self) -> list[Holder]:
+        """The open blocks of the calling thread or task.
 
         Returns:
-            `Holder` or `None`: `None` outside of any block.
+            `list[Holder]`: The innermost last; empty outside of any block.
         """
-        return next((block for block in reversed(_ENTERED.get()) if block in self.blocks), None)
+        return [block for block in _ENTERED.get() if block in self.blocks]
 
     def newest(self) -> Holder | None:
         """The one whose route counts.
@@ -91,7 +93,26 @@ class Holders:
         Returns:
             `Holder` or `None`: `None` if nobody holds the patch.
         """
-        return self.own() or self.base or self.newest()
+        own = self.own()
+        return own[-1] if own else self.base or self.newest()
+
+    def suspend(self) -> None:
+        """What `unpatch` does: ends the last `patch`, and the caller's own blocks until the innermost is left."""
+        own = self.own()
+        if own:
+            own[-1].suspended = Holders(self.base, own[:-1])
+        self.base = None
+        for block in own:
+            self.blocks.remove(block)
+
+    def take_back(self, suspended: "Holders") -> None:
+        """Undoes [`Holders.suspend`] for whoever has not left since.
+
+        Args:
+            suspended (`Holders`): What comes back.
+        """
+        self.blocks += [block for block in suspended.blocks if not block.left]
+        self.base = self.base or suspended.base
 
 
 def enter(block: Holder) -> None:

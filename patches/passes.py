@@ -65,7 +65,9 @@ def _check_pass(model: PreTrainedModel, record: Patch, cache: CompressedPagedCac
     check_implementation(model, record)
     if not cache.is_of(model):
         cache.belongs_to(model)
-    if torch.is_grad_enabled() and any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if torch.is_grad_enabled() and any(
+        part.training and getattr(part, "gradient_checkpointing", False) for part in model.modules()
+    ):
         raise UnsupportedFeatureError(
             f"{type(model).__name__} checkpoints gradients, and its layers then ignore the cache they are given: what "
             "the cache holds would be missing without a word. Call model.gradient_checkpointing_disable() or "
