@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import Cache, CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.gradients import GradientGuard
 from kvcompress_hf.io import UnreadPages, layer_devices, load_cache, model_identity, save_cache
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
@@ -142,6 +143,9 @@ class CompressedPagedCache(Cache):
         self._model: weakref.ref[nn.Module] | None = None
         self._unread: UnreadPages | None = None  # pages of a file that nobody has read yet
         self._pending = [0] * attention.num_layers  # new tokens handed out by update() that attention has not taken
+        self._patch: Any = None  # of the model that began the pass under way
+        self._factors: tuple[bool, ...] | None = None  # of the rotary embedding that stored keys were turned with
+        self._gradients = GradientGuard(attention.num_layers, filled=attention.seen > 0)
         self.run_report = RunReport(self.recipe, attention)
         layers: list[Any] = [_LayerFace(self, i, window is not None) for i, window in enumerate(attention.windows)]
         super().__init__(layers=layers)
@@ -166,15 +170,15 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If what the last call handed out was never attended to.
         """
-        if self._pending[layer_idx]:
-            self._pending[layer_idx] = 0
+        if any(self._pending) or (self._patch is not None and not self._patch.installed):
+            self._pending = [0] * len(self._pending)
             raise UnsupportedFeatureError(
                 f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
                 "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
                 "something else of the keys before it attends."
             )
         self._pending[layer_idx] = key_states.shape[2]
-        keys, values = key_states.detach().view_as(key_states), value_states.detach().view_as(value_states)
+        keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         keys._kvc = values._kvc = KVHandle(self, layer_idx)  # type: ignore[attr-defined]
         return keys, values
 
@@ -216,7 +220,7 @@ class CompressedPagedCache(Cache):
         """
         self._pending[layer_idx] = 0
         self._check_unread()
-        return self._attention.attend(
+        output = self._attention.attend(
             layer_idx,
             query,
             key,
@@ -228,6 +232,7 @@ class CompressedPagedCache(Cache):
             window=sliding_window,
             sinks=sinks,
         )
+        return self._gradients.after(layer_idx, output, (query, key, value))
 
     def attend_shared(
         self,
@@ -265,7 +270,7 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If the config does not say that the source layer is shared.
         """
-        return self._attention.attend_shared(
+        output = self._attention.attend_shared(
             layer_idx,
             source_idx,
             query,
@@ -278,6 +283,7 @@ class CompressedPagedCache(Cache):
             window=sliding_window,
             sinks=sinks,
         )
+        return self._gradients.after_shared(source_idx, output, (query, key, value))
 
     def is_awaited(self, layer_idx: int) -> bool:
         """Whether keys and values that `update` handed out for a layer have not been attended to yet.
@@ -289,6 +295,42 @@ class CompressedPagedCache(Cache):
             `bool`: False once [`CompressedPagedCache.attend`] has taken them; who comes then only reads.
         """
         return self._pending[layer_idx] > 0
+
+    def begin_pass(self, patch: Any, factors: tuple[bool, ...]) -> None:
+        """Called by a patched model before each forward pass.
+
+        Args:
+            patch (`PatchRecord`): Of that model; a pass stops when it is taken off meanwhile.
+            factors (`tuple[bool, ...]`): Per long rope, whether new tokens are turned with its long factors.
+
+        Raises:
+            UnsupportedFeatureError: If stored keys were turned with other factors.
+        """
+        if self._pending != (none := [0] * len(self._pending)):
+            self._pending = none  # of a pass that stopped half way
+        self._patch = patch
+        if not self.get_seq_length():
+            self._factors, self._gradients = factors, GradientGuard(len(none), filled=False)
+        elif factors != (self._factors or ()):
+            raise UnsupportedFeatureError(
+                f"The long rope of this model changes its factors between the {self.get_seq_length()} tokens that the "
+                "cache holds and the new ones, so the stored keys would be asked with queries of another kind. Read "
+                "the whole text again in one chunk, with an empty cache; generate() does it by itself when it is "
+                "given the whole text."
+            )
+
+    def read_with(self, borders: tuple[int, ...]) -> tuple[bool, ...]:
+        """Per long rope of a model, whether the stored keys were turned with its long factors.
+
+        Args:
+            borders (`tuple[int, ...]`): Lengths in tokens beyond which these are used.
+
+        Returns:
+            `tuple[bool, ...]`: As noted when they were stored; of a cache from a file, by its length.
+        """
+        if self._factors is None:
+            self._factors = tuple(self.get_seq_length() > border for border in borders)
+        return self._factors
 
     # -- lengths and masks -----------------------------------------------------------------------------------------
 
@@ -409,6 +451,7 @@ class CompressedPagedCache(Cache):
         """Forgets everything and gives all memory back."""
         self._attention.reset()
         self._pending = [0] * len(self._pending)
+        self._factors, self._gradients = None, GradientGuard(len(self._pending), filled=False)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes sequence `i` what sequence `beam_idx[i]` was; pages are shared, not copied.
@@ -456,7 +499,8 @@ class CompressedPagedCache(Cache):
         other = CompressedPagedCache.__new__(type(self))
         other.recipe = self.recipe
         other._take_over(self._attention.fork(), self._config)
-        other._model, other._unread = self._model, self._unread
+        other._model, other._unread, other._factors = self._model, self._unread, self._factors
+        other._gradients = self._gradients.copy()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedPagedCache":
@@ -482,6 +526,17 @@ class CompressedPagedCache(Cache):
             model (`nn.Module`): The model; held weakly.
         """
         self._model = weakref.ref(model)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether [`CompressedPagedCache.belongs_to`] was last called with this very model.
+
+        Args:
+            model (`nn.Module`): The model.
+
+        Returns:
+            `bool`: False also where nothing is known of the cache's model.
+        """
+        return self._model is not None and self._model() is model
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to one safetensors file: packed pages as they are, tail, tables, recipe, model.

@@ -14,7 +14,8 @@ from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
 from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
-from kvcompress_hf.patches.implementation import configs_of, set_implementation
+from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of
+from kvcompress_hf.patches.implementation import configs_of, has_implementation, set_implementation
 from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
 from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
 from kvcompress_hf.patches.qwen import PagedQwen2Attention, PagedQwen3Attention, PagedQwen3MoeAttention
@@ -93,34 +94,15 @@ def patch(
 
     ```
     """
-    check_transformers(_install_lossless, tuple(_SWAPPED))
-    resolved = resolve_recipe(recipe, **overrides)
-    if route not in ("auto", "swap", "interface"):
-        raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
-    inner = unwrap(model)
-    record = record_of(inner) if isinstance(inner, nn.Module) else None
-    if record is not None and _is_intact(inner, record) and route in ("auto", record.route):
-        key_frequencies(inner.config, resolved, layer_windows(inner.config))
-        record.recipe = resolved
-        return model
-    check_model(inner)
-    key_frequencies(inner.config, resolved, layer_windows(inner.config))  # refuses now what a cache would refuse later
-    if record is not None:
-        unpatch(inner)
-    chosen = _choose_route(inner, route)
-    with evaluating(inner):
-        expected = observe_stock(inner) if check else None
-        try:
-            _install_checked(inner, PatchRecord(resolved, route=chosen), expected)
-        except Exception as error:
-            if route != "auto" or chosen == "interface":
-                raise
-            # The interface needs less of transformers than the swapped modules do.
-            _install_checked(inner, PatchRecord(resolved, route="interface"), expected)
-            logger.warning_once(
-                f"{type(inner).__name__} goes by the attention interface, because its attention modules could not be "
-                f"swapped ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            )
+    inner, resolved = _asked(model, recipe, route, overrides)
+    with lock_of(inner):
+        record = _ensure_installed(inner, resolved, route, check)
+        own = record.holders.own()
+        if own:
+            # For the rest of the block only; afterwards the model is as it was before it.
+            own[-1].recipe, own[-1].route, own[-1].check = resolved, record.route, check
+        else:
+            record.holders.base = Holder(resolved, record.route, check)
     return model
 
 
@@ -128,7 +110,8 @@ def unpatch(model: Model) -> Model:
     """Takes a patch off: the model is what it was before, down to its attention modules.
 
     What happened to the model meanwhile (training mode, placement, hooks) is kept. Does nothing to a model
-    that is not patched.
+    that is not patched. While other threads are inside a [`patched`] block of the model, it stays patched for them
+    until the last one leaves.
 
     Args:
         model (`PreTrainedModel`): Any model.
@@ -136,17 +119,15 @@ def unpatch(model: Model) -> Model:
     Returns:
         `PreTrainedModel`: The same model.
     """
-    record = record_of(model)
-    if record is None:
-        return model
     inner = unwrap(model)
-    restore_originals(inner, record.swapped)
-    for config, before, installed in record.implementations:
-        # Whatever the user chose in the meantime stays.
-        if config._attn_implementation == installed:
-            config._attn_implementation_internal = before
-    unbind_methods(inner, record)
-    del inner.__dict__[RECORD]
+    if record_of(inner) is None:
+        return model
+    with lock_of(inner):
+        record = record_of(inner)
+        if record is not None:
+            record.holders.suspend()
+            if not record.holders:
+                _uninstall(inner, record)
     return model
 
 
@@ -160,6 +141,10 @@ def patched(
     **overrides: Any,
 ) -> Iterator[Model]:
     """[`patch`] for the length of a `with` block; afterwards the model is as before, patched or not.
+
+    Blocks may be nested, and open in several threads at once: `generate` uses the recipe of the block that its own
+    thread or asyncio task is in, and the model stays patched until the last block is left, in whatever order. A thread
+    outside of any block has the recipe of [`patch`], or, on a model that is patched by blocks alone, of the newest one.
 
     Args:
         model (`PreTrainedModel`): A decoder-only language model.
@@ -179,16 +164,18 @@ def patched(
 
     ```
     """
-    record = record_of(model) if isinstance(model, nn.Module) else None
-    before = None if record is None else (record.recipe, record.route)
-    patch(model, recipe, route=route, check=check, **overrides)
+    inner, resolved = _asked(model, recipe, route, overrides)
+    with lock_of(inner):
+        record = _ensure_installed(inner, resolved, route, check)
+        block = Holder(resolved, record.route, check)
+        record.holders.blocks.append(block)
+    enter(block)
     try:
         yield model
     finally:
-        if before is None:
-            unpatch(model)
-        else:
-            patch(model, before[0], route=before[1], check=check)
+        leave(block)
+        with lock_of(inner):
+            _release(inner, block)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -198,9 +185,10 @@ def is_patched(model: nn.Module) -> bool:
         model (`nn.Module`): Any model.
 
     Returns:
-        `bool`: True between [`patch`] and [`unpatch`].
+        `bool`: True between [`patch`] and [`unpatch`], and while any thread is inside a [`patched`] block.
     """
-    return record_of(model) is not None
+    record = record_of(model)
+    return record is not None and bool(record.holders)
 
 
 def last_run_report(model: nn.Module) -> RunReport | None:
@@ -236,8 +224,96 @@ def contract_results(items: tuple[Item, ...] = CONTRACT) -> list[tuple[str, bool
 def _install_lossless(model: PreTrainedModel, route: str) -> PreTrainedModel:
     """`patch` for the contract, which is what `patch` itself may be waiting for."""
     with evaluating(model):
-        _install_checked(model, PatchRecord(resolve_recipe("lossless"), route=route), observe_stock(model))
+        record = PatchRecord(route)
+        _install_checked(model, record, observe_stock(model))
+    record.holders.base = Holder(resolve_recipe("lossless"), route)
     return model
+
+
+def _asked(model: Any, recipe: Any, route: str, overrides: dict[str, Any]) -> tuple[Any, Recipe]:
+    """The inner model and the recipe that `patch` or `patched` was asked for, or an error."""
+    check_transformers(_install_lossless, tuple(_SWAPPED))
+    resolved = resolve_recipe(recipe, **overrides)
+    if route not in ("auto", "swap", "interface"):
+        raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
+    inner = unwrap(model)
+    if not isinstance(inner, PreTrainedModel):
+        check_model(inner)
+    return inner, resolved
+
+
+def _ensure_installed(model: PreTrainedModel, recipe: Recipe, route: str, check: bool) -> PatchRecord:
+    """The record of a model that is patched by the route asked for; whoever held its patch before still does."""
+    record = record_of(model)
+    intact = record is not None and _is_intact(model, record) and route in ("auto", record.route)
+    if not intact:
+        check_model(model)
+    key_frequencies(model.config, recipe, layer_windows(model.config))  # refuses now what a cache would refuse later
+    if record is not None and intact:
+        return record
+    if record is None:
+        return _install_anew(model, route, check)
+    _uninstall(model, record)
+    try:
+        new = _install_anew(model, route, check)
+    except BaseException:
+        if record.holders:
+            _install(model, again := PatchRecord(record.route))
+            again.holders, again.told = record.holders, record.told
+        raise
+    new.holders, new.told = record.holders, record.told
+    return new
+
+
+def _install_anew(model: PreTrainedModel, route: str, check: bool) -> PatchRecord:
+    """Patches a stock model and checks it. Until somebody holds the patch, `generate` of other threads is stock's."""
+    chosen = _choose_route(model, route)
+    with evaluating(model):
+        expected = observe_stock(model) if check else None
+        try:
+            record = PatchRecord(chosen)
+            _install_checked(model, record, expected)
+        except Exception as error:
+            if route != "auto" or chosen == "interface":
+                raise
+            # The interface needs less of transformers than the swapped modules do.
+            record = PatchRecord("interface")
+            _install_checked(model, record, expected)
+            logger.warning_once(
+                f"{type(model).__name__} goes by the attention interface, because its attention modules could not be "
+                f"swapped ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            )
+    return record
+
+
+def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
+    """Makes the model what it was before, whoever holds the patch."""
+    record.installed = False
+    restore_originals(model, record.swapped)
+    for config, before, installed in record.implementations:
+        # Whatever the user chose in the meantime stays.
+        if config._attn_implementation == installed:
+            config._attn_implementation_internal = before
+    unbind_methods(model, record)
+    del model.__dict__[RECORD]
+
+
+def _release(model: PreTrainedModel, block: Holder) -> None:
+    """What is left to do when a block is left: the model goes the way of those who still hold its patch."""
+    block.left = True
+    record = record_of(model)
+    if record is not None and block in record.holders.blocks:
+        record.holders.blocks.remove(block)
+    elif block.suspended is not None and (last := block.suspended.newest()) is not None:
+        record = _ensure_installed(model, last.recipe, last.route, last.check)
+        record.holders.take_back(block.suspended)
+    if record is None:
+        return
+    rest = record.holders.newest()
+    if rest is None:
+        _uninstall(model, record)
+    elif rest.route != record.route:
+        _ensure_installed(model, rest.recipe, rest.route, rest.check)
 
 
 def _choose_route(model: PreTrainedModel, route: str) -> str:
@@ -258,7 +334,7 @@ def _install_checked(model: PreTrainedModel, record: PatchRecord, expected: Stoc
         if expected is not None:
             check_dry_run(model, expected)
     except BaseException:
-        unpatch(model)
+        _uninstall(model, record)
         raise
 
 
@@ -275,6 +351,7 @@ def _install(model: PreTrainedModel, record: PatchRecord) -> None:
         bind_methods(model, record)
         model.__dict__[RECORD] = record
     except BaseException:
+        record.installed = False
         unbind_methods(model, record)
         restore_originals(model, record.swapped)
         for config, old in before:
@@ -294,9 +371,8 @@ def _set_implementation(model: PreTrainedModel, route: str) -> None:
 def _is_intact(model: Any, record: PatchRecord) -> bool:
     """Whether nobody has taken parts of the patch away since, for instance by `set_attn_implementation`."""
     present = set(model.modules())
-    ours = text_config(model)._attn_implementation in map(interface.interface_name, interface.BASES)
     return (
-        (ours or record.route == "swap")
+        has_implementation(model, record.route)
         and all(paged in present for paged, _ in record.swapped)
         and all(config._attn_implementation == installed for config, _, installed in record.implementations)
         and all(name in model.__dict__ for name in record.methods)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -27,6 +28,8 @@ from kvcompress_hf.compat import (
     move_cache,
 )
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.patches.holders import Holders
+from kvcompress_hf.patches.passes import before_pass, check_implementation, tell_once, turns_otherwise
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates
 from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
@@ -49,29 +52,39 @@ class PatchRecord:
     """All that is known of a patch, and all that undoing it needs. Nothing in it belongs to a cache.
 
     Args:
-        recipe (`Recipe`): What fresh caches are made with.
         route (`str`): `"swap"` or `"interface"`.
+        holders (`Holders`): Who wants the patch, and with which recipe.
+        installed (`bool`): False once the patch is taken off.
         swapped (`list[tuple[nn.Module, nn.Module]]`): (paged, original) attention modules.
         implementations (`list[tuple]`): (config, attention implementation before, installed) where they
             differ.
         replaced (`dict[str, Any]`): Instance attributes of the model that ours took the place of.
         methods (`tuple[str, ...]`): Names of the bound methods.
         hooks (`list[RemovableHandle]`): Of the hooks that bring a cache to where each part of the model looks for it.
+        told (`set[str]`): What was warned of.
         last_run (`RunReport`, *optional*): Figures of the last cache `generate` worked on.
     """
 
-    recipe: Recipe
-    route: str = "swap"
+    route: str
+    holders: Holders = field(default_factory=Holders)
+    installed: bool = True
     swapped: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     implementations: list[tuple[PreTrainedConfig, str | None, str | None]] = field(default_factory=list)
     replaced: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
     hooks: list[RemovableHandle] = field(default_factory=list)
+    told: set[str] = field(default_factory=set)
     last_run: RunReport | None = None
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """`Recipe` or `None`: What fresh caches of the calling thread are made with; `None`: stock ones."""
+        holder = self.holders.in_force()
+        return None if holder is None else holder.recipe
+
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model has had no run of its own yet.
-        return {**self.__dict__, "last_run": None}
+        # A copied or pickled model has had no run of its own yet, and nobody would ever leave its blocks.
+        return {**self.__dict__, "last_run": None, "told": set(), "holders": Holders(self.holders.in_force())}
 
 
 def record_of(model: nn.Module) -> PatchRecord | None:
@@ -99,7 +112,7 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         "_get_candidate_generator": _get_candidate_generator,
         "_prefill": _prefill,
     }
-    if _may_drop_cache(model):
+    if _may_drop_cache(model) or "longrope" in str(getattr(text_config(model), "rope_parameters", None)):
         methods["prepare_inputs_for_generation"] = _prepare_inputs
     record.methods = tuple(methods)
     for name, function in methods.items():
@@ -113,14 +126,8 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
     for part in model.modules():
         # Not the outermost alone: PEFT and others call a part of the model without going through the whole.
         if isinstance(part, PreTrainedModel):
-            hook = functools.partial(_bring_cache, cache_argument(part))
+            hook = functools.partial(before_pass, model, record)
             record.hooks.append(part.register_forward_pre_hook(hook, with_kwargs=True))
-
-
-def _bring_cache(name: str, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook: a compressed cache under any name goes to where this version of transformers looks for it."""
-    moved = move_cache(name, CompressedPagedCache, args, kwargs)
-    return None if moved is kwargs else (args, moved)
 
 
 def unbind_methods(model: nn.Module, record: PatchRecord) -> None:
@@ -193,7 +200,11 @@ def _prepare_cache(
     past = find_cache(model_kwargs)
     implementation = generation_config.cache_implementation
     setattr(generation_config, _MARK, isinstance(past, CompressedPagedCache))
-    if record is None or past is not None or generation_config.use_cache is False or implementation is not None:
+    recipe = None if record is None else record.recipe
+    if record is not None and isinstance(past, CompressedPagedCache):
+        check_implementation(model, record)
+    own_choice = past is not None or generation_config.use_cache is False or implementation is not None
+    if record is None or recipe is None or own_choice:
         if option is not None and past is None:
             wish = f"cache_implementation={implementation!r}" if implementation is not None else "use_cache=False"
             raise ValueError(f"kvcompress={option!r} and {wish} ask for different caches; leave one of them out.")
@@ -202,15 +213,23 @@ def _prepare_cache(
             past.belongs_to(model)
             if record is not None:
                 record.last_run = past.run_report
+        elif past is None and recipe is not None and record is not None and implementation is not None:
+            tell_once(
+                record,
+                f"cache_implementation={implementation}",
+                f"cache_implementation={implementation!r} asks generate() for a stock cache. Leave it out of the call, "
+                "and set model.generation_config.cache_implementation to None, to have a compressed one.",
+            )
         _stock(model, "_prepare_cache_for_generation")(generation_config, model_kwargs, *args, **kwargs)
         return
+    check_implementation(model, record)
     # The class's own method, not one that another library put on the instance: its caches are not ours.
     prepare: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]
     make = functools.partial(prepare, model, generation_config, model_kwargs)
     name = fresh_cache_name(model, model_kwargs, functools.partial(make, *args, **kwargs))
     cache = CompressedPagedCache(
         model.config,
-        list(resolve_rows(option, record.recipe)),
+        list(resolve_rows(option, recipe)),
         prompt_tokens=_prompt_tokens(generation_config, model_kwargs),
     )
     cache.belongs_to(model)
@@ -303,15 +322,38 @@ def _may_drop_cache(model: PreTrainedModel) -> bool:
     return text_config(model).model_type in ("phi3", "phimoe", "phi4_multimodal")
 
 
-def _prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """As the stock method of the long-rope Phis, which drops the cache where its rotary factors change.
+def _prepare_inputs(model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """As the stock method, where the rotary factors of a long rope change under the keys of a cache.
 
-    The model would go on with a new `DynamicCache`, and compression would end without a word. Emptying the
-    cache and filling it again from all tokens is the same computation.
+    The long-rope Phis drop the cache there and would go on with a new `DynamicCache`; other models would ask keys of
+    one kind with queries of another. Emptying the cache and filling it again from all tokens is what is right.
     """
     cache = find_cache((*args, *kwargs.values()), CompressedPagedCache)
-    inputs = _stock(model, "prepare_inputs_for_generation")(*args, **kwargs)
-    if cache is not None and find_cache(inputs, CompressedPagedCache) is None:
-        cache.reset()
-        inputs[generate_argument()] = cache
+    stock = _stock(model, "prepare_inputs_for_generation")
+    inputs = stock(input_ids, *args, **kwargs)
+    if cache is None:
+        return inputs
+    dropped = find_cache(inputs, CompressedPagedCache) is None
+    if not dropped and not turns_otherwise(model, cache, inputs):
+        return inputs
+    mask, positions, seen = kwargs.get("attention_mask"), kwargs.get("position_ids"), cache.get_seq_length()
+    if mask is not None:
+        total = mask.shape[-1]
+    else:  # generate() drops a mask of ones; the positions then tell how much text there is
+        total = int(positions.max()) + 1 if positions is not None else seen + 1
+    if input_ids.shape[1] < max(total, seen + 1):
+        raise UnsupportedFeatureError(
+            f"The long rope of {type(model).__name__} changes its factors between the {seen} tokens that the cache "
+            "holds and the new ones, so all tokens must be read again, but generate() was given only the new ones. "
+            "Pass the whole text and what is new, or keep the text within one side of the border "
+            "(original_max_position_embeddings)."
+        )
+    cache.reset()
+    if not dropped:
+        inputs = stock(input_ids, *args, **{**kwargs, "next_sequence_length": None})
+    inputs[generate_argument()] = cache
+    positions = inputs.get("position_ids")
+    if positions is not None and positions.shape[-1] != input_ids.shape[1]:
+        ones = torch.ones_like(input_ids) if mask is None else mask.long()
+        inputs["position_ids"] = (ones.cumsum(-1) - 1).clamp(min=0)
     return inputs

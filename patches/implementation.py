@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import PreTrainedConfig
@@ -9,7 +10,7 @@ from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.support import text_config
 
-__all__ = ["configs_of", "set_implementation"]
+__all__ = ["configs_of", "has_implementation", "set_implementation"]
 
 
 def set_implementation(model: PreTrainedModel, name_of: Callable[[str], str] = str) -> None:
@@ -45,6 +46,20 @@ def set_implementation(model: PreTrainedModel, name_of: Callable[[str], str] = s
         f"{type(model).__name__} is not supported: its attention implementation could not be set to "
         f"{' or '.join(names)}"
     ) from refusal
+
+
+def has_implementation(model: nn.Module, route: str) -> bool:
+    """Whether a patched model still runs on an attention implementation that its route works with.
+
+    Args:
+        model (`nn.Module`): The model.
+        route (`str`): `"swap"` or `"interface"`.
+
+    Returns:
+        `bool`: False after `set_attn_implementation` to another one.
+    """
+    name = text_config(model)._attn_implementation
+    return name in (interface.BASES if route == "swap" else map(interface.interface_name, interface.BASES))
 
 
 def _sub_config_name(config: PreTrainedConfig, text: PreTrainedConfig) -> str:

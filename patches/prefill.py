@@ -74,8 +74,7 @@ def prefill(
     else:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     model = unwrap(model)
-    # The cache brings its recipe; that of the patch stays, for other threads may be generating.
-    with patched(model, recipes[0] if record is None else record.recipe):
+    with patched(model, recipes[0]):
         cache = CompressedPagedCache(model.config, recipes, prompt_tokens=tokens)
         cache.belongs_to(model)
         # Only the cache is wanted, not the logits of a whole prompt.

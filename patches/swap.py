@@ -54,8 +54,10 @@ def restore_originals(model: nn.Module, swapped: list[tuple[nn.Module, nn.Module
     for paged, original in swapped:
         state = dict(paged.__dict__)
         _retarget_forward(state, paged, original)
-        original.__dict__.clear()
+        # Never empty in between: another thread may still be inside the original's forward.
         original.__dict__.update(state)
+        for name in original.__dict__.keys() - state.keys():
+            del original.__dict__[name]
     _replace_children(model, dict(swapped))
 
 

@@ -41,7 +41,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     training = [name for name, module in model.named_modules() if module.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
+    if training:  # other threads may be using the model: nothing is written that need not be
+        model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
             yield

@@ -1,0 +1,194 @@
+"""What is looked at before every forward pass of a patched model, in a loop of one's own as much as in `generate`."""
+
+import functools
+import inspect
+import warnings
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import Cache, cache_argument, move_cache
+from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.patches.holders import Holders
+from kvcompress_hf.patches.implementation import has_implementation
+from kvcompress_hf.patches.support import text_config
+
+__all__ = ["Patch", "before_pass", "check_implementation", "read_with", "tell_once", "turns_otherwise"]
+
+
+class Patch(Protocol):
+    """What is needed of a patch record."""
+
+    route: str
+    installed: bool
+    holders: Holders
+    told: set[str]
+
+
+def before_pass(
+    model: PreTrainedModel, record: Patch, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook of each part of a model that is a `PreTrainedModel`.
+
+    A compressed cache under any name goes to where this version of transformers looks for it, and is refused where it
+    would be ignored or give wrong answers. A call that will make a stock cache is told of, once.
+
+    Args:
+        model (`PreTrainedModel`): The whole model.
+        record (`Patch`): Its patch record.
+        part (`PreTrainedModel`): The part that is called.
+        args (`tuple`): Of the call.
+        kwargs (`dict[str, Any]`): Of the call.
+
+    Returns:
+        `tuple` or `None`: The arguments, where they had to be moved.
+
+    Raises:
+        UnsupportedFeatureError: If the attention implementation was changed after patching, the model checkpoints
+            gradients, or the rotary factors change under the keys.
+        ValueError: If there are two caches, or the cache was filled by other weights.
+    """
+    moved = move_cache(cache_argument(part), CompressedPagedCache, args, kwargs)
+    cache = next((each for each in (*args, *moved.values()) if isinstance(each, Cache)), None)
+    if isinstance(cache, CompressedPagedCache):
+        _check_pass(model, record, cache)
+        cache.begin_pass(record, read_with(model, cache, part, args, moved))
+    elif cache is None and (part is model or part.config is text_config(model)):
+        _tell_of_stock_cache(record, part, kwargs)
+    return None if moved is kwargs else (args, moved)
+
+
+@torch.compiler.disable
+def _check_pass(model: PreTrainedModel, record: Patch, cache: CompressedPagedCache) -> None:
+    check_implementation(model, record)
+    if not cache.is_of(model):
+        cache.belongs_to(model)
+    if torch.is_grad_enabled() and any(
+        part.training and getattr(part, "gradient_checkpointing", False) for part in model.modules()
+    ):
+        raise UnsupportedFeatureError(
+            f"{type(model).__name__} checkpoints gradients, and its layers then ignore the cache they are given: what "
+            "the cache holds would be missing without a word. Call model.gradient_checkpointing_disable() or "
+            "model.eval() first, or train on the whole text without a cache."
+        )
+
+
+def check_implementation(model: PreTrainedModel, record: Patch) -> None:
+    """Refuses a compressed cache on a model whose attention implementation was changed after patching.
+
+    Args:
+        model (`PreTrainedModel`): The patched model.
+        record (`Patch`): Its patch record.
+
+    Raises:
+        UnsupportedFeatureError: If it no longer runs on what `patch` left it with.
+    """
+    if not has_implementation(model, record.route):
+        raise UnsupportedFeatureError(
+            f"The attention implementation of {type(model).__name__} was set to "
+            f"{text_config(model)._attn_implementation!r} after patching, so its attention does not reach the "
+            "compressed cache. Call kvcompress_hf.patch(model) again, or set the implementation before patching."
+        )
+
+
+# -- calls that compress nothing ---------------------------------------------------------------------------------------
+
+
+def tell_once(record: Patch, what: str, message: str) -> None:
+    """Warns that a patched model compresses nothing, once per model and reason.
+
+    Args:
+        record (`Patch`): The patch record.
+        what (`str`): The reason, in a word.
+        message (`str`): What is the matter and what to do.
+    """
+    if what not in record.told:
+        record.told.add(what)
+        warnings.warn(f"kvcompress_hf compresses nothing here: {message}", UserWarning, stacklevel=3)
+
+
+def _tell_of_stock_cache(record: Patch, part: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(part.config, "use_cache", False)
+    if not use_cache or part.training or torch.compiler.is_compiling() or record.holders.in_force() is None:
+        return
+    name = cache_argument(part)
+    tell_once(
+        record,
+        "loop",
+        f"{type(part).__name__} was called without a cache and makes a stock one. In a loop of your own, make one with "
+        f"CompressedPagedCache(model.config, recipe) and pass it as {name}= to every call; or pass use_cache=False if "
+        "only the logits are wanted.",
+    )
+
+
+# -- rotary factors that depend on the length --------------------------------------------------------------------------
+
+
+def read_with(
+    model: PreTrainedModel, cache: CompressedPagedCache, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bool, ...]:
+    """Which rotary factors new tokens will be turned with.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        cache (`CompressedPagedCache`): What came before.
+        part (`Any`): Whose `forward` is called.
+        args (`tuple`): Of the call.
+        kwargs (`dict[str, Any]`): Of the call.
+
+    Returns:
+        `tuple[bool, ...]`: Per long rope of the model, whether it is the long factors; empty for all other models.
+    """
+    borders = _borders(model.config)
+    if not borders:
+        return ()
+    if cache.get_seq_length():
+        cache.read_with(borders)
+    named = {**dict(zip(_parameters(type(part)), args, strict=False)), **kwargs}
+    positions = named.get("position_ids")
+    if positions is not None:
+        length = int(positions.max()) + 1
+    else:
+        tokens = next(named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None)
+        length = cache.get_seq_length() + tokens.shape[1]
+    return tuple(length > border for border in borders)
+
+
+def turns_otherwise(model: PreTrainedModel, cache: CompressedPagedCache, inputs: dict[str, Any]) -> bool:
+    """Whether the keys in a cache were turned with other rotary factors than the new tokens will be.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        cache (`CompressedPagedCache`): The cache.
+        inputs (`dict[str, Any]`): Arguments for the next forward pass.
+
+    Returns:
+        `bool`: True where long rope crosses its border.
+    """
+    return bool(cache.get_seq_length()) and cache.read_with(_borders(model.config)) != read_with(
+        model, cache, model, (), inputs
+    )
+
+
+def _borders(config: Any) -> tuple[int, ...]:
+    """Lengths at which long ropes change their factors, most often one or none."""
+    text = config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    ropes = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    found = []
+    for rope in ropes:
+        if rope.get("rope_type") == "longrope":
+            border = rope.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            found.append(int(border or text.max_position_embeddings))
+    return tuple(found)
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
