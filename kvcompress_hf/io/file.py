@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from kvcompress_hf import kernels
-from kvcompress_hf.attention import AttentionState, PagedAttention, layout_for
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import DTYPES, Entry, Mapped, Section, tensor_bytes, write
 from kvcompress_hf.io.identity import ModelIdentity
@@ -26,6 +25,7 @@ from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import Geometry, PagedStore
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime.attention import AttentionState, PagedAttention, layout_for
 from kvcompress_hf.units import parse_bytes
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "LoadedCache", "UnreadPages", "load_cache", "save_cache"]
