@@ -73,8 +73,15 @@ def shorten(made_of, steps, kind, everything=False, tries=300):
     return steps
 
 
-def run(seed, steps, length=40, everything=False, only=None):
-    """Random worlds until so many steps are done; yields one record per world that failed.
+def world_of(seed, number, length=40, only=None):
+    """The setting and the steps of one world of a run; both follow from the seed and the number alone."""
+    rng = random.Random(f"{seed}/{number}")
+    made_of = {**setting(rng), **(only or {})}
+    return made_of, [random_step(rng) for _ in range(length)]
+
+
+def run(seed, steps, length=40, everything=False, only=None, first=0):
+    """Random worlds until so many steps are done; yields one record per world.
 
     Args:
         seed (`int`): Of everything.
@@ -82,12 +89,12 @@ def run(seed, steps, length=40, everything=False, only=None):
         length (`int`): Steps of one world.
         everything (`bool`): Whether also to do what `known.NOT_YET` names.
         only (`dict`, *optional*): Fixed parts of the setting.
+        first (`int`): Number of the first world.
     """
-    rng = random.Random(seed)
     done = 0
     while done < steps:
-        made_of = {**setting(rng), **(only or {})}
-        todo = [random_step(rng) for _ in range(length)]
+        made_of, todo = world_of(seed, first, length, only)
+        first += 1
         error, count = replay(made_of, todo, everything)
         done += max(count, 1)
         yield made_of, todo[:count], error, count

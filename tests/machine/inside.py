@@ -3,7 +3,6 @@
 Everything else goes through `CompressedPagedCache`.
 """
 
-import gc
 import sys
 import weakref
 
@@ -56,18 +55,25 @@ def is_whole(cache):
     return all(layer.store is None or layer.seen == attention.seen for layer in attention._layers)
 
 
-def arena_classes():
+def allocating_classes():
     """Classes whose methods allocate: what an allocator may refuse."""
-    from kvcompress_hf.paging import arena
+    from kvcompress_hf.paging.arena import Arena
 
-    return arena
+    return [Arena]
 
 
-def backend():
-    """The operations on pages of the CPU."""
-    from kvcompress_hf import kernels
+def kernel_classes():
+    """Classes whose methods are the operations on pages of the CPU."""
+    import kvcompress_hf.kernels as kernels
 
-    return kernels.get_backend("cpu")
+    backend = type(kernels.get_backend("cpu"))
+    module = sys.modules[backend.__module__]
+    return [backend, module._CpuDecodePlan]
+
+
+def needs_collecting(cache):
+    """Whether only the garbage collector finds this cache (see `known.NOT_YET`)."""
+    return any(layer.held for layer in _attention(cache)._layers)
 
 
 def held_bytes(root):
@@ -92,9 +98,3 @@ def held_bytes(root):
             if hasattr(item, "func"):  # functools.partial
                 queue += [item.func, *item.args, *item.keywords.values()]
     return sum(storages.values())
-
-
-def collect():
-    """Lets go of what only cycles keep alive; an exception's traceback keeps frames, so none may be held."""
-    sys.exc_info()
-    gc.collect()

@@ -299,7 +299,8 @@ class World:
 
     def drop(self, which, collected):
         """Lets go of a cache, by the last reference or through a cycle that the collector finds."""
-        if len(self.entries) < 2:
+        recording = any(entry.recording for entry in self.entries)
+        if len(self.entries) < 2 or (recording and self.leaves_out("recorded tokens in a cycle")):
             return
         self._drop(which % len(self.entries), bool(collected))
 

@@ -1,0 +1,38 @@
+"""A failure at sampled places of every scenario; `run_faults.py` tries every place there is."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from faults import Fault, scenario, scenarios
+from known import NOT_YET_AFTER_FAULTS
+
+PLACES = 6  # of each kind in each scenario, spread evenly
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", sorted(scenarios()))
+def test_a_failure_leaves_the_cache_as_before_or_closed(name):
+    subject = scenario(name)
+    places = 0
+    for kind in subject.kinds:
+        count = subject.count(kind)
+        for at in sorted({1 + i * (count - 1) // max(1, PLACES - 1) for i in range(PLACES)} if count else ()):
+            places += 1
+            try:
+                where, ended = subject.fail(kind, at)
+            except Fault as fault:
+                if fault.kind not in NOT_YET_AFTER_FAULTS:
+                    raise AssertionError(f"{kind} {at} of {count}, {fault.where}: {fault}") from None
+            else:
+                assert ended in ("before", "after", "closed"), (kind, at, where)
+    assert places >= 3 * PLACES
