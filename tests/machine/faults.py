@@ -64,8 +64,6 @@ def lines(counter, opcodes=False):
         name = frame.f_code.co_filename
         if not name.startswith(_FOLDERS):
             return None
-        if frame.f_code.co_name in ("__del__", "<lambda>"):
-            return None  # nothing that is raised there reaches anyone
         if opcodes:
             frame.f_trace_opcodes = True
         return local
@@ -186,7 +184,8 @@ class Scenario:
 
     Args:
         name (`str`): For people.
-        action (`str`): `"pass"`, `"crop"`, `"select"`, `"fork"`, `"save"`, `"load"`, `"reset"` or `"commit"`.
+        action (`str`): `"pass"`, `"crop"`, `"select"`, `"fork"`, `"save"`, `"load"`, `"reset"`, `"drop"` or
+            `"commit"`.
         shape (`str`): Of `SHAPES`.
         recipe (`str`): Of `RECIPES`.
         passes (`tuple[int, ...]`): Tokens of the passes before the action, and of the action where it is a pass.
@@ -285,7 +284,7 @@ class Scenario:
         expected["length before"] = history.seen
         del twin
         cache, history, twin, folder = self.prepare()
-        made = self.act(cache, history, folder)
+        made = cache if self.action == "drop" else self.act(cache, history, folder)
         expected["action"] = made if self.action == "pass" else None
         self._note(history)
         expected["length after"] = cache.get_seq_length()
@@ -309,11 +308,13 @@ class Scenario:
 
     def count(self, kind):
         """How many places of a kind the action passes."""
-        cache, history, twin, folder = self.prepare()
+        prepared = list(self.prepare())
         counter = Counter()
         with KINDS[kind][0](counter, RECIPES[self.recipe]):
-            self.act(cache, history, folder)
-        del twin
+            if self.action == "drop":
+                del prepared[0]
+            else:
+                self.act(prepared[0], prepared[1], prepared[3])
         return counter.passed
 
     def fail(self, kind, at):
@@ -327,14 +328,26 @@ class Scenario:
         """
         watch, error = KINDS[kind]
         prepared = list(self.prepare())
-        counter = Counter(error("injected"), at)
+        counter, made = Counter(error("injected"), at), None
+        hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
         try:
+            gc.disable()  # or other caches would be finalised under watch
             with watch(counter, RECIPES[self.recipe]):
-                self.act(prepared[0], prepared[1].copy(), prepared[3])
+                if self.action == "drop":
+                    del prepared[0]  # the last reference
+                else:
+                    made = self.act(prepared[0], prepared[1].copy(), prepared[3])
         except BaseException as caught:
             if caught is not counter.error and counter.where is None:
                 raise
             caught.__traceback__ = None
+        else:
+            if self.action == "drop" and counter.where is None:
+                return "", "not reached"
+        finally:
+            gc.enable()
+            sys.unraisablehook = hook
+        del made
         if counter.where is None:
             return "", "not reached"
         counter.error.__traceback__ = counter.error.__context__ = None
@@ -351,6 +364,8 @@ class Scenario:
 
     def judge(self, prepared):
         """All rules; returns how the cache was left. Takes the only references out of the list."""
+        if self.action == "drop":
+            return self._judge_drop(prepared)
         cache, history, twin, folder = prepared
         prepared.clear()
         if self.action == "save":
@@ -362,6 +377,8 @@ class Scenario:
             got = self.answer(twin.fork(), history.copy(), self.others)
             _same(got, self.undisturbed["twin"], "fork harmed")
         ended = self._resume(cache, history)
+        if self.action == "commit":
+            gc.collect()  # see `known.NOT_YET`: recorded tokens in a cycle
         self._pages([cache, twin] if twin is not None else [cache])
         watched = [weakref.ref(arena) for arena in inside.arenas(cache)]
         keep = None if twin is None else inside.arenas(twin)
@@ -372,6 +389,17 @@ class Scenario:
         gc.collect()
         check(all(ref() is None for ref in watched), "arena kept alive")
         return ended
+
+    def _judge_drop(self, prepared):
+        """What raises while a cache is finalised reaches nobody, so only the fork can be looked at."""
+        history, twin, _ = prepared
+        prepared.clear()
+        self._pages([twin])
+        _same(self.answer(twin, history.copy(), self.others), self.undisturbed["twin"], "fork harmed")
+        watched = [weakref.ref(arena) for arena in inside.arenas(twin)]
+        del twin
+        check(all(ref() is None for ref in watched), "arena kept alive")
+        return "after"
 
     def _judge_file(self, folder):
         names = sorted(os.listdir(folder.name))
@@ -396,8 +424,7 @@ class Scenario:
                 got = self.answer(cache, later)
             except RuntimeError as error:
                 return self._after_words(error, cache, history, data, number)
-            _same(got, self.undisturbed["after"], "wrong answers after it")
-            return "after"
+            return self._right(got, cache, later, "after")
         try:
             out = self._pass(cache, history, data, number)
         except RuntimeError as error:
@@ -405,6 +432,28 @@ class Scenario:
         _same(out, self.undisturbed["action"], "wrong retry")
         _same(self.answer(cache, history), self.undisturbed["after"], "wrong answers after a retry")
         return "before"
+
+    def _right(self, got, cache, history, ended):
+        """Whether answers are those of the undisturbed run, or else right for what the cache holds.
+
+        A pass that is whole may have been interrupted before it was packed. Packing then comes with a later pass, and
+        answers until then differ a little: they must be those of a dense cache over what is held.
+        """
+        try:
+            _same(got, self.undisturbed["after"], "wrong answers after it")
+        except Fault as fault:
+            if self.padded:
+                raise
+            entry = Entry(cache, history, RECIPES[self.recipe], self.limit is not None)
+            try:
+                self.world._check_held(entry)
+                for data in self.others:
+                    check(self.world._forward(entry, data[0][0].shape[2], None, False, data), "refused")
+                    self.world._check_held(entry)
+            except Fault as wrong:
+                raise Fault(fault.kind, f"{fault}; {wrong}") from None
+            return "packed later"
+        return ended
 
     def _after_words(self, error, cache, history, data, number):
         """The cache said something: that a pass was taken back, or that it is closed."""
@@ -506,6 +555,7 @@ def scenarios():
         ("save", "save", "llama", "k8v4", (30, 1), {}),
         ("load", "load", "llama", "kv-compress", (30, 1), {}),
         ("reset", "reset", "mixed", "h2o", (30, 1), {"forked": True}),
+        ("drop", "drop", "mixed", "k8v4", (30, 1), {"forked": True}),
         ("commit", "commit", "llama", "h2o", (30, 6), {}),
     ]
     return {name: (name, action, shape, recipe, passes, rest) for name, action, shape, recipe, passes, rest in many}
