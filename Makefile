@@ -1,22 +1,25 @@
 # make demo   makes .venv, installs, runs the demonstration
 # make test   the same .venv, lint and the whole test suite
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs cmake)
+# make soak   long runs: decodes, requests, parked caches, the state machine (about an hour; SOAK=0.05 for minutes)
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter .venv is made with (3.10 or newer)
 #   TORCH_INDEX=<url>     package index to take torch from, e.g. the one with PyTorch's CPU-only builds
 #   TORCH=torch==2.13.0   which torch to install
+#   SOAK=0.05             fraction of the long runs; records are written to build/soak
 #   PYTEST_ARGS="-k demo" more arguments for pytest
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+SOAK ?= 1.0
 TORCH_INDEX ?=
 # A machine with a GPU gets the ordinary torch, any other the version tested on CPU.
 TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
 NATIVE := $(wildcard CMakeLists.txt kernels/CMakeLists.txt kernels/include/* kernels/cpu/*)
 
-.PHONY: demo test lint sanitize install clean
+.PHONY: demo test lint sanitize soak install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvcompress demo
@@ -36,6 +39,12 @@ sanitize: $(VENV)/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
 		tests/kernels -q $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed
+	mkdir -p build/soak
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --scale $(SOAK) --output build/soak/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/machine/run.py \
+		--steps $$(awk 'BEGIN { printf "%d", 400000 * $(SOAK) }') --workers 2 --output build/soak/machine.json
 
 install: $(VENV)/.installed
 

@@ -30,7 +30,8 @@ def pages_named(store):
 
 def owners(arena):
     """Everything alive that holds pages of an arena."""
-    return list(arena._owners)
+    gone = {id(owner) for owner in arena._abandoned}  # dropped caches whose pages the next change gives back
+    return [owner for owner in arena._alive() if id(owner) not in gone]
 
 
 def references(arena):

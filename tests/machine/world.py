@@ -238,8 +238,6 @@ class World:
             how = 0
         if entry.limited and self.leaves_out("shared pages at the limit"):
             return
-        if entry.recipe.name == "scissorhands" and self.leaves_out("decode beside forks"):
-            return
         make = (lambda cache: cache.fork(), copy.deepcopy, copy.copy)[how]
         self._add_twin(entry, make(entry.cache))
 
