@@ -1,7 +1,6 @@
 """The dense model: every key and value that a cache was ever given, and attention in plain torch over some of them."""
 
 import torch
-
 from shapes import HEAD_DIM, KV_HEADS, Q_HEADS
 
 SCALE = HEAD_DIM**-0.5
@@ -38,8 +37,12 @@ class History:
         return other
 
     def append(self, keys, values, real):
-        self.keys = [None if old is None else torch.cat([old, new], 2) for old, new in zip(self.keys, keys)]
-        self.values = [None if old is None else torch.cat([old, new], 2) for old, new in zip(self.values, values)]
+        self.keys = [
+            None if old is None else torch.cat([old, new], 2) for old, new in zip(self.keys, keys, strict=True)
+        ]
+        self.values = [
+            None if old is None else torch.cat([old, new], 2) for old, new in zip(self.values, values, strict=True)
+        ]
         self.real = torch.cat([self.real, real], 1)
         self.top = max(self.top, self.seen)
 

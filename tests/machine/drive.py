@@ -43,7 +43,7 @@ def replay(made_of, steps, everything=False):
 
 
 def kind_of(error):
-    """What distinguishes one fault from another: the rule, or the exception and the line of the package it came from."""
+    """What distinguishes one fault from another: the rule, or the exception and where in the package it came from."""
     kind = getattr(error, "kind", None)
     if kind is not None:
         return kind

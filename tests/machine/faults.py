@@ -15,7 +15,7 @@ from pathlib import Path
 
 import inside
 import torch
-from shapes import HEAD_DIM, KV_HEADS, Q_HEADS, SHAPES
+from shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from world import RECIPES, Entry, Fault, History, World, check
 
@@ -23,9 +23,8 @@ import kvcompress_hf as kvc
 
 # As imported and as it lies there: an editable install imports through links.
 _IMPORTED = Path(kvc.__file__).parent
-_FOLDERS = tuple(
-    {str(path) for folder in ("", "kernels", "patches") for path in (_IMPORTED / folder, (_IMPORTED / folder).resolve())}
-)
+_PARTS = [_IMPORTED / folder for folder in ("", "kernels", "patches")]
+_FOLDERS = tuple({str(path) for part in _PARTS for path in (part, part.resolve())})
 
 
 # -- where it may fail -------------------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ class Scenario:
         expected = {"twin": self.answer(cache.fork(), history.copy(), self.others), "before": before}
         expected["length before"] = history.seen
         del twin
-        cache, history, twin, folder = self.prepare()
+        cache, history, _twin, folder = self.prepare()
         made = cache if self.action == "drop" else self.act(cache, history, folder)
         expected["action"] = made if self.action == "pass" else None
         self._note(history)

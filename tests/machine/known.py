@@ -1,6 +1,7 @@
 """What the machine and the faults are known to find and is not mended yet. Both lists must be empty in the end.
 
-`NOT_YET` names things the machine then leaves out, each with the reason; run it with `everything=True` to see them fail.
+`NOT_YET` names things the machine then leaves out, each with the reason; `run.py --everything` shows
+them.
 """
 
 NOT_YET = {

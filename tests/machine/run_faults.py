@@ -52,7 +52,7 @@ def main():
     def work(task):
         name, kind, at = task
         try:
-            where, ended = subject(name).fail(kind, at)
+            _, ended = subject(name).fail(kind, at)
         except Fault as fault:
             return {"fault": fault.kind, "says": str(fault)[:160], "where": fault.where}
         return {"ended": ended}

@@ -1,4 +1,4 @@
-"""Whole caches under random operations, against a dense model; see `world.py` for the rules and `run.py` for long runs."""
+"""Whole caches under random operations, against a dense model; rules in `world.py`, long runs in `run.py`."""
 
 import sys
 import warnings

@@ -521,7 +521,8 @@ class World:
             if row.positions is None:
                 place[: history.seen] = history.real[row.sequence]
                 if seen == tokens:
-                    check(row.kept == int(place.sum()), "slots", lambda r=row, p=place: f"{r} for {int(p.sum())} tokens")
+                    real = int(place.sum())
+                    check(row.kept == real, "slots", lambda r=row, n=real: f"{r} for {n} tokens")
                 continue
             check(row.positions.numel() == row.kept, "slots", lambda r=row: f"{r}: {r.positions.numel()} positions")
             check(

@@ -8,7 +8,8 @@ Three parts, each of which says at its end whether what it watched stayed flat:
 - *parked*: forks of one long cache that go on by themselves, wait, and go: what is free or unused inside pages while
   they wait, and what the last one holds.
 
-Times are CPU times of this process, and the tenth percentile of a block, so that other work on the machine hardly shows.
+Times are CPU times of this process, and the tenth percentile of a block, so that other work on the machine hardly
+shows.
 """
 
 import argparse
