@@ -12,6 +12,7 @@ import logging
 import time
 import warnings
 
+import model_faults
 import torch
 from children import in_children
 from faults import KINDS, Fault, scenario, scenarios
@@ -22,7 +23,7 @@ from shapes import SHAPES
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenarios", nargs="*", default=list(scenarios()), help="names, all when left out")
+    parser.add_argument("--scenarios", nargs="*", default=[*scenarios(), *model_faults.scenarios()], help="names, all when left out")
     parser.add_argument("--kinds", nargs="*", default=[kind for kind in KINDS if kind != "opcode"])
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
@@ -43,7 +44,10 @@ def main():
     def subject(name):
         if name not in made:
             made.clear()
-            made[name] = scenario(name)
+            if name in model_faults.scenarios():
+                made[name] = model_faults.ModelScenario(*model_faults.scenarios()[name])
+            else:
+                made[name] = scenario(name)
         return made[name]
 
     def count(name):
