@@ -16,7 +16,6 @@ NOT_YET = {
     "save after crop": "a file says that a plan was made at more tokens than are seen, and load refuses it",
     "save after a refusal": "a pass refused at max_bytes leaves the note of a plan at tokens that were taken back",
     "recorded tokens in a cycle": "keys that are held back point at their cache, so it waits for the garbage collector",
-    "threads": "forks of one cache in parallel threads",
 }
 
 #: Kinds of what goes wrong after an injected fault, see `faults.py`; the suite tolerates these and no others.

@@ -23,7 +23,9 @@ from shapes import SHAPES
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenarios", nargs="*", default=[*scenarios(), *model_faults.scenarios()], help="names, all when left out")
+    parser.add_argument(
+        "--scenarios", nargs="*", default=[*scenarios(), *model_faults.scenarios()], help="names, all when left out"
+    )
     parser.add_argument("--kinds", nargs="*", default=[kind for kind in KINDS if kind != "opcode"])
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)

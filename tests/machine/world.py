@@ -7,6 +7,7 @@ Every step ends with all invariants, see [`World.check`].
 import copy
 import gc
 import os
+import sys
 import tempfile
 import threading
 import weakref
@@ -376,10 +377,15 @@ class World:
                 failures.append(error)
 
         threads = [threading.Thread(target=work, args=pair) for pair in zip(entries, drawn, strict=True)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
         for failure in failures:
             raise failure
 
@@ -550,7 +556,7 @@ class World:
             touched = entry.refresh
             if touched:
                 self._check_held(entry)
-            if entry.history.seen and (touched or not self.steps % 8):
+            if entry.history.seen and not self.steps % (2 if touched else 8):
                 self._check_bytes(entry)
         for arena, stores in self._arenas().values():
             self._check_pages(arena, stores)
