@@ -6,17 +6,20 @@
 #             your index has no CPU-only build of it)
 # make lock   renews constraints.txt: the newest of everything but torch, which is TORCH
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make soak   long runs: decodes, requests, parked caches, the state machine (about an hour; SOAK=0.05 for minutes)
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter .venv is made with (3.11 or newer)
 #   LOCK=                 (empty) the newest of everything instead of the versions in constraints.txt
 #   TORCH_INDEX=<url>     package index to take torch from, e.g. the one with PyTorch's CPU-only builds
 #   TORCH=torch==2.13.0   which torch to install, with LOCK= or for `make lock`
+#   SOAK=0.05             fraction of the long runs; their records go to build/soak
 #   PYTEST_ARGS="-k demo" more arguments for pytest
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+SOAK ?= 1.0
 TORCH_INDEX ?=
 LOCK ?= constraints.txt
 TORCH ?= torch
@@ -30,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfi
 # What another transformers or torch could break: the contract, the patches, the cache's face.
 CONTRACT := tests/patches tests/cache
 
-.PHONY: demo test lint sanitize install lock test-transformers test-torch contract clean
+.PHONY: demo test lint sanitize soak install lock test-transformers test-torch contract clean
 
 demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
@@ -64,6 +67,12 @@ sanitize: $(VENV)/.dev-$(KIND)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
 		tests/kernels -q $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev-$(KIND)
+	mkdir -p build/soak
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --scale $(SOAK) --output build/soak/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/machine/run.py \
+		--steps $$(awk 'BEGIN { printf "%d", 400000 * $(SOAK) }') --workers 2 --output build/soak/machine.json
 
 install: $(VENV)/.dev-$(KIND)
 

@@ -1,0 +1,42 @@
+"""What every recorded run says of itself: versions, machine, date."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+
+def heading(what, **more):
+    """The first part of a record."""
+    root = Path(__file__).parents[2]
+    given = list(sys.argv[1:])
+    if "--output" in given:
+        at = given.index("--output")
+        del given[at : at + 2]  # where it was written to says nothing
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
+    return {
+        "what": what,
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0], root), *given]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit.stdout.strip() or None,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("kvcompress-hf", "torch", "transformers", "hypothesis")},
+        },
+        "processor": platform.machine(),
+        **more,
+    }
+
+
+def write(path, record):
+    """Compact JSON with one line per top-level entry, so that two records can be compared."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    if path:
+        Path(path).write_text(text)
+    else:
+        print(text)

@@ -1,0 +1,86 @@
+"""The long run of the state machine: `python tests/machine/run.py --steps 1000000 --seed 0 --output FILE`.
+
+World `n` of a run follows from the seed and `n` alone, so `--first n --steps 1` does it again. Worlds run in child
+processes: one that dies in native code is a finding like any other. Each finding is shortened to the steps it needs.
+"""
+
+import argparse
+import collections
+import gc
+import logging
+import time
+import warnings
+
+import torch
+from children import in_children
+from drive import kind_of, replay, shorten, world_of
+from known import NOT_YET
+from record import heading, write
+from shapes import SHAPES
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--length", type=int, default=40, help="steps of one world")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first world")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--everything", action="store_true", help="also what is known to fail (known.py)")
+    parser.add_argument("--output")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    for shape in SHAPES.values():
+        shape.model()
+    gc.collect()
+    gc.freeze()
+
+    def work(number):
+        made_of, steps = world_of(options.seed, number, options.length)
+        error, done = replay(made_of, steps, options.everything)
+        result = {"done": done, "operations": collections.Counter(name for name, _ in steps[:done])}
+        if error is not None:
+            kind = kind_of(error)
+            fewer = shorten(made_of, steps[:done], kind, options.everything)
+            result["fault"] = {"kind": kind, "says": str(error)[:200], "made of": made_of, "steps": fewer}
+        return result
+
+    started, done, operations, found = time.time(), 0, collections.Counter(), {}
+    worlds = range(options.first, options.first + max(1, options.steps // options.length))
+    for number, result in in_children(work, worlds, options.workers):
+        done += result.get("done", 0)
+        operations.update(result.get("operations", {}))
+        fault = result.get("fault")
+        if "died" in result or "raised" in result:
+            kind = result.get("died") or "the machine itself: " + result["raised"].splitlines()[-1]
+            fault = {"kind": kind, "says": result.get("raised", "")[-300:], "made of": None, "steps": []}
+        if fault:
+            known = found.setdefault(fault["kind"], {"times": 0, "world": number, **fault})
+            known["times"] += 1
+            if len(fault["steps"]) < len(known["steps"]):
+                known.update(fault, world=number)
+            if known["times"] == 1:
+                print(f"world {number}: {fault['kind']}: {fault['says']}", flush=True)
+        if number % 100 == 99:
+            print(f"{done:,} steps, {time.time() - started:.0f} s, {len(found)} kinds of faults", flush=True)
+    record = heading(
+        "state machine over whole caches",
+        seed=options.seed,
+        worlds=len(worlds),
+        steps=done,
+        seconds=round(time.time() - started),
+        workers=options.workers,
+        operations=dict(sorted(operations.items())),
+        left_out={} if options.everything else NOT_YET,
+        found=list(found.values()),
+    )
+    write(options.output, record)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

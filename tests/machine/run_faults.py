@@ -1,0 +1,110 @@
+"""Every place of every scenario fails once: `python tests/machine/run_faults.py --output FILE`.
+
+Kinds of places: every line of the package that the action runs (a KeyboardInterrupt there), every operation of torch
+(out of memory), every call of the allocator, the kernels, the observers and plans, and the file system, before its work
+and after. `--every n` tries each n-th place only; instructions (`opcode`) are only tried when named by `--kinds`.
+"""
+
+import argparse
+import collections
+import gc
+import logging
+import time
+import warnings
+
+import model_faults
+import torch
+from children import in_children
+from faults import KINDS, Fault, scenario, scenarios
+from known import NOT_YET_AFTER_FAULTS
+from record import heading, write
+from shapes import SHAPES
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--scenarios", nargs="*", default=[*scenarios(), *model_faults.scenarios()], help="names, all when left out"
+    )
+    parser.add_argument("--kinds", nargs="*", default=[kind for kind in KINDS if kind != "opcode"])
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--output")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    for shape in SHAPES.values():
+        shape.model()
+    gc.collect()
+    gc.freeze()
+
+    made = {}
+
+    def subject(name):
+        if name not in made:
+            made.clear()
+            if name in model_faults.scenarios():
+                made[name] = model_faults.ModelScenario(*model_faults.scenarios()[name])
+            else:
+                made[name] = scenario(name)
+        return made[name]
+
+    def count(name):
+        return {kind: subject(name).count(kind) for kind in subject(name).kinds if kind in options.kinds}
+
+    def work(task):
+        name, kind, at = task
+        try:
+            _, ended = subject(name).fail(kind, at)
+        except Fault as fault:
+            return {"fault": fault.kind, "says": str(fault)[:160], "where": fault.where}
+        return {"ended": ended}
+
+    started = time.time()
+    places = dict(in_children(count, options.scenarios, each=1))
+    tasks = [
+        (name, kind, at)
+        for name, kinds in places.items()
+        for kind, number in kinds.items()
+        if isinstance(number, int)
+        for at in range(1, number + 1, options.every)
+    ]
+    print(f"{len(tasks):,} places in {len(places)} scenarios", flush=True)
+    ended, found = collections.Counter(), {}
+    for number, (task, result) in enumerate(in_children(work, tasks, options.workers, each=500)):
+        name, kind, at = task
+        if "ended" in result:
+            ended[result["ended"]] += 1
+        else:
+            what = result.get("fault") or result.get("died") or "the harness itself"
+            ended["fault"] += 1
+            known = found.setdefault(what, {"times": 0, "kinds": {}, "where": {}})
+            known["times"] += 1
+            known["kinds"][kind] = known["kinds"].get(kind, 0) + 1
+            place = result.get("where") or result.get("raised", "?").strip().splitlines()[-1][:120]
+            if place not in known["where"] and len(known["where"]) < 400:
+                known["where"][place] = f"{name}, {kind} {at}: {result.get('says', '')}"
+        if number % 2000 == 1999:
+            print(f"{number + 1:,} places, {time.time() - started:.0f} s, {dict(ended)}", flush=True)
+    record = heading(
+        "faults at every point",
+        places=len(tasks),
+        every=options.every,
+        seconds=round(time.time() - started),
+        workers=options.workers,
+        scenarios=places,
+        ended=dict(ended),
+        left_out=NOT_YET_AFTER_FAULTS,
+        found=found,
+    )
+    write(options.output, record)
+    for what, known in sorted(found.items(), key=lambda pair: -pair[1]["times"]):
+        print(f"{what}: {known['times']} times at {len(known['where'])} places")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
