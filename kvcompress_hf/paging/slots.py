@@ -189,17 +189,9 @@ def apply_targets(
 
     Returns:
         `int`: Number of slots evicted.
-
-    Raises:
-        CacheMemoryError: If pages that are shared must be copied, and the arena is full.
     """
-    held = sum(int(part.store.lengths_on_host().sum()) for part in parts)
-    evicted = held - sum(int(on_host(counts).sum()) for counts in decision.counts)
-    turns: tuple[torch.Tensor, ...] = ()
-    if inv_freq is not None and evicted:
-        # The age is another one at each plan, and the same whatever a sequence is batched with.
-        stays = torch.cat([_by_sequence(rows, part) for rows, part in zip(decision.targets, parts, strict=True)], dim=1)
-        turns = newer_evicted(slots.positions, slots.filled, stays < 0), slots.seen - slots.positions
+    evicted = evicted_by(parts, decision)
+    turns = _turns(parts, slots, decision) if inv_freq is not None else ()
     start = 0
     for part, rows, counts in zip(parts, decision.targets, decision.counts, strict=True):
         store = part.store
@@ -212,8 +204,6 @@ def apply_targets(
             decided = rows[:, columns][:, :width].clone()
             # What goes for good goes first: its pages serve what is lowered.
             turning = [each[:, columns][:, :width].clone() for each in turned]
-            if turning:
-                store.own(tier, turning[0] > 0)  # a full arena refuses here, before anything has changed
             kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
             _drop(store, tier, decided < 0, kept, decided, *turning)
             if turning and inv_freq is not None:
@@ -224,6 +214,57 @@ def apply_targets(
             for lower in range(tier + 1, len(here)):
                 _lower(store, tier, lower, here[tier], pick(pick(counts, tier), lower))
     return evicted
+
+
+def evicted_by(parts: Sequence[StorePart], decision: Decision) -> int:
+    """How many slots a decision evicts.
+
+    Args:
+        parts (`Sequence[StorePart]`): The stores, before it is carried out.
+        decision (`Decision`): The decision, its counts known on the host.
+
+    Returns:
+        `int`: Slots.
+    """
+    held = sum(int(part.store.lengths_on_host().sum()) for part in parts)
+    return held - sum(int(on_host(counts).sum()) for counts in decision.counts)
+
+
+def own_before_applying(parts: Sequence[StorePart], slots: Slots, decision: Decision, turning: bool) -> None:
+    """Copies shared pages that [`apply_targets`] will write to, so that it needs no more memory for them.
+
+    Args:
+        parts (`Sequence[StorePart]`): The stores, as they were gathered.
+        slots (`Slots`): The slots, as they were gathered.
+        decision (`Decision`): What is to be done.
+        turning (`bool`): Whether keys will be turned.
+
+    Raises:
+        CacheMemoryError: If an arena is full; what is stored is as it was.
+    """
+    turns = _turns(parts, slots, decision) if turning else ()
+    start = 0
+    for part, rows, counts in zip(parts, decision.targets, decision.counts, strict=True):
+        store = part.store
+        amounts = [_by_row(to_device(each[:, start : start + part.rows], rows.device), part, 0) for each in turns[:1]]
+        start += part.rows
+        if not store.arena.shared:
+            continue
+        for tier in range(len(store.layout.tiers)):
+            kept = counts[tier].sum(0, dtype=torch.int32)
+            # A slot that is lowered leaves its tier as well.
+            store.own_before_evicting(tier, kept, counts[tier, tier] < store.lengths[tier])
+            for by in amounts:
+                store.own(tier, by[:, slots.columns(tier)][:, : store.width(tier)] > 0)
+
+
+def _turns(parts: Sequence[StorePart], slots: Slots, decision: Decision) -> tuple[torch.Tensor, ...]:
+    """How far each key is to be turned, and the seed of rounding, `[batch, rows, slots]`; nothing if nothing goes."""
+    if not evicted_by(parts, decision):
+        return ()
+    # The age is another one at each plan, and the same whatever a sequence is batched with.
+    stays = torch.cat([_by_sequence(rows, part) for rows, part in zip(decision.targets, parts, strict=True)], dim=1)
+    return newer_evicted(slots.positions, slots.filled, stays < 0), slots.seen - slots.positions
 
 
 def _drop(store: PagedStore, tier: int, gone: torch.Tensor, kept: torch.Tensor, *decided: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ class NewTokens:
         key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred where the cache centres keys.
         value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
         valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        position (`int`): Logical position of the first token.
         scaling (`float`): Factor on the logits.
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
         window (`int`, *optional*): Sliding window in tokens.
@@ -30,6 +31,7 @@ class NewTokens:
     key: torch.Tensor
     value: torch.Tensor
     valid: torch.Tensor | None
+    position: int
     scaling: float
     softcap: float | None
     window: int | None
@@ -79,7 +81,7 @@ class NewTokens:
             one = slice(token, token + 1)
             query, key, value = (x[:, :, one] for x in (self.query, self.key, self.value))
             valid = None if self.valid is None else self.valid[:, one].contiguous()
-            yield replace(self, query=query, key=key, value=value, valid=valid)
+            yield replace(self, query=query, key=key, value=value, valid=valid, position=self.position + token)
 
     def attend(
         self,

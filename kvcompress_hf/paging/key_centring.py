@@ -1,0 +1,75 @@
+"""One vector per row that is taken off every key before it is stored; see `key_shift.py` for which."""
+
+import torch
+
+from kvcompress_hf.paging.key_shift import steady_mean
+from kvcompress_hf.paging.sequence_tensors import Declared, SequenceTensors
+
+KEY_SHIFT = Declared(
+    "key_shift",
+    None,
+    ("layers", "batch", "kv_heads", 1, "head_dim"),
+    kind="metadata",
+    changed_by="nothing",
+    shared=True,
+)
+
+
+class KeyCentring:
+    """What keys are centred by, in pages and tail alike; nothing until it is settled.
+
+    Args:
+        tensors (`SequenceTensors`): Where it is.
+    """
+
+    def __init__(self, tensors: SequenceTensors) -> None:
+        self.tensors = tensors
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """`torch.Tensor` or `None`: `[layers, batch, kv_heads, 1, head_dim]` in the dtype of keys."""
+        return self.tensors.values.get("key_shift")
+
+    def settle(self, layer: int, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Decides what is taken off every key of a layer from now on; nothing of the layer may be stored yet.
+
+        Args:
+            layer (`int`): Index of the layer.
+            keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
+            real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        """
+        old = self.shift
+        with torch.inference_mode(False):
+            shift = self.tensors.zeros("key_shift") if old is None else old.clone()  # forks may share it
+        shift[layer] = steady_mean(keys, real)
+        self.tensors.values["key_shift"] = shift
+
+    def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
+        """New keys as they are stored and attended to.
+
+        Args:
+            layer (`int`): Index of the layer.
+            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+
+        Returns:
+            `torch.Tensor`: The keys less the layer's shift; the keys themselves while there is none.
+        """
+        shift = self.shift
+        return keys if shift is None else keys - shift[layer]
+
+    def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`KeyCentring.centre`], for those who look at more of keys than what softmax sees.
+
+        Args:
+            layer (`int`, *optional*): Index of the layer; all layers when left out.
+            keys (`torch.Tensor`): Centred, `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is
+                `layers * batch`.
+
+        Returns:
+            `torch.Tensor`: The keys with the layer's shift, float32; the keys themselves while there is none.
+        """
+        shift = self.shift
+        if shift is None:
+            return keys
+        part = slice(None) if layer is None else slice(layer, layer + 1)
+        return keys.float() + shift[part].flatten(0, 1)

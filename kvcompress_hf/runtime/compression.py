@@ -1,0 +1,370 @@
+"""What follows packing, over all layers at once: windows, plans, fading; and making room before memory runs out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
+from kvcompress_hf.paging.slots import (
+    Decision,
+    Slots,
+    StorePart,
+    apply_targets,
+    gather_slots,
+    own_before_applying,
+)
+from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import ask, known_as, on_host, pick, to_device
+from kvcompress_hf.plans.base import Plan
+from kvcompress_hf.plans.decide import Ruling, decide
+from kvcompress_hf.plans.distortion import measure_distortion
+from kvcompress_hf.plans.pressure import under_pressure
+from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
+from kvcompress_hf.recipe import TIERS, Recipe
+from kvcompress_hf.runtime.new_tokens import NewTokens
+from kvcompress_hf.runtime.packing import BEST, describe_of, packs_next
+from kvcompress_hf.runtime.rollback import Rollback
+from kvcompress_hf.runtime.state import CacheState, LayerState
+
+
+@dataclass(frozen=True)
+class _Ruled:
+    """A recipe's plan, the sequences it rules, and what they may hold."""
+
+    recipe: Recipe
+    plan: Plan
+    rows: torch.Tensor | slice
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """A decision that has not been carried out."""
+
+    parts: list[StorePart]
+    slots: Slots
+    decision: Decision
+    ruled: list[_Ruled]
+
+
+class Compression:
+    """Plans over one cache.
+
+    Args:
+        state (`CacheState`): The cache.
+        rollback (`Rollback`): Told before stored slots are written over.
+    """
+
+    def __init__(self, state: CacheState, rollback: Rollback) -> None:
+        self.state, self.rollback = state, rollback
+        self.needs_distortion = any(r.plan is not None and r.plan.needs_distortion for r in state.given_recipes)
+
+    # -- after packing ---------------------------------------------------------------------------------------------
+
+    def after_packing(self) -> None:
+        """Drops what no window reaches, plans where it is due, and lets statistics fade."""
+        state, counters = self.state, self.state.counters
+        when, observer = state.recipe.when, state.recipe.observer
+        started = time.perf_counter()
+        self._drop_outside_windows()
+        if counters.unfinished and observer is not None and observer.reads_again:
+            counters.awaits_second_reading = True
+        elif state.recipe.evicts and (when.prefill if counters.unfinished else self._due()):
+            if counters.awaits_second_reading:
+                raise UnsupportedFeatureError(
+                    f"The recipe {state.recipe.name!r} reads the prompt a second time before it decides what to keep, "
+                    "and this cache was filled without: fill it by kvcompress_hf.prefill(model, input_ids, recipe) or "
+                    "by generate(input_ids), or take a recipe with another observer, such as 'auto'."
+                )
+            self.plan()
+        self._fade()
+        if counters.unfinished:
+            self._tell_clamped(ask(self._clamped))
+        counters.unfinished = False
+        state.statistics.seconds_planning += time.perf_counter() - started
+
+    def _due(self) -> bool:
+        """Whether a packing during decoding also plans."""
+        when, counters = self.state.recipe.when, self.state.counters
+        return when.decode and counters.seen - counters.planned >= (when.interval or 0)
+
+    def _drop_outside_windows(self) -> None:
+        state = self.state
+        dropped: list[tuple[PagedStore, int, torch.Tensor, torch.Tensor]] = []
+        for owned in state.owned.values():
+            window, store = state.layers[owned.layers[0]].window, owned.store
+            if window is None or state.seen < window:
+                continue
+            # The next query is at position `seen` and sees what is less than `window` away. Where there is no slot, 0
+            # is read, which is too far away.
+            keeps = [
+                store.read_field(tier, "position") > state.seen - window for tier in range(len(state.recipe.tiers))
+            ]
+            dropped += [(store, tier, keep, keep.sum(1, dtype=torch.int32)) for tier, keep in enumerate(keeps)]
+        for (*_, kept), here in zip(dropped, ask([kept for *_, kept in dropped]), strict=True):
+            known_as(kept, here)
+        for store, tier, _, kept in dropped:
+            store.own_before_evicting(tier, kept, kept < store.lengths[tier])
+        if any(not torch.equal(on_host(kept), store.lengths_on_host()[tier]) for store, tier, _, kept in dropped):
+            self.rollback.overwrites("Dropping what lies outside sliding windows")
+        for store, tier, keep, kept in dropped:
+            store.evict(tier, keep, kept)
+
+    def _fade(self) -> None:
+        """Lets what was observed count less by the steps decoded since this was last done."""
+        state, counters = self.state, self.state.counters
+        steps = counters.seen - max(counters.faded, counters.prompt)
+        counters.faded = counters.seen
+        observer = state.recipe.observer
+        names, factor = ((), 1.0) if observer is None else observer.fading
+        if steps > 0 and names:
+            for owned in state.owned.values():
+                owned.store.own_all()
+            self.rollback.overwrites("Fading of statistics")
+            for name in names:
+                for owned in state.owned.values():
+                    owned.store.scale_field(name, factor**steps)
+
+    @property
+    def _clamped(self) -> list[torch.Tensor]:
+        return [count for owned in self.state.owned.values() for count in owned.store.clamped]
+
+    def _tell_clamped(self, counts: Sequence[torch.Tensor]) -> None:
+        """Passes clamp counts, asked for in [`Compression._clamped`], to the stores, which warn."""
+        stores = [owned.store for owned in self.state.owned.values() if owned.store.clamped]
+        for store, count in zip(stores, counts, strict=True):
+            store.tell_clamped(int(count))
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    def measure(self, number: int, layer: LayerState, new: NewTokens, real_on_host: torch.Tensor | None) -> None:
+        """Measures what tiers lose on the first tokens of every sequence.
+
+        Args:
+            number (`int`): Index of the layer.
+            layer (`LayerState`): The layer.
+            new (`NewTokens`): The tokens of a chunk.
+            real_on_host (`torch.Tensor`, *optional*): `new.valid` on the host.
+        """
+        distortion, note = self.state.counters.distortion, self.rollback.note
+        before = distortion.get(number)
+        padded = None if note is None else note.counters.padding
+        if before is not None and (padded is None or bool((on_host(padded) < layer.seen).all())):
+            return  # every sequence had tokens before
+        padding = None if real_on_host is None else (~real_on_host).sum(1)
+        tiers = [TIERS[name] for name in self.state.recipe.tiers]
+        measured = measure_distortion(new.query, new.key, new.value, new.scaling, tiers, padding)
+        if before is not None:
+            before = to_device(before, measured.device)
+            measured = torch.where(before.isnan(), measured, before)
+        distortion[number] = measured
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> None:
+        """Brings every sequence within the budget, over all its layers and heads together."""
+        decided = self._decide()
+        if decided is not None:
+            self._apply(decided)
+
+    def _decide(self, freeing: int = 0) -> _Decided | None:
+        """Asks the plans; nothing that is stored changes.
+
+        Args:
+            freeing (`int`): Bytes of pages that must come free, whatever the budget.
+
+        Returns:
+            `_Decided` or `None`: The decision; `None` if there is nothing to decide.
+        """
+        state, counters, observer = self.state, self.state.counters, self.state.recipe.observer
+        if observer is None:
+            return None
+        parts = [
+            StorePart(owned.store, tuple(owned.layers), tuple(state.layers[i].group for i in owned.layers))
+            for owned in state.owned.values()
+        ]
+        padding = torch.zeros(state.batch, dtype=torch.int64) if counters.padding is None else on_host(counters.padding)
+        held = torch.stack([bytes_held(part.store) for part in parts]).sum(0)
+        ruled = self._rule(parts, padding, held)
+        if ruled is None:
+            return None
+        counters.planned = state.seen
+        waits = [each.limits.fits if each.plan.headroom and not freeing else None for each in ruled]
+        if all(fits is not None and bool(fits.all()) for fits in waits):
+            self._note_room(ruled, held)
+            return None
+        slots = gather_slots(parts, observer.fields, state.seen, counters.prompt)
+        if not slots.filled.shape[-1]:  # so far everything was padding
+            return None
+        importance, spread = observer.importance(slots), observer.spread(slots)
+        views = [
+            make_view(
+                each.recipe,
+                slots.of(each.rows),
+                each.limits,
+                importance=pick(importance, each.rows),
+                spread=None if spread is None else pick(spread, each.rows),
+                tokens=(state.seen - padding)[each.rows],
+                padding=padding[each.rows],
+                distortion=state.losses(),
+                headroom=0.0 if counters.unfinished else each.plan.headroom,
+            )
+            for each in ruled
+        ]
+        if freeing:
+            views = under_pressure(views, freeing)
+        # Each sequence is planned when it would be if it were alone, so some may have to stay as they are.
+        rulings = [
+            Ruling(each.plan, view, each.rows, fits) for each, view, fits in zip(ruled, views, waits, strict=True)
+        ]
+        decision, clamped = decide(parts, slots, rulings, self._clamped)
+        self._tell_clamped(clamped)
+        return _Decided(parts, slots, decision, ruled)
+
+    def _rule(self, parts: Sequence[StorePart], padding: torch.Tensor, held: torch.Tensor) -> list[_Ruled] | None:
+        """Each recipe's plan and limits; `None` if one has no plan."""
+        state = self.state
+        expected = max(state.seen, state.prompt_tokens or 0) - padding
+        windows = [state.layers[part.layers[0]].window for part in parts]
+        aside = [self._bytes_aside(part.store) for part in parts]
+        ruled = []
+        for recipe, rows in self._sequences_by_recipe():
+            plan: Plan | None = recipe.plan
+            if plan is None:
+                return None
+            on_top = prompt_on_top(recipe, state.counters.prompt, padding[rows])
+            limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows], on_top=on_top)
+            ruled.append(_Ruled(recipe, plan, rows, limits))
+        return ruled
+
+    def _apply(self, decided: _Decided) -> None:
+        state, parts = self.state, decided.parts
+        turning = state.inv_freq if state.recipe.positions == "reindexed" else None
+        own_before_applying(parts, decided.slots, decided.decision, turning is not None)
+        self.rollback.overwrites("Evicting and lowering slots")
+        state.statistics.plans += 1
+        state.statistics.evicted_slots += apply_targets(parts, decided.slots, decided.decision, turning)
+        self._note_room(decided.ruled, torch.stack([bytes_held(part.store) for part in parts]))
+
+    def _note_room(self, ruled: Sequence[_Ruled], held: torch.Tensor) -> None:
+        """Remembers what the budgets still allow beyond what is held, so that no more free pages are kept."""
+        allowed = [each.limits.allowed_bytes for each in ruled]
+        known = [int(each.sum()) for each in allowed if each is not None]
+        self.state.counters.room = max(0, sum(known) - int(held.sum())) if len(known) == len(allowed) else None
+
+    def _sequences_by_recipe(self) -> list[tuple[Recipe, torch.Tensor | slice]]:
+        """Each recipe with the sequences that it rules: `int64` indices, or all of them."""
+        recipes = self.state.recipes
+        if len(recipes) == 1:
+            return [(self.state.recipe, slice(None))]
+        rows: dict[Recipe, list[int]] = {}
+        for row, recipe in enumerate(recipes):
+            rows.setdefault(recipe, []).append(row)
+        return [(recipe, torch.tensor(mine)) for recipe, mine in rows.items()]
+
+    def _bytes_aside(self, store: PagedStore) -> int:
+        """Bytes of a store for one sequence that are not pages: its tail while decoding, lengths, means and the like.
+
+        What depends on the other sequences of the batch is left out: a sequence must be compressed alike whatever it
+        is batched with.
+        """
+        geometry, every = store.geometry, self.state.recipe.when.every
+        slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
+        rows = store.layers * geometry.kv_heads
+        means = 8 * geometry.head_dim if describe_of(self.state) is not None else 0
+        shift = 0 if store.key_shift is None else store.key_shift.nbytes // self.state.batch
+        positions = 4 * store.layers * (every + 1)  # of the tail, and how many it holds
+        slab = 12  # its address and size
+        return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + shift + slab
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def make_room(self, tokens: int = 0) -> bool:
+        """Where the next packing would take an arena beyond its limit, plans for less before anything is stored.
+
+        Args:
+            tokens (`int`): New tokens to be packed besides the tails.
+
+        Returns:
+            `bool`: Whether it fits now.
+        """
+        state = self.state
+        if state.max_bytes is None or state.recording or not (tokens or packs_next(state)):
+            return True
+        state.learn_tails()
+        while (short := self._shortage(tokens)) > 0:
+            live = sum(arena.live for arena in state.arenas)
+            decided = self._enough(short, tokens)
+            if decided is None:
+                return False
+            self._apply(decided)
+            self.rollback.rebase()
+            state.give_back()
+            # Rows that now end elsewhere in a page may take more pages for the new tokens, so look again.
+            if sum(arena.live for arena in state.arenas) >= live:
+                return False
+        return True
+
+    def _enough(self, short: int, tokens: int) -> _Decided | None:
+        """A decision after which the next packing fits, as far as that is known; `None` if there is none."""
+        freeing, fewest, stride = short, None, 1
+        held = sum(arena.live * arena.page_bytes for arena in self.state.arenas)
+        while True:
+            decided = self._decide(freeing)
+            if decided is None:
+                return None
+            if any(part.store.arena.shared for part in decided.parts):
+                return decided  # what comes free depends on others
+            left = self._shortage(tokens, decided)
+            if left <= 0:
+                return decided
+            if freeing > held:
+                return None
+            # Plans go by whole pages and rows, so a little less allowed may change nothing.
+            stride = 1 if fewest is None or left < fewest else 2 * stride
+            fewest = left if fewest is None else min(left, fewest)
+            freeing += stride * left
+
+    def _shortage(self, tokens: int, decided: _Decided | None = None) -> int:
+        """Bytes of pages that are missing for packing the tails and some more tokens; not positive if none are.
+
+        Args:
+            tokens (`int`): New tokens per row besides those of the tails.
+            decided (`_Decided`, *optional*): As it would be once this has been carried out.
+        """
+        state, missing = self.state, 0
+        after: dict[int, torch.Tensor] = {}
+        if decided is not None:
+            pairs = zip(decided.parts, decided.decision.counts, strict=True)
+            after = {id(part.store): on_host(counts).sum(0, dtype=torch.int32) for part, counts in pairs}
+        for arena in state.arenas:
+            needed, live = 0, arena.live
+            for owned in state.owned.values():
+                store = owned.store
+                if store.arena is arena:
+                    window = state.layers[owned.layers[0]].window
+                    kept = tokens if window is None else min(tokens, window - 1)
+                    lengths = after.get(id(store))
+                    needed += store.pages_to_pack(BEST, kept, len(owned.layers), state.tails(owned), lengths)
+                    live -= 0 if lengths is None else store.pages_freed(lengths)
+            over = (live + needed) * arena.page_bytes - state.max_bytes if needed and state.max_bytes else 0
+            missing = max(missing, over)
+        # A plan spans all devices, so it must free as much on each as the one that lacks the most.
+        return missing * len(state.arenas)
+
+    def no_room(self, seen: int) -> CacheMemoryError:
+        """The error to raise where [`Compression.make_room`] could not.
+
+        Args:
+            seen (`int`): Tokens that the cache holds once the change has been taken back.
+
+        Returns:
+            `CacheMemoryError`: Not raised yet.
+        """
+        return CacheMemoryError(
+            f"Packing the newest tokens takes more than max_bytes={self.state.max_bytes}, and compressing harder was "
+            f"not enough: what is protected stays. The last forward pass was taken back, so the cache holds {seen} "
+            "tokens and can be used. Raise max_bytes, protect fewer slots, or shorten the input."
+        )

@@ -1,0 +1,164 @@
+"""New tokens on their way into a store: into the tail, or, for a chunk of a prompt, straight into pages."""
+
+import time
+
+import torch
+
+from kvcompress_hf.paging.store import Describe, PagedStore
+from kvcompress_hf.paging.waiting import known_as, to_device
+from kvcompress_hf.runtime.new_tokens import NewTokens
+from kvcompress_hf.runtime.state import CacheState, LayerState
+
+BEST = 0  # new slots enter the first tier
+
+
+def describe_of(state: CacheState) -> Describe | None:
+    """What makes slot fields from keys and values, where the recipe's observer wants such.
+
+    Args:
+        state (`CacheState`): The cache.
+
+    Returns:
+        `Callable` or `None`: See [`PagedStore.describe`].
+    """
+    observer = state.recipe.observer
+    return observer.describe if observer is not None and observer.describes else None
+
+
+def append(
+    state: CacheState, layer: LayerState, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor]
+) -> None:
+    """Puts new tokens into the tail, where they can still be taken back.
+
+    Args:
+        state (`CacheState`): The cache.
+        layer (`LayerState`): The layer.
+        store (`PagedStore`): Its store.
+        new (`NewTokens`): The tokens.
+        fields (`dict[str, torch.Tensor]`): Their slot fields, `[batch, kv_heads, tokens]`.
+    """
+    store.reserve_tail(max(state.recipe.when.every, layer.tail_used + new.tokens))
+    tail = store.tail(layer.index)
+    before = tail.lengths.clone()
+    store.backend.append(tail, new.key, new.value, new.position, new.valid)
+    if fields:
+        write_tail_fields(store, layer, before, new.valid, fields)
+    layer.grows(new.tokens, new.valid)
+
+
+def write_tail_fields(
+    store: PagedStore,
+    layer: LayerState,
+    before: torch.Tensor,
+    valid: torch.Tensor | None,
+    fields: dict[str, torch.Tensor],
+) -> None:
+    """Puts the fields of new tokens where the tokens were appended.
+
+    Args:
+        store (`PagedStore`): The store.
+        layer (`LayerState`): The layer.
+        before (`torch.Tensor`): `int32` `[batch]`, the tail's lengths before.
+        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        fields (`dict[str, torch.Tensor]`): Slot fields by name, `[batch, kv_heads, tokens]`.
+    """
+    tail = store.tail(layer.index)
+    if tail.fields is None:
+        return
+    batch, heads, tokens = next(iter(fields.values())).shape
+    rank = torch.arange(tail.capacity, device=before.device) - before[:, None]  # [batch, capacity]
+    token = rank.clamp(0, tokens - 1)
+    new = (rank >= 0) & (rank < tokens)
+    if valid is not None:  # a stable sort brings the real tokens to the front in their order
+        token = (~valid).to(torch.uint8).argsort(dim=1, stable=True).gather(1, token)
+        new = new & (rank < valid.sum(1, keepdim=True))
+    token, new = (x[:, None].expand(batch, heads, -1) for x in (token, new))
+    for name, values in fields.items():
+        target = tail.fields[store.layout.fields.index(name)].view(torch.float32)
+        target.copy_(torch.where(new, values.gather(2, token), target))
+
+
+def pack_chunk(
+    state: CacheState,
+    layer: LayerState,
+    store: PagedStore,
+    new: NewTokens,
+    fields: dict[str, torch.Tensor],
+    real_on_host: torch.Tensor | None,
+) -> None:
+    """Packs a chunk of a prompt straight into pages; padding and what no later query can see is left out.
+
+    Args:
+        state (`CacheState`): The cache.
+        layer (`LayerState`): The layer.
+        store (`PagedStore`): Its store.
+        new (`NewTokens`): The tokens.
+        fields (`dict[str, torch.Tensor]`): Their slot fields, `[batch, kv_heads, tokens]`.
+        real_on_host (`torch.Tensor`, *optional*): `new.valid` on the host.
+    """
+    key, value, valid = new.key, new.value, new.valid
+    batch, heads, tokens, _ = key.shape
+    describe = describe_of(state)
+    if layer.tail_used:
+        store.pack_tail(BEST, layer.index, describe, state.tails(state.owned[store.geometry]))
+        layer.emptied()
+    if describe is not None:
+        real = torch.ones((batch, tokens), dtype=torch.bool, device=key.device) if valid is None else valid
+        fields = {**fields, **store.describe(describe, key, value, real, layer.index)}
+    first = 0 if layer.window is None else max(0, tokens - layer.window + 1)
+    if first:
+        store.evicted = True  # rows hold fewer tokens than were seen
+    index = None
+    counts = to_device(torch.full((batch, heads), tokens - first, dtype=torch.int32), key.device)
+    if "position" in store.layout.fields:
+        positions = torch.arange(new.position, new.position + tokens, dtype=torch.int32, device=key.device)
+        fields = {**fields, "position": positions.expand(batch, heads, -1)}
+    if valid is not None:
+        wanted = valid.clone()
+        wanted[:, :first] = False
+        counts = wanted.sum(1, keepdim=True, dtype=torch.int32).expand(-1, heads)
+        if real_on_host is not None:
+            here = real_on_host[:, first:].sum(1, keepdim=True, dtype=torch.int32)
+            known_as(counts, here.expand(-1, heads))
+        # A stable sort brings the wanted tokens to the front in their order.
+        index = (~wanted).to(torch.uint8).argsort(dim=1, stable=True).to(torch.int32)[:, None]
+        index = index.expand(-1, heads, -1)
+    elif first:
+        key, value = key[:, :, first:], value[:, :, first:]
+        fields = {name: values[:, :, first:] for name, values in fields.items()}
+    store.pack(BEST, key, value, counts, index, fields, layer.index)
+    state.statistics.packings += 1
+
+
+def packs_next(state: CacheState) -> bool:
+    """Whether something is packed at the end of this forward pass.
+
+    Args:
+        state (`CacheState`): The cache.
+
+    Returns:
+        `bool`: True after a chunk of a prompt, or once a tail is full.
+    """
+    every = state.recipe.when.every
+    return state.counters.unfinished or any(state.tail_used(owned) >= every for owned in state.owned.values())
+
+
+def pack_tails(state: CacheState) -> None:
+    """Packs what is due: after a chunk of a prompt every tail, else the full ones.
+
+    Args:
+        state (`CacheState`): The cache.
+    """
+    started = time.perf_counter()
+    every = state.recipe.when.every
+    owners = list(state.owned.values())
+    if not state.counters.unfinished:
+        owners = [owned for owned in owners if state.tail_used(owned) >= every]
+    state.learn_tails()
+    for owned in owners:
+        owned.store.pack_tail(BEST, describe=describe_of(state), tails=state.tails(owned))
+        for index in owned.layers:
+            state.layers[index].emptied()
+        state.statistics.packings += 1
+    state.note_peak()
+    state.statistics.seconds_packing += time.perf_counter() - started

@@ -1,0 +1,236 @@
+"""The past of one cache as a whole: forward passes begin and end, beams are selected, caches are forked and emptied."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from kvcompress_hf.paging.waiting import known, known_as, on_host, to_device
+from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime import packing
+from kvcompress_hf.runtime.compression import Compression
+from kvcompress_hf.runtime.new_tokens import real_tokens
+from kvcompress_hf.runtime.rollback import Rollback
+from kvcompress_hf.runtime.state import AttentionState, CacheState, StoreLayers
+
+_Self = TypeVar("_Self", bound="Past")
+
+
+class Past(CacheState):
+    """A cache's state, changed as a whole: each change ends, is taken back, or closes the cache.
+
+    Arguments are those of [`CacheState`].
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rollback = Rollback(self)
+        self.compression = Compression(self, self.rollback)
+        observer = self.recipe.observer
+        self._observer = observer
+        # What a decode step adds to the statistics of stored slots.
+        self._counts_steps = observer is not None and bool(
+            observer.sum_field or observer.square_field or observer.observes_steps
+        )
+        self._new_valid: torch.Tensor | None = None  # bool [batch, tokens] on the host: real tokens of this chunk
+        self._waiting: list[Callable[[], None]] = []  # deferred stores: layers that share these K/V run first
+
+    # -- forward passes --------------------------------------------------------------------------------------------
+
+    def _begin_forward(self, tokens: int, mask: torch.Tensor | None, key: torch.Tensor) -> None:
+        self.rollback.check_open()
+        if self.rollback.note is not None:
+            self._settle_last_pass()
+        # A mask that is refused must leave nothing behind, so it is read before anything is noted.
+        real = None if mask is None else real_tokens(mask, mask.shape[-2], tokens, key.shape[0])
+        padding = None if real is None else (~real).sum(1)
+        seen = self.seen
+        decoding = tokens == 1 and seen > 0
+        if tokens > 1 and not self.recording and seen and self.max_bytes is not None:
+            with self.rollback.whole():
+                self.compression.make_room(tokens)
+        # A decoded token only goes to the tail, from where it can be taken back without copies of the lengths.
+        statistics = self._counts_steps if decoding else self._observer is not None
+        self.rollback.begin(packs=not decoding, statistics=statistics and seen > 0 and not self._holds)
+        counters = self.counters
+        if not counters.batch:
+            counters.recipes = self._spread_recipes(key.shape[0])
+            counters.batch = key.shape[0]
+        if (tokens > 1 and not self.recording) or not seen:
+            counters.prompt = seen + tokens
+        # While a prompt is read the device has enough to do, and how much is packed of it must be known.
+        self._new_valid = None if real is None or decoding else on_host(real)
+        if padding is not None:
+            if self._new_valid is not None:
+                known_as(padding, (~self._new_valid).sum(1))
+            counters.padding = padding if counters.padding is None else _sum(counters.padding, padding)
+
+    def _settle_last_pass(self) -> None:
+        """Ends the last forward pass if all layers are through, else takes it back and says so."""
+        note, seen = self.rollback.note, self.seen
+        if note is None:
+            return
+        if any(layer.store is not None and layer.seen != seen for layer in self.layers):
+            self._take_back()
+            raise RuntimeError(
+                f"The last forward pass stopped half way, so its {seen - note.counters.seen} tokens were in some "
+                f"layers only. They have been taken back: the cache holds {self.seen} tokens again. Repeat that "
+                "forward pass."
+            )
+        if not self.counters.unfinished and not self._waiting:
+            self.rollback.commit()
+            return
+        # The last layer of the model is not ours (pipeline parallelism), so the plan waited until now.
+        try:
+            self._end_forward()
+        except BaseException:
+            self._take_back()
+            raise
+        self.rollback.note = None
+
+    def _take_back(self) -> None:
+        self.rollback.undo()
+        self._waiting.clear()
+
+    def _end_forward(self) -> None:
+        """Stores what waited, packs, plans and gives pages back, over all layers together."""
+        seen = self.seen if self.rollback.note is None else self.rollback.note.counters.seen
+        if not self.compression.make_room():
+            raise self.compression.no_room(seen)
+        waiting, self._waiting = self._waiting, []
+        for store in waiting:
+            store()
+        if self.recording:
+            self.note_peak()
+        elif packing.packs_next(self):
+            self.rollback.before_packing()
+            packing.pack_tails(self)
+            self.compression.after_packing()
+            self.give_back()
+            self.note_peak()
+
+    def _spread_recipes(self, batch: int) -> tuple[Recipe, ...]:
+        """One recipe per sequence where a batch has been expanded for beams or several answers per prompt."""
+        given = len(self.given_recipes)
+        if given == 1 or given == batch:
+            return self.given_recipes
+        if batch % given:
+            raise ValueError(
+                f"{given} recipes were given for a batch of {batch} rows; give one per row, or a single one for all."
+            )
+        return tuple(recipe for recipe in self.given_recipes for _ in range(batch // given))
+
+    @property
+    def _holds(self) -> bool:
+        """Whether recorded tokens keep their queries until it is known which tokens stay."""
+        return self.recording and self._counts_steps
+
+    # -- the past as a whole ---------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Ends a forward pass whose last layer is elsewhere; takes back one that stopped half way, and says so.
+
+        Raises:
+            RuntimeError: If one had stopped half way, or the cache had to be closed.
+        """
+        self.rollback.check_open()
+        self._settle_last_pass()
+
+    def select(self, index: torch.Tensor) -> None:
+        """Makes sequence `i` what sequence `index[i]` was.
+
+        Args:
+            index (`torch.Tensor`): `int64` `[new batch]`.
+        """
+        self.settle()
+        if not self.batch:
+            return
+        index = on_host(index)
+        if index.numel() == self.batch and bool((index == torch.arange(self.batch)).all()):
+            return
+        with contextlib.ExitStack() as held:
+            for arena in self.arenas:
+                held.enter_context(arena.lock)
+            held.enter_context(self.rollback.whole(sequences=True, held=True))
+            for owned in self.owned.values():
+                owned.store.select(index)
+            for layer in self.layers:
+                layer.plan = None
+                layer.held = [tokens.select(index) for tokens in layer.held]
+                layer.tails = None if layer.tails is None else layer.tails[index]
+            self.counters = self.counters.select(index)
+
+    def reset(self) -> None:
+        """Forgets everything and gives all pages back."""
+        self.clear()
+        self._waiting.clear()
+        self.rollback.commit()
+        self.rollback.closed = None
+
+    def fork(self: _Self) -> _Self:
+        """A copy that shares pages until one of the two writes to them.
+
+        Returns:
+            `PagedAttention`: The copy.
+        """
+        self.settle()
+        other = type(self)(
+            self.given_recipes, self.windows, self.prompt_tokens, self.max_bytes, self.sharing, self.inv_freq
+        )
+        try:
+            self.share_with(other)
+        except BaseException:
+            for owned in other.owned.values():
+                owned.store.close()
+            raise
+        return other
+
+    def state(self) -> AttentionState:
+        """What a file must hold besides the stores; see [`CacheState.state`].
+
+        Returns:
+            `AttentionState`: Numbers and tensors.
+
+        Raises:
+            RuntimeError: If a forward pass is under way, recorded tokens wait for `crop`, or the cache is closed.
+        """
+        self.rollback.check_open()
+        return super().state()
+
+    def abandon(self) -> None:
+        """Drops this cache's references to pages that forks may go on using; for finalizers, it waits for nobody."""
+        forked = self.has_forks
+        for owned in self.owned.values():
+            if forked:
+                owned.store.abandon()
+            else:
+                owned.store.arena.forget_abandoned()
+
+    def tokens_until_packing(self) -> int:
+        """How many more tokens fit into the tail before it is packed.
+
+        Returns:
+            `int`: Tokens, at least 0.
+        """
+        used = max((self.tail_used(owned) for owned in self.owned.values()), default=0)
+        return max(0, self.recipe.when.every - used)
+
+    def _crop_store(self, owned: StoreLayers, removed: int, target: int) -> None:
+        store = owned.store
+        in_tail = self.tail_used(owned)
+        if removed > in_tail:
+            behind = removed - in_tail
+            shorter = (store.lengths_on_host()[packing.BEST] - behind).clamp(min=0)
+            store.truncate(packing.BEST, to_device(shorter, store.geometry.device))
+        store.crop_tail(target)
+        for index in owned.layers:
+            self.layers[index].tail_used = max(0, self.layers[index].tail_used - removed)
+            self.layers[index].tails = None
+
+
+def _sum(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The sum where `second` lies, known on the host if both are."""
+    here, there = known(first), known(second)
+    total = to_device(first, second.device) + second
+    return total if here is None or there is None else known_as(total, here + there)

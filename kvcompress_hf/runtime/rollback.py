@@ -1,0 +1,191 @@
+"""Changes that happen as a whole: what they may touch is noted first, and put back if anything stops them.
+
+A forward pass is one such change, spread over the calls of its layers; plans, `crop`, `select` and the second reading
+are others. As long as slots are only added, all of it can be taken back. Evicting, lowering and re-scoring write over
+what is stored; a change that is stopped in the middle of that cannot be undone, and the cache is closed instead.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvcompress_hf.paging.geometry import Geometry
+from kvcompress_hf.paging.store import StoreNote
+from kvcompress_hf.runtime.state import CacheState, Counters
+
+
+@dataclass
+class Note:
+    """What a cache held when a change began.
+
+    Args:
+        counters (`Counters`): Its counters.
+        recording (`bool`): Whether new tokens were held back.
+        layers (`list[tuple[Any, ...]]`): Of each layer `tail_used`, `uneven`, `tails` and how many tokens were held.
+        stores (`dict[Geometry, StoreNote]`): What the stores held.
+        held (`list[list[Any]]`, *optional*): The held tokens themselves, where they may be taken.
+        packs (`bool`): Whether the stores' notes cover packing.
+        overwriting (`str`, *optional*): What is writing over stored slots, once that has begun.
+    """
+
+    counters: Counters
+    recording: bool
+    layers: list[tuple[Any, ...]]
+    stores: dict[Geometry, StoreNote]
+    held: list[list[Any]] | None = None
+    packs: bool = True
+    overwriting: str | None = None
+
+
+class Rollback:
+    """Notes what a cache holds before it changes, and goes back to it.
+
+    Args:
+        state (`CacheState`): The cache.
+    """
+
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        self.note: Note | None = None  # of the change under way
+        self.closed: str | None = None  # why the cache can no longer be used
+
+    def begin(
+        self,
+        *,
+        packs: bool = True,
+        statistics: bool = False,
+        held: bool = False,
+        tail: bool = False,
+        sequences: bool = False,
+    ) -> Note:
+        """Notes everything; from now on [`Rollback.undo`] comes back to this moment.
+
+        Args:
+            packs (`bool`): Whether slots may be packed; if not, [`Rollback.before_packing`] must come before that.
+            statistics (`bool`): Whether statistics in slots will change.
+            held (`bool`): Whether held tokens may be taken.
+            tail (`bool`): Whether slots of the tail may be written over.
+            sequences (`bool`): Whether other sequences take the places of these, and nothing else happens.
+
+        Returns:
+            `Note`: The note.
+        """
+        state = self.state
+        noted = {
+            geometry: owned.store.note_sequences() if sequences else owned.store.note(statistics, packs, tail)
+            for geometry, owned in state.owned.items()
+        }
+        note = Note(
+            counters=state.counters.copy(),
+            recording=state.recording,
+            layers=[(layer.tail_used, layer.uneven, layer.tails, len(layer.held)) for layer in state.layers],
+            stores=noted,
+            held=[list(layer.held) for layer in state.layers] if held else None,
+            packs=packs,
+        )
+        self.note = note
+        return note
+
+    def before_packing(self) -> None:
+        """Makes sure that packing can be taken back."""
+        note = self.note
+        if note is not None and not note.packs:
+            for geometry, noted in note.stores.items():
+                self.state.owned[geometry].store.note_before_packing(noted)
+            note.packs = True
+
+    def overwrites(self, what: str) -> None:
+        """Says that stored slots are going to be written over; from here on a change can only end or close the cache.
+
+        Args:
+            what (`str`): What does so, for the message.
+        """
+        if self.note is not None:
+            self.note.overwriting = what
+
+    def rebase(self) -> None:
+        """Says that what wrote over stored slots is through, and nothing new has been packed yet.
+
+        From now on undoing keeps what it did and takes back what came before and after; statistics stay as they are.
+        """
+        note = self.note
+        if note is not None:
+            for geometry, noted in note.stores.items():
+                store = self.state.owned[geometry].store
+                store.note_before_packing(noted)
+                noted.evicted, noted.fields = store.evicted, []
+            note.packs, note.overwriting = True, None
+
+    def commit(self) -> None:
+        """Ends the change: what it did stays."""
+        self.note = None
+
+    @contextlib.contextmanager
+    def whole(self, **what: bool) -> Iterator[None]:
+        """Makes a block one change; inside of another one it is a part of that.
+
+        Args:
+            what (`bool`): As for [`Rollback.begin`].
+        """
+        if self.note is not None:
+            yield
+            return
+        try:
+            self.begin(**what)
+            yield
+        except BaseException:
+            self.undo()
+            raise
+        self.commit()
+
+    def undo(self) -> None:
+        """Puts everything back, or closes the cache where that is not possible; may be repeated if it is stopped."""
+        note = self.note
+        if note is None:
+            return
+        if note.overwriting is not None:
+            self.closed = (
+                f"{note.overwriting} was stopped in the middle, which cannot be taken back, so this cache has been "
+                "closed and its pages given back. Call reset() and begin again with the first token."
+            )
+            self.state.clear()
+        elif not note.counters.seen:
+            self.state.clear()
+        else:
+            self._restore(note)
+        self.state.recording = note.recording
+        self.note = None
+
+    def _restore(self, note: Note) -> None:
+        state = self.state
+        for geometry, owned in list(state.owned.items()):
+            noted = note.stores.get(geometry)
+            if noted is None:  # made meanwhile
+                owned.store.close()
+                del state.owned[geometry]
+            else:
+                owned.store.restore(noted)
+        seen = note.counters.seen
+        for i, (layer, noted_layer) in enumerate(zip(state.layers, note.layers, strict=True)):
+            layer.tail_used, layer.uneven, layer.tails, held = noted_layer
+            layer.seen, layer.plan = min(layer.seen, seen) if note.held is None else seen, None
+            if layer.store is not None and layer.store.geometry not in state.owned:
+                layer.store = None
+            if layer.store is None:
+                layer.seen = 0
+            if note.held is None:
+                del layer.held[held:]
+            else:
+                layer.held = list(note.held[i])
+        state.counters = note.counters.copy()
+        state.give_back()
+
+    def check_open(self) -> None:
+        """Refuses a cache that had to be closed.
+
+        Raises:
+            RuntimeError: If it had to be.
+        """
+        if self.closed is not None:
+            raise RuntimeError(self.closed)

@@ -1,0 +1,531 @@
+"""What one cache holds: which layer's rows are in which store, whose pages are in which arena, and what was counted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from kvcompress_hf import kernels
+from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.geometry import Geometry
+from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import ask, known, known_as, pick
+from kvcompress_hf.recipe import TIERS, Recipe
+from kvcompress_hf.runtime.new_tokens import NewTokens
+
+
+@dataclass
+class RunStatistics:
+    """What happened to one cache so far.
+
+    Args:
+        packings (`int`): Times the tail or a chunk was packed, over all layers.
+        plans (`int`): Times a plan was made.
+        evicted_slots (`int`): Slots dropped by plans.
+        seconds_packing (`float`): Wall time spent packing, in seconds.
+        seconds_planning (`float`): Wall time spent observing, planning and evicting, in seconds.
+        peak_bytes (`int`): Most bytes the cache ever held.
+    """
+
+    packings: int = 0
+    plans: int = 0
+    evicted_slots: int = 0
+    seconds_packing: float = 0.0
+    seconds_planning: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass(slots=True)
+class LayerState:
+    """What belongs to one layer of the model.
+
+    Args:
+        window (`int`, *optional*): Sliding window in tokens.
+        sharing (`str`, *optional*): `"store"`: later layers read its keys and values too; `"reuse"`: it reads those of
+            an earlier one and stores nothing.
+        store (`PagedStore`, *optional*): Where its rows are, once keys have arrived.
+        index (`int`): Its place among the store's layers.
+        group (`int`): Query heads per KV head.
+        seen (`int`): Logical tokens, padding and evicted ones included.
+        tail_used (`int`): Most slots any sequence has in the tail.
+        uneven (`bool`): Whether sequences may have fewer, because of padding.
+        tails (`torch.Tensor`, *optional*): `int32` `[batch]` on the host: how many they have, if uneven and known.
+        held (`list[NewTokens]`): The newest tokens while past recording is on, oldest first.
+        plan (`DecodePlan`, *optional*): Prepared native call for decode steps.
+        plan_key (`tuple`): What the plan was made for.
+    """
+
+    window: int | None
+    sharing: str | None = None
+    store: PagedStore | None = None
+    index: int = 0
+    group: int = 1
+    seen: int = 0
+    tail_used: int = 0
+    uneven: bool = False
+    tails: torch.Tensor | None = None
+    held: list[NewTokens] = field(default_factory=list)
+    plan: kernels.DecodePlan | None = None
+    plan_key: tuple[object, ...] = ()
+
+    def grows(self, tokens: int, valid: torch.Tensor | None) -> None:
+        """Notes new tokens in the tail.
+
+        Args:
+            tokens (`int`): How many.
+            valid (`torch.Tensor`, *optional*): Where given, some may be padding.
+        """
+        self.tail_used += tokens
+        if valid is not None:
+            self.uneven = True
+        self.tails = None
+
+    def emptied(self) -> None:
+        """Notes that the tail is empty."""
+        self.tail_used, self.uneven, self.tails = 0, False, None
+
+    def copy(self, **changes: Any) -> "LayerState":
+        """A copy that does not change with this one.
+
+        Args:
+            changes: Fields that are to be different.
+
+        Returns:
+            `LayerState`: The copy, without a plan: that belongs to the store's memory.
+        """
+        return replace(self, **{"held": list(self.held), "plan": None, "plan_key": (), **changes})
+
+
+@dataclass
+class StoreLayers:
+    """A store and the layers of the model whose rows it holds, in the order of arrival."""
+
+    store: PagedStore
+    layers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Counters:
+    """What a cache counts and remembers besides its stores; all of it is forked, taken back and reset together.
+
+    Args:
+        recipes (`tuple[Recipe, ...]`): One for all sequences, or one per sequence.
+        seen (`int`): Logical tokens.
+        batch (`int`): Sequences.
+        prompt (`int`): Tokens that came in chunks; what follows was decoded one by one.
+        planned (`int`): Tokens seen at the last plan.
+        faded (`int`): Tokens seen when statistics last faded.
+        unfinished (`bool`): Whether several tokens have been stored whose plan has not run yet.
+        awaits_second_reading (`bool`): Whether the prompt is planned for once it has been read again.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens seen.
+        distortion (`dict[int, torch.Tensor]`): Measured losses by layer, float32 `[batch, kv_heads, tiers]`.
+        room (`int`, *optional*): Bytes of pages that the budget still allowed at the last event.
+    """
+
+    recipes: tuple[Recipe, ...]
+    seen: int = 0
+    batch: int = 0
+    prompt: int = 0
+    planned: int = 0
+    faded: int = 0
+    unfinished: bool = False
+    awaits_second_reading: bool = False
+    padding: torch.Tensor | None = None
+    distortion: dict[int, torch.Tensor] = field(default_factory=dict)
+    room: int | None = None
+
+    def copy(self) -> "Counters":
+        """A copy that does not change with this one.
+
+        Returns:
+            `Counters`: The copy; tensors are shared, as they are never changed in place.
+        """
+        return replace(self, distortion=dict(self.distortion))
+
+    def select(self, index: torch.Tensor) -> "Counters":
+        """The same for other sequences.
+
+        Args:
+            index (`torch.Tensor`): `int64` `[new batch]` on the host.
+
+        Returns:
+            `Counters`: A copy for these.
+        """
+        recipes = self.recipes
+        return replace(
+            self,
+            batch=index.numel(),
+            padding=None if self.padding is None else pick(self.padding, index),
+            distortion={layer: pick(losses, index) for layer, losses in self.distortion.items()},
+            recipes=recipes if len(recipes) == 1 else tuple(recipes[i] for i in index.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What a cache knows besides its stores, as it goes into a file.
+
+    Args:
+        seen (`int`): Logical tokens.
+        batch (`int`): Sequences.
+        prompt (`int`): Tokens of `seen` up to the end of the last chunk.
+        prompt_tokens (`int`, *optional*): Length of the prompt, where it was known beforehand.
+        planned (`int`): Tokens seen at the last plan.
+        faded (`int`): Tokens seen when statistics last faded.
+        recording (`bool`): Whether new tokens are held back in the tail.
+        unfinished (`bool`): Whether a plan is still to be made.
+        groups (`list[int]`): Query heads per KV head of each layer.
+        tail_used (`list[int]`): Most slots any sequence has in the tail, per layer.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`.
+        distortion (`torch.Tensor`, *optional*): Measured losses, float32 `[batch, heads of all layers, tiers]`, NaN for
+            sequences that had only padding so far.
+    """
+
+    seen: int = 0
+    batch: int = 0
+    prompt: int = 0
+    prompt_tokens: int | None = None
+    planned: int = 0
+    faded: int = 0
+    recording: bool = False
+    unfinished: bool = False
+    groups: list[int] = field(default_factory=list)
+    tail_used: list[int] = field(default_factory=list)
+    padding: torch.Tensor | None = None
+    distortion: torch.Tensor | None = None
+
+
+_COUNTED_IN_FILES = tuple(
+    {f.name for f in fields(AttentionState)} & {f.name for f in fields(Counters)} - {"distortion"}
+)
+
+
+class CacheState:
+    """Layers, stores and arenas of one cache, and its counters.
+
+    Args:
+        recipes (`Sequence[Recipe]`): How to compress: one recipe for all sequences, or one per sequence of the batch,
+            which differ in budget, plan and protection only.
+        windows (`Sequence[int | None]`): Sliding window of each layer, `None` for full attention.
+        prompt_tokens (`int`, *optional*): Length of the prompt in tokens when it is known beforehand; a fraction
+            budget is then a fraction of the whole prompt from its first chunk on.
+        max_bytes (`int`, *optional*): Most bytes of pages per device.
+        sharing (`Sequence[str | None]`, *optional*): Per layer `"store"` where later layers read its keys and values as
+            well, `"reuse"` where it reads those of an earlier layer and has none itself, else `None`.
+        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`;
+            recipes with `positions="reindexed"` need it, and some observers look further with it.
+    """
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        windows: Sequence[int | None],
+        prompt_tokens: int | None = None,
+        max_bytes: int | None = None,
+        sharing: Sequence[str | None] | None = None,
+        inv_freq: torch.Tensor | None = None,
+    ) -> None:
+        self.recipe = recipes[0]  # what sequences share: observer, tiers, when
+        self.given_recipes = tuple(recipes)
+        self.prompt_tokens, self.max_bytes, self.inv_freq = prompt_tokens, max_bytes, inv_freq
+        self.recording = False
+        self.statistics = RunStatistics()
+        self.counters = Counters(self.given_recipes)
+        shares = [None] * len(windows) if sharing is None else sharing
+        self.layers = [LayerState(window, mode) for window, mode in zip(windows, shares, strict=True)]
+        self.owned: dict[Geometry, StoreLayers] = {}
+        self.pools: dict[tuple[torch.device, int], Arena] = {}
+
+    # -- looking inside --------------------------------------------------------------------------------------------
+
+    @property
+    def seen(self) -> int:
+        """`int`: Logical tokens."""
+        return self.counters.seen
+
+    @property
+    def batch(self) -> int:
+        """`int`: Sequences, 0 while empty."""
+        return self.counters.batch
+
+    @property
+    def awaits_second_reading(self) -> bool:
+        """`bool`: Whether the prompt is stored, and planned for once it has been read again."""
+        return self.counters.awaits_second_reading
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """`tuple[Recipe, ...]`: One for all sequences, or one per sequence."""
+        return self.counters.recipes
+
+    @property
+    def windows(self) -> list[int | None]:
+        """`list[int | None]`: Sliding window of each layer."""
+        return [layer.window for layer in self.layers]
+
+    @property
+    def sharing(self) -> list[str | None]:
+        """`list[str | None]`: Per layer whether its keys and values are read by others, or are those of another."""
+        return [layer.sharing for layer in self.layers]
+
+    @property
+    def num_layers(self) -> int:
+        """`int`: Layers of the model."""
+        return len(self.layers)
+
+    @property
+    def has_forks(self) -> bool:
+        """`bool`: Whether other caches take pages from the same arenas."""
+        mine = {id(owned.store) for owned in self.owned.values()}
+        return any(arena.has_other_owners(mine) for arena in self.pools.values())
+
+    @property
+    def stores(self) -> list[PagedStore]:
+        """`list[PagedStore]`: One per shape of layer and device."""
+        return [owned.store for owned in self.owned.values()]
+
+    @property
+    def layers_of_stores(self) -> list[list[int]]:
+        """`list[list[int]]`: Layers of the model in each of the stores, in the order of its rows."""
+        return [list(owned.layers) for owned in self.owned.values()]
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """`list[Arena]`: The page pools."""
+        return list(self.pools.values())
+
+    @property
+    def nbytes(self) -> int:
+        """`int`: Bytes allocated for slabs, tables and tails."""
+        pools = sum(arena.nbytes + arena.table_bytes for arena in self.pools.values())
+        return pools + sum(owned.store.own_bytes for owned in self.owned.values())
+
+    def slots_per_head(self) -> list[torch.Tensor]:
+        """Slots kept in each row.
+
+        Returns:
+            `list[torch.Tensor]`: One `int64` `[batch, kv_heads]` per layer; empty for a layer that never ran.
+        """
+        slots = {id(owned.store): owned.store.slots() for owned in self.owned.values()}
+        return [
+            torch.zeros((self.batch, 0), dtype=torch.int64)
+            if layer.store is None
+            else slots[id(layer.store)][layer.index]
+            for layer in self.layers
+        ]
+
+    def dense_bytes(self) -> int:
+        """What a `DynamicCache` would hold after the same tokens, padding included.
+
+        Returns:
+            `int`: Bytes.
+        """
+        total = 0
+        for layer in self.layers:
+            if layer.store is not None:
+                geometry = layer.store.geometry
+                tokens = layer.seen if layer.window is None else min(layer.seen, layer.window - 1)
+                total += 2 * self.batch * geometry.kv_heads * geometry.head_dim * geometry.dtype.itemsize * tokens
+        return total
+
+    def note_peak(self) -> None:
+        """Remembers the bytes held now, if they are more than ever."""
+        self.statistics.peak_bytes = max(self.statistics.peak_bytes, self.nbytes)
+
+    # -- tails -----------------------------------------------------------------------------------------------------
+
+    def tail_used(self, owned: StoreLayers) -> int:
+        """Most slots any sequence has in the tail of a store.
+
+        Args:
+            owned (`StoreLayers`): The store.
+
+        Returns:
+            `int`: Slots.
+        """
+        return max((self.layers[index].tail_used for index in owned.layers), default=0)
+
+    def tails(self, owned: StoreLayers) -> torch.Tensor | None:
+        """Slots in the tails of a store, as far as the host knows.
+
+        Args:
+            owned (`StoreLayers`): The store.
+
+        Returns:
+            `torch.Tensor` or `None`: `int32` `[layers of the store, batch]`; `None` if only the device knows.
+        """
+        here = known(owned.store.tail_lengths)
+        if here is not None:
+            return here
+        lengths = torch.zeros((owned.store.layers, self.batch), dtype=torch.int32)
+        for row, index in zip(lengths, owned.layers, strict=False):
+            layer = self.layers[index]
+            if layer.uneven and layer.tails is None:
+                return None
+            row.copy_(layer.tails) if layer.uneven and layer.tails is not None else row.fill_(layer.tail_used)
+        return lengths
+
+    def learn_tails(self) -> None:
+        """Asks, at once, for what masks have left to the devices: tails of uneven lengths, and the padding so far."""
+        owners = [owned for owned in self.owned.values() if self.tails(owned) is None]
+        padding = [] if self.counters.padding is None else [self.counters.padding]
+        answers = ask([*(owned.store.tail_lengths for owned in owners), *padding])
+        for owned, tails in zip(owners, answers, strict=False):
+            for index, row in zip(owned.layers, tails, strict=False):
+                self.layers[index].tails = row
+        for asked, answer in zip(padding, answers[len(owners) :], strict=True):
+            known_as(asked, answer)
+
+    def losses(self) -> list[torch.Tensor]:
+        """What was measured of each layer, on the host: all that is not there yet comes at once.
+
+        Returns:
+            `list[torch.Tensor]`: Each float32 `[batch, kv_heads, tiers]`.
+        """
+        distortion = self.counters.distortion
+        bits = ask([losses.view(torch.int32) for losses in distortion.values()])
+        here = [each.to(torch.int32).view(torch.float32) for each in bits]
+        self.counters.distortion = dict(zip(distortion, here, strict=True))
+        return here
+
+    def give_back(self) -> None:
+        """Lets arenas return what is free beyond what comes next."""
+        for layer in self.layers:
+            layer.plan = None  # a plan holds on to the tables and slabs it was made for
+        room = self.counters.room
+        for arena in self.pools.values():
+            arena.trim(None if room is None else room // len(self.pools))
+
+    # -- places ----------------------------------------------------------------------------------------------------
+
+    def place(self, layer_idx: int, key: torch.Tensor) -> PagedStore:
+        """Finds or makes the store for a layer when its first keys arrive.
+
+        Args:
+            layer_idx (`int`): Index of the layer.
+            key (`torch.Tensor`): Its first keys, `[batch, kv_heads, tokens, head_dim]`.
+
+        Returns:
+            `PagedStore`: The store.
+
+        Raises:
+            ValueError: If they are of another batch.
+        """
+        layer = self.layers[layer_idx]
+        batch, heads, _, head_dim = key.shape
+        if batch != self.batch:
+            raise ValueError(f"The cache holds {self.batch} sequences, but keys of {batch} arrived; use a fresh cache.")
+        geometry = Geometry(key.device, key.dtype, heads, head_dim, layer.window is not None)
+        owned = self.owned.get(geometry)
+        if owned is None:
+            layout = layout_for(self.recipe, geometry)
+            place = (key.device, layout.page_bytes)
+            if place not in self.pools:
+                self.pools[place] = Arena(layout.page_bytes, key.device, self.max_bytes)
+            alike = sum(
+                (other.window is None) == (layer.window is None) for other in self.layers if other.sharing != "reuse"
+            )
+            backend = kernels.get_backend(key.device)
+            owned = StoreLayers(PagedStore(geometry, alike, batch, layout, self.pools[place], backend))
+            self.owned[geometry] = owned
+        layer.store, layer.index = owned.store, len(owned.layers)
+        owned.layers.append(layer_idx)
+        return owned.store
+
+    # -- the past as a whole ---------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forgets all tokens and gives all pages back; what was set beforehand stays."""
+        for owned in self.owned.values():
+            owned.store.close()
+        for arena in self.pools.values():
+            arena.trim()
+        self.owned.clear()
+        self.pools.clear()
+        self.layers = [LayerState(layer.window, layer.sharing) for layer in self.layers]
+        self.counters = Counters(self.given_recipes)
+
+    def share_with(self, other: "CacheState") -> None:
+        """Fills an empty state of the same kind with what this one holds; pages are shared.
+
+        Args:
+            other (`CacheState`): To be filled.
+        """
+        other.recording, other.counters = self.recording, self.counters.copy()
+        other.pools = dict(self.pools)
+        for geometry, owned in self.owned.items():
+            other.owned[geometry] = StoreLayers(owned.store.fork(), list(owned.layers))
+        other.layers = [
+            layer.copy(store=None if layer.store is None else other.owned[layer.store.geometry].store)
+            for layer in self.layers
+        ]
+
+    def state(self) -> AttentionState:
+        """What a file must hold besides the stores; the inverse of [`CacheState.load_state`].
+
+        Returns:
+            `AttentionState`: Numbers and tensors that are not changed in place later.
+
+        Raises:
+            RuntimeError: If a forward pass is under way or stopped half way, or recorded tokens wait for `crop`.
+        """
+        if any(layer.store is not None and layer.seen != self.seen for layer in self.layers):
+            raise RuntimeError("A forward pass is not through yet; save the cache between two forward passes.")
+        if any(layer.held for layer in self.layers):
+            raise RuntimeError("Recorded tokens may still be taken back; to save, call crop(0) first.")
+        losses = self.losses()
+        by_layer = dict(zip(self.counters.distortion, losses, strict=True))
+        return AttentionState(
+            **{name: getattr(self.counters, name) for name in _COUNTED_IN_FILES},
+            prompt_tokens=self.prompt_tokens,
+            recording=self.recording,
+            groups=[layer.group for layer in self.layers],
+            tail_used=[layer.tail_used for layer in self.layers],
+            distortion=torch.cat([by_layer[i] for i in sorted(by_layer)], dim=1) if by_layer else None,
+        )
+
+    def load_state(self, state: AttentionState, stores: Sequence[tuple[PagedStore, Sequence[int]]]) -> None:
+        """Fills an empty cache; nothing is checked here.
+
+        Args:
+            state (`AttentionState`): As from [`CacheState.state`].
+            stores (`Sequence[tuple[PagedStore, Sequence[int]]]`): Filled stores, and the layers of the model whose rows
+                each of them holds.
+        """
+        self.prompt_tokens, self.recording = state.prompt_tokens, state.recording
+        distortion: dict[int, torch.Tensor] = {}
+        heads = {layer: store.geometry.kv_heads for store, layers in stores for layer in layers}
+        if state.distortion is not None:
+            parts = state.distortion.split([heads[layer] for layer in sorted(heads)], dim=1)
+            distortion = dict(zip(sorted(heads), parts, strict=True))
+        counted = {name: getattr(state, name) for name in _COUNTED_IN_FILES}
+        self.counters = replace(self.counters, **counted, distortion=distortion)
+        for store, layers in stores:
+            self.owned[store.geometry] = StoreLayers(store, list(layers))
+            self.pools[store.geometry.device, store.arena.page_bytes] = store.arena
+            for index, layer_idx in enumerate(layers):
+                layer = self.layers[layer_idx]
+                layer.store, layer.index, layer.seen = store, index, state.seen
+                layer.group, layer.tail_used = state.groups[layer_idx], state.tail_used[layer_idx]
+                layer.uneven = True  # assumed until measured
+        self.note_peak()
+
+
+def layout_for(recipe: Recipe, geometry: Geometry) -> kernels.PageLayout:
+    """What the pages of a cache look like.
+
+    Args:
+        recipe (`Recipe`): Its recipe: tiers, page size, and whether slots need positions and scores.
+        geometry (`Geometry`): Shape and dtype of the keys.
+
+    Returns:
+        `PageLayout`: The layout.
+
+    Raises:
+        ValueError: If the recipe's `page_bytes` cannot hold a page, or `head_dim` is not supported.
+    """
+    observed = () if recipe.observer is None else recipe.observer.fields
+    slot_fields = ("position", *observed) if recipe.evicts or geometry.windowed else ()
+    tiers = [TIERS[name] for name in recipe.tiers]
+    return kernels.page_layout(geometry.head_dim, geometry.dtype, tiers, slot_fields, recipe.page_bytes)
