@@ -28,7 +28,7 @@ from kvcompress_hf.compat import (
 )
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.second_reading import read_again
-from kvcompress_hf.patches.speculation import BoundedCandidates
+from kvcompress_hf.patches.speculation import BoundedCandidates, recording_ends, tokens_held
 from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
@@ -42,6 +42,8 @@ RECORD = "_kvcompress_patch"
 _OPTION = "kvcompress"
 #: On the config of one call: whether it works on a compressed cache.
 _MARK = "_kvcompress_cache"
+#: Among the model's arguments of one call: how many tokens of the prompt its cache already holds.
+_HELD = "_kvcompress_held"
 
 
 @dataclass(eq=False)
@@ -98,16 +100,16 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         "_prepare_cache_for_generation": _prepare_cache,
         "_get_candidate_generator": _get_candidate_generator,
         "_prefill": _prefill,
+        "prepare_inputs_for_generation": _prepare_inputs,
+        "generate": _generate,
     }
-    if _may_drop_cache(model):
-        methods["prepare_inputs_for_generation"] = _prepare_inputs
     record.methods = tuple(methods)
     for name, function in methods.items():
         if name in model.__dict__:
             record.replaced[name] = model.__dict__[name]
         bound = functools.partial(function, model)
-        if name == "prepare_inputs_for_generation":
-            # generate() reads this signature to tell which arguments the model takes.
+        if not name.startswith("_"):
+            # generate() reads the one signature to tell which arguments the model takes, other libraries the other.
             bound.__signature__ = inspect.signature(getattr(model, name))  # type: ignore[attr-defined]
         model.__dict__[name] = bound
     for part in model.modules():
@@ -119,6 +121,12 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
 
 def _bring_cache(name: str, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: a compressed cache under any name goes to where this version of transformers looks for it."""
+    if _HELD in kwargs:
+        raise UnsupportedFeatureError(
+            f"The cache already holds {kwargs[_HELD]} tokens of the text, and something replaced "
+            f"prepare_inputs_for_generation of {type(part).__name__}, so that speculative decoding would read them a "
+            "second time. Leave the assistant or prompt lookup out, or begin with an empty cache."
+        )
     moved = move_cache(name, CompressedPagedCache, args, kwargs)
     return None if moved is kwargs else (args, moved)
 
@@ -144,6 +152,20 @@ def _stock(model: PreTrainedModel, name: str) -> Callable[..., Any]:
     if record is not None and name in record.replaced:
         return record.replaced[name]
     return functools.partial(getattr(type(model), name), model)
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """As the stock method; a cache on which tokens were only tried records nothing any more afterwards."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    stock = _stock(model, "generate")
+    if getattr(config, "is_assistant", False):
+        return stock(*args, **kwargs)  # its cache records for the generate() that it assists
+    with recording_ends(find_cache((*args, *kwargs.values()), CompressedPagedCache)):
+        outputs = stock(*args, **kwargs)
+    made = find_cache(list(outputs.values()), CompressedPagedCache) if isinstance(outputs, Mapping) else None
+    if made is not None and find_cache((*args, *kwargs.values()), CompressedPagedCache) is None:
+        made.stop_past_recording()
+    return outputs
 
 
 def _prepare_generation_config(
@@ -239,13 +261,23 @@ def _prefill(
 
 
 def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> CandidateGenerator:
-    """As the stock method; keeps drafts within what a compressed cache can verify exactly."""
+    """As the stock method; keeps drafts within what a compressed cache can verify exactly.
+
+    Stock verification would read the whole text again where the cache holds the beginning of it, so the number of
+    tokens held is noted for [`_prepare_inputs`].
+    """
     inner: CandidateGenerator = _stock(model, "_get_candidate_generator")(**kwargs)
-    cache = _cache_of_call(model, kwargs["generation_config"], kwargs["model_kwargs"])
-    if cache is not None and cache.recipe.changes_slots and not inner.requires_model_outputs:
-        mask = kwargs["model_kwargs"].get("attention_mask")
-        return BoundedCandidates(inner, cache, lambda ids: read_again(model, cache, ids, mask))
-    return inner
+    config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
+    cache = _cache_of_call(model, config, model_kwargs)
+    if cache is None:
+        return inner
+    held = tokens_held(cache, inner, kwargs["input_ids"], model_kwargs, getattr(config, "_mask_length", None))
+    if held:
+        model_kwargs[_HELD] = held
+    if inner.requires_model_outputs:
+        return inner
+    mask = model_kwargs.get("attention_mask")
+    return BoundedCandidates(inner, cache, lambda ids: read_again(model, cache, ids, mask))
 
 
 def _cache_of_call(
@@ -297,18 +329,19 @@ def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[st
     return int(length) if length else None
 
 
-def _may_drop_cache(model: PreTrainedModel) -> bool:
-    """Whether this is one of the long-rope Phis, whose inputs lose their cache at a certain length."""
-    return text_config(model).model_type in ("phi3", "phimoe", "phi4_multimodal")
-
-
 def _prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """As the stock method of the long-rope Phis, which drops the cache where its rotary factors change.
+    """As the stock method; leaves out what the cache holds, and keeps the cache.
 
-    The model would go on with a new `DynamicCache`, and compression would end without a word. Emptying the
-    cache and filling it again from all tokens is the same computation.
+    The long-rope Phis drop it where their rotary factors change. The model would go on with a new `DynamicCache`, and
+    compression would end without a word. Emptying the cache and filling it again from all tokens is the same
+    computation.
     """
     cache = find_cache((*args, *kwargs.values()), CompressedPagedCache)
+    held = kwargs.pop(_HELD, 0)
+    if held and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None:
+        embeds = kwargs.get("inputs_embeds")
+        text = (args[0] if args else kwargs["input_ids"]) if embeds is None else embeds
+        kwargs["next_sequence_length"] = text.shape[1] - held
     inputs = _stock(model, "prepare_inputs_for_generation")(*args, **kwargs)
     if cache is not None and find_cache(inputs, CompressedPagedCache) is None:
         cache.reset()
