@@ -204,6 +204,18 @@ class StoredRows:
         lengths = self.lengths_on_host()[tier]
         return int(lengths.max()) if lengths.numel() else 0
 
+    def pages(self, tier: int, lengths: torch.Tensor) -> torch.Tensor:
+        """How many pages so many slots of a tier take.
+
+        Args:
+            tier (`int`): Index of the tier.
+            lengths (`torch.Tensor`): Numbers of slots.
+
+        Returns:
+            `torch.Tensor`: Numbers of pages, of the same shape and dtype.
+        """
+        return self._tables.pages(tier, lengths)
+
     def slots(self) -> torch.Tensor:
         """Slots kept, packed and in the tail.
 

@@ -10,29 +10,23 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from kvcompress_hf.errors import UnsupportedFeatureError
-from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.recipe import TIERS
-from kvcompress_hf.runtime import packing
-from kvcompress_hf.runtime.new_tokens import NewTokens, real_tokens, split_mask
-from kvcompress_hf.runtime.past import Past
+from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.layer_work import LayerWork
 from kvcompress_hf.runtime.state import AttentionState, LayerState, RunStatistics, layout_for
 
 __all__ = ["AttentionState", "PagedAttention", "RunStatistics", "layout_for"]
 
 
-class PagedAttention(Past):
+class PagedAttention(LayerWork):
     """Runs attention over one cache; after the last layer of a forward pass it packs, plans and evicts.
 
     Arguments are those of [`CacheState`].
     """
-
-    _reading_again = False  # tokens are looked at once more, and not stored
 
     # -- one layer -------------------------------------------------------------------------------------------------
 
@@ -78,7 +72,8 @@ class PagedAttention(Past):
         """
         last = layer_idx == len(self.layers) - 1 and not self._reading_again
         try:
-            output = self._attend(layer_idx, query, key, value, mask, scaling, dense, softcap, window, sinks)
+            new = AttentionCall(query, key, value, None, 0, scaling, softcap, window, sinks)
+            output = self._attend(layer_idx, new, mask, dense)
             if last:
                 self._end_forward()
         except BaseException:
@@ -89,43 +84,37 @@ class PagedAttention(Past):
         return output
 
     def _attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        dense: Callable[[], torch.Tensor],
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, layer_idx: int, new: AttentionCall, mask: torch.Tensor | None, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        layer, counters = self.layers[layer_idx], self.counters
-        tokens, position = key.shape[2], layer.seen
+        layer, counters, key = self.layers[layer_idx], self.counters, new.key
+        tokens = key.shape[2]
+        position = new.position = layer.seen
         if position == counters.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
             counters = self.counters
         store = self._store_of(layer_idx, layer, key)
-        valid = None if mask is None else real_tokens(mask, query.shape[2], tokens, key.shape[0])
-        layer.group = query.shape[1] // key.shape[1]
+        if mask is not None:
+            read = self._read_mask(mask)
+            new.valid = read.real_tokens(new.query.shape[2], tokens, key.shape[0])
+            if tokens > 1 or not position:  # a decoded token sees all there is
+                new.mask = read
+        layer.group = new.query.shape[1] // key.shape[1]
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
-        if position == 0 and self.recipe.centres_keys and softcap is None and sinks is None:
-            store.settle_key_shift(layer.index, key.detach(), valid)
-        key = store.centre(layer.index, key)
-        new = NewTokens(query, key, value, valid, position, scaling, softcap, window, sinks)
+        if position == 0 and self.recipe.centres_keys and new.softcap is None and new.sinks is None:
+            store.settle_key_shift(layer.index, key.detach(), new.valid)
+        new.key = store.centre(layer.index, key)
         if self._reading_again:
-            return self._read_again(layer, store, new.detached(), mask)
+            return self._read_again(layer, store, new.detached())
         if tokens == 1 and position:
             output = self._decode(layer, store, new)
-        elif self._verifies(layer, mask, valid, tokens):
+        elif self._verifies(layer, new):
             outputs = []
             for token in new.singly():
                 outputs.append(self._decode(layer, store, token))
                 layer.seen += 1
             output = torch.cat(outputs, dim=1)
         else:
-            output = self._chunk(layer, store, new.detached(), mask, dense)
+            output = self._chunk(layer, store, new.detached(), dense)
         layer.seen = position + tokens
         counters.seen = max(counters.seen, layer.seen)
         return output
@@ -192,9 +181,9 @@ class PagedAttention(Past):
         """
         last = layer_idx == len(self.layers) - 1
         try:
-            output = self._attend_shared(
-                layer_idx, source_idx, query, key, value, mask, scaling, dense, softcap, window, sinks
-            )
+            read = None if mask is None else self._read_mask(mask)
+            new = AttentionCall(query, key, value, None, 0, scaling, softcap, window, sinks, read)
+            output = self._attend_shared(layer_idx, source_idx, new, dense)
             if last:
                 self._end_forward()
         except BaseException:
@@ -205,189 +194,34 @@ class PagedAttention(Past):
         return output
 
     def _attend_shared(
-        self,
-        layer_idx: int,
-        source_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        dense: Callable[[], torch.Tensor],
-        softcap: float | None,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, layer_idx: int, source_idx: int, new: AttentionCall, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        source, tokens = self.layers[source_idx], key.shape[2]
+        source, tokens, queries = self.layers[source_idx], new.tokens, new.query.shape[2]
+        mask = None if new.mask is None else new.mask.tensor
         if source.sharing != "store" or source.store is None:
             raise UnsupportedFeatureError(
                 f"Layer {layer_idx} attends to the keys and values of layer {source_idx}, but the model's config does "
                 "not say that layer is shared (kv_sharing_modes), so they have not been kept for it."
             )
-        if mask is not None and (mask.dim() != 4 or mask.shape[-2:] != (query.shape[2], tokens)):
+        if mask is not None and (mask.dim() != 4 or mask.shape[-2:] != (queries, tokens)):
             raise UnsupportedFeatureError(
-                f"Got an attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries and {tokens} new "
+                f"Got an attention mask of shape {tuple(mask.shape)} for {queries} queries and {tokens} new "
                 "tokens; a compressed cache needs one over the new tokens only."
             )
         position = source.seen - tokens
         # Stock attention without a mask takes the first query for the first token, which it is not if there are fewer.
-        if position == 0 and (mask is not None or query.shape[2] in (1, tokens)):
+        if position == 0 and (mask is not None or queries in (1, tokens)):
             return dense()
         store = source.store
-        new = NewTokens(query, store.centre(source.index, key), value, None, position, scaling, softcap, window, sinks)
+        new.key, new.position = store.centre(source.index, new.key), position
         store.reserve_tail(source.tail_used)
         tail = store.tail(source.index)
         if tokens == 1:
             # The token is in the tail already; it comes as a new key, as in a chunk that is not stored yet.
-            newest = 1 if mask is None else real_tokens(mask, 1, 1, self.batch)[:, 0].to(torch.int32)
+            newest = 1 if new.mask is None else new.mask.real_tokens(1, 1, self.batch)[:, 0].to(torch.int32)
             tail = replace(tail, lengths=tail.lengths - newest)
-        at = source.seen - query.shape[2]
-        return new.detached().attend(store, source.index, tail, mask, position=at, key_position=position)
-
-    def _decode(self, layer: LayerState, store: PagedStore, new: NewTokens) -> torch.Tensor:
-        """Appends one token to the tail and attends to everything."""
-        if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
-            room = layer.tail_used + 1
-            store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
-            self.note_peak()
-        observer = self._observer
-        sum_field = square_field = None
-        fields: dict[str, torch.Tensor] = {}
-        if observer is not None and self._counts_steps:
-            if self.recording:
-                layer.held.append(new)
-            else:
-                sum_field, square_field = observer.sum_field, observer.square_field
-                fields = self._before_counting(observer, layer, store, new)
-        before = store.tail_lengths[layer.index].clone() if fields else None
-        valid = new.valid
-        with store.reading:  # pages and tables stay where they are
-            sinks = new.sinks
-            plan_key = (
-                store.version,
-                new.query.shape[1],
-                new.scaling,
-                new.softcap,
-                new.window,
-                None if sinks is None else sinks.data_ptr(),
-                sum_field,
-            )
-            plan = layer.plan
-            if plan is None or layer.plan_key != plan_key:
-                plan = layer.plan = store.backend.plan_decode(
-                    store.rows(layer.index),
-                    replace(store.tail(layer.index), used=layer.tail_used),
-                    scale=new.scaling,
-                    softcap=new.softcap,
-                    window=new.window,
-                    sinks=new.sink_logits(),
-                    sum_field=sum_field,
-                    square_field=square_field,
-                    q_heads=new.query.shape[1],
-                )
-                layer.plan_key = plan_key
-            output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
-        if before is not None:
-            packing.write_tail_fields(store, layer, before, valid, fields)
-        layer.grows(1, valid)
-        return output
-
-    def _before_counting(
-        self, observer: Observer, layer: LayerState, store: PagedStore, new: NewTokens
-    ) -> dict[str, torch.Tensor]:
-        """Makes ready for statistics of a decode step; returns the new token's fields, if it has any beforehand."""
-        if observer.sum_field or observer.square_field:
-            if store.arena.shared:
-                store.own_all()
-            if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
-                store.clear_field(str(observer.sum_field), layer.index)
-        # This may copy pages, so it comes before the decode plan is made.
-        return self._observe(observer, layer, store, new.detached()) if observer.observes_steps else {}
-
-    def _observe(
-        self, observer: Observer, layer: LayerState, store: PagedStore, new: NewTokens
-    ) -> dict[str, torch.Tensor]:
-        """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`.
-
-        Tokens that are read again have none: what they look at goes to the fields of what is stored.
-        """
-        started = time.perf_counter()
-        store.reserve_tail(layer.tail_used)
-        if store.arena.shared:
-            store.own_all()  # observers write into the fields of what is stored
-        chunk = Chunk(
-            store=store,
-            layer=layer.index,
-            query=new.query,
-            keys=new.key,
-            values=new.value,
-            position=layer.seen,
-            scale=new.scaling,
-            softcap=new.softcap,
-            window=new.window,
-            sinks=new.sink_logits(),
-            valid=new.valid,
-            inv_freq=self.inv_freq,
-        )
-        fields: dict[str, torch.Tensor] = {}
-        with store.reading:
-            if self._reading_again:
-                observer.observe_again(chunk)
-            else:
-                fields = observer.observe(chunk)
-        self.statistics.seconds_planning += time.perf_counter() - started
-        return fields
-
-    def _chunk(
-        self,
-        layer: LayerState,
-        store: PagedStore,
-        new: NewTokens,
-        mask: torch.Tensor | None,
-        dense: Callable[[], torch.Tensor],
-    ) -> torch.Tensor:
-        """Attends to what is stored and to several new tokens, and stores them."""
-        position = new.position
-        if position == 0:
-            output = dense()
-        else:
-            store.reserve_tail(layer.tail_used)
-            output = new.attend(store, layer.index, store.tail(layer.index), mask, position=position)
-        fields: dict[str, torch.Tensor] = {}
-        if self.recording and position:
-            if self._holds:
-                layer.held.extend(new.singly())
-        elif self._observer is not None:
-            fields = self._observe(self._observer, layer, store, new)
-            if self.compression.needs_distortion:
-                number = next(i for i, each in enumerate(self.layers) if each is layer)
-                self.compression.measure(number, layer, new, self._new_valid)
-        if layer.sharing == "store" and new.tokens > 1:
-            # The layers that read it must see what was there before and the new tokens apart, as this one did.
-            self._waiting.append(partial(self._store, layer, store, new, fields))
-            self.counters.unfinished = not self.recording
-        else:
-            self._store(layer, store, new, fields)
-        return output
-
-    def _store(self, layer: LayerState, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor]) -> None:
-        started = time.perf_counter()
-        if self.recording or new.tokens == 1:
-            packing.append(self, layer, store, new, fields)
-        else:
-            packing.pack_chunk(self, layer, store, new, fields, self._new_valid)
-            self.counters.unfinished = True
-        self.statistics.seconds_packing += time.perf_counter() - started
-
-    def _read_again(
-        self, layer: LayerState, store: PagedStore, new: NewTokens, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
-        store.reserve_tail(layer.tail_used)
-        output = new.attend(store, layer.index, store.tail(layer.index), mask, position=layer.seen)
-        if self._observer is not None:
-            self._observe(self._observer, layer, store, new)
-        return output
+        at = source.seen - queries
+        return new.detached().attend(store, source.index, tail, position=at, key_position=position)
 
     @contextlib.contextmanager
     def second_reading(self) -> Iterator[None]:
@@ -413,23 +247,6 @@ class PagedAttention(Past):
                 self.give_back()
                 self.statistics.seconds_planning += time.perf_counter() - started
                 self.note_peak()
-
-    def _verifies(self, layer: LayerState, mask: torch.Tensor | None, valid: torch.Tensor | None, tokens: int) -> bool:
-        """Whether recorded tokens are to attend one by one, as decoded ones do.
-
-        Decoding rounds attention over quantised pages in its own way, so a draft that is verified in one block could
-        differ from the tokens of plain decoding where two of them are nearly equal.
-        """
-        if not self.recording or not layer.seen or tokens > self.recipe.when.every or layer.sharing is not None:
-            return False
-        if all(TIERS[name] == (0, 0) for name in self.recipe.tiers):
-            return False
-        if mask is None or valid is None:
-            return True
-        allowed, bias = split_mask(mask)
-        causal = torch.ones((tokens, tokens), dtype=torch.bool, device=mask.device).tril() & valid[:, None]
-        same = allowed is not None and bool(((allowed == causal) | ~valid[:, :, None]).all())
-        return same and bias is None
 
     # -- taking tokens back ----------------------------------------------------------------------------------------
 

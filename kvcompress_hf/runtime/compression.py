@@ -23,7 +23,7 @@ from kvcompress_hf.plans.distortion import measure_distortion
 from kvcompress_hf.plans.pressure import under_pressure
 from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
 from kvcompress_hf.recipe import TIERS, Recipe
-from kvcompress_hf.runtime.new_tokens import NewTokens
+from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.packing import BEST, describe_of, packs_next
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import CacheState, LayerState
@@ -139,13 +139,13 @@ class Compression:
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
-    def measure(self, number: int, layer: LayerState, new: NewTokens, real_on_host: torch.Tensor | None) -> None:
+    def measure(self, number: int, layer: LayerState, new: AttentionCall, real_on_host: torch.Tensor | None) -> None:
         """Measures what tiers lose on the first tokens of every sequence.
 
         Args:
             number (`int`): Index of the layer.
             layer (`LayerState`): The layer.
-            new (`NewTokens`): The tokens of a chunk.
+            new (`AttentionCall`): The tokens of a chunk.
             real_on_host (`torch.Tensor`, *optional*): `new.valid` on the host.
         """
         distortion, note = self.state.counters.distortion, self.rollback.note

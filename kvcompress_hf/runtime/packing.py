@@ -6,7 +6,7 @@ import torch
 
 from kvcompress_hf.paging.store import Describe, PagedStore
 from kvcompress_hf.paging.waiting import known_as, to_device
-from kvcompress_hf.runtime.new_tokens import NewTokens
+from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.state import CacheState, LayerState
 
 BEST = 0  # new slots enter the first tier
@@ -26,7 +26,7 @@ def describe_of(state: CacheState) -> Describe | None:
 
 
 def append(
-    state: CacheState, layer: LayerState, store: PagedStore, new: NewTokens, fields: dict[str, torch.Tensor]
+    state: CacheState, layer: LayerState, store: PagedStore, new: AttentionCall, fields: dict[str, torch.Tensor]
 ) -> None:
     """Puts new tokens into the tail, where they can still be taken back.
 
@@ -34,7 +34,7 @@ def append(
         state (`CacheState`): The cache.
         layer (`LayerState`): The layer.
         store (`PagedStore`): Its store.
-        new (`NewTokens`): The tokens.
+        new (`AttentionCall`): The tokens.
         fields (`dict[str, torch.Tensor]`): Their slot fields, `[batch, kv_heads, tokens]`.
     """
     store.reserve_tail(max(state.recipe.when.every, layer.tail_used + new.tokens))
@@ -82,7 +82,7 @@ def pack_chunk(
     state: CacheState,
     layer: LayerState,
     store: PagedStore,
-    new: NewTokens,
+    new: AttentionCall,
     fields: dict[str, torch.Tensor],
     real_on_host: torch.Tensor | None,
 ) -> None:
@@ -92,7 +92,7 @@ def pack_chunk(
         state (`CacheState`): The cache.
         layer (`LayerState`): The layer.
         store (`PagedStore`): Its store.
-        new (`NewTokens`): The tokens.
+        new (`AttentionCall`): The tokens.
         fields (`dict[str, torch.Tensor]`): Their slot fields, `[batch, kv_heads, tokens]`.
         real_on_host (`torch.Tensor`, *optional*): `new.valid` on the host.
     """

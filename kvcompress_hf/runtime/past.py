@@ -9,8 +9,8 @@ import torch
 from kvcompress_hf.paging.waiting import known, known_as, on_host, to_device
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime import packing
+from kvcompress_hf.runtime.call import Mask
 from kvcompress_hf.runtime.compression import Compression
-from kvcompress_hf.runtime.new_tokens import real_tokens
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import AttentionState, CacheState, StoreLayers
 
@@ -34,16 +34,27 @@ class Past(CacheState):
             observer.sum_field or observer.square_field or observer.observes_steps
         )
         self._new_valid: torch.Tensor | None = None  # bool [batch, tokens] on the host: real tokens of this chunk
+        self._masks: dict[int, Mask] = {}  # of this forward pass, by the tensor's id
         self._waiting: list[Callable[[], None]] = []  # deferred stores: layers that share these K/V run first
 
     # -- forward passes --------------------------------------------------------------------------------------------
+
+    def _read_mask(self, mask: torch.Tensor) -> Mask:
+        """The mask as it was read by an earlier layer of this forward pass, if that got the same one."""
+        read = self._masks.get(id(mask))
+        if read is None:
+            read = Mask(mask)
+            if self.rollback.note is not None:
+                self._masks[id(mask)] = read  # which keeps the tensor, so that no other gets its id
+        return read
 
     def _begin_forward(self, tokens: int, mask: torch.Tensor | None, key: torch.Tensor) -> None:
         self.rollback.check_open()
         if self.rollback.note is not None:
             self._settle_last_pass()
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
-        real = None if mask is None else real_tokens(mask, mask.shape[-2], tokens, key.shape[0])
+        self._masks = {}
+        real = None if mask is None else self._read_mask(mask).real_tokens(mask.shape[-2], tokens, key.shape[0])
         padding = None if real is None else (~real).sum(1)
         seen = self.seen
         decoding = tokens == 1 and seen > 0
@@ -92,9 +103,11 @@ class Past(CacheState):
     def _take_back(self) -> None:
         self.rollback.undo()
         self._waiting.clear()
+        self._masks = {}
 
     def _end_forward(self) -> None:
         """Stores what waited, packs, plans and gives pages back, over all layers together."""
+        self._masks = {}
         seen = self.seen if self.rollback.note is None else self.rollback.note.counters.seen
         if not self.compression.make_room():
             raise self.compression.no_room(seen)

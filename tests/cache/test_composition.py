@@ -234,7 +234,7 @@ def check_budget(cache, recipe, tokens, case):
     if recipe.budget is None:
         return
     amount = recipe.budget.amount
-    pages = sum(int(store._pages(tier, store.lengths[tier]).sum()) for tier in range(len(recipe.tiers)))
+    pages = sum(int(store.pages(tier, store.lengths[tier]).sum()) for tier in range(len(recipe.tiers)))
     held = pages * store.layout.page_bytes
     if isinstance(amount, int):
         if isinstance(recipe.plan, kvc.LowestPlan):

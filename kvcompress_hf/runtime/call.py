@@ -1,4 +1,4 @@
-"""New tokens of one layer on their way through attention, and what a mask over them says."""
+"""One call of attention: the new tokens of a layer, how they attend, and what a mask over them says."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from kvcompress_hf.paging.store import PagedStore
 
 
 @dataclass(slots=True)
-class NewTokens:
+class AttentionCall:
     """Queries, keys and values of new tokens of one layer, and how they attend.
 
     Args:
@@ -25,6 +25,7 @@ class NewTokens:
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
         window (`int`, *optional*): Sliding window in tokens.
         sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
+        mask (`Mask`, *optional*): Who of the new tokens sees whom.
     """
 
     query: torch.Tensor
@@ -36,6 +37,7 @@ class NewTokens:
     softcap: float | None
     window: int | None
     sinks: torch.Tensor | None
+    mask: "Mask | None" = None
 
     @property
     def tokens(self) -> int:
@@ -50,45 +52,46 @@ class NewTokens:
         """
         return None if self.sinks is None else self.sinks.detach().float().contiguous()
 
-    def detached(self) -> "NewTokens":
+    def detached(self) -> "AttentionCall":
         """The same tokens without a gradient.
 
         Returns:
-            `NewTokens`: They.
+            `AttentionCall`: They.
         """
         return replace(self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
 
-    def select(self, index: torch.Tensor) -> "NewTokens":
+    def select(self, index: torch.Tensor) -> "AttentionCall":
         """The same tokens of other sequences.
 
         Args:
             index (`torch.Tensor`): `int64` `[new batch]`.
 
         Returns:
-            `NewTokens`: Sequence `i` is what sequence `index[i]` was.
+            `AttentionCall`: Sequence `i` is what sequence `index[i]` was.
         """
         at = index.to(self.key.device)
         valid = None if self.valid is None else self.valid[at]
         return replace(self, query=self.query[at], key=self.key[at], value=self.value[at], valid=valid)
 
-    def singly(self) -> "Iterator[NewTokens]":
+    def singly(self) -> "Iterator[AttentionCall]":
         """The tokens one by one.
 
         Yields:
-            `NewTokens`: One token.
+            `AttentionCall`: One token.
         """
         for token in range(self.tokens):
             one = slice(token, token + 1)
             query, key, value = (x[:, :, one] for x in (self.query, self.key, self.value))
             valid = None if self.valid is None else self.valid[:, one].contiguous()
-            yield replace(self, query=query, key=key, value=value, valid=valid, position=self.position + token)
+            yield replace(
+                self, query=query, key=key, value=value, valid=valid, position=self.position + token, mask=None
+            )
 
     def attend(
         self,
         store: PagedStore,
         layer: int,
         tail: Tail,
-        mask: torch.Tensor | None,
         *,
         position: int,
         key_position: int | None = None,
@@ -99,14 +102,13 @@ class NewTokens:
             store (`PagedStore`): Where the past is.
             layer (`int`): Place of the layer among the store's.
             tail (`Tail`): Its tail.
-            mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, queries, tokens]`.
             position (`int`): Position of the first query.
             key_position (`int`, *optional*): Position of the first key, where it is another.
 
         Returns:
             `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
         """
-        allowed, bias = split_mask(mask)
+        allowed, bias = (None, None) if self.mask is None else self.mask.parts()
         with store.reading:  # pages and tables stay where they are
             attended = store.backend.chunk_attention(
                 self.query,
@@ -126,26 +128,61 @@ class NewTokens:
         return cast(torch.Tensor, attended)  # without return_lse it is the output alone
 
 
-def real_tokens(mask: torch.Tensor, queries: int, tokens: int, batch: int) -> torch.Tensor:
-    """Which new tokens are real: those that may see themselves. `bool` `[batch, tokens]`."""
-    if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
-        raise UnsupportedFeatureError(
-            f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
-            f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
-            "instead and let transformers build the 4-D one."
-        )
-    diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    return real.expand(batch, -1).contiguous()
+class Mask:
+    """A mask over the new tokens, read once per forward pass however many layers it is for.
 
+    Args:
+        tensor (`torch.Tensor`): bool or additive, `[batch, 1, queries, tokens]`.
+    """
 
-def split_mask(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Who of the new tokens sees whom, and what is added to the logits, each `[batch, tokens, tokens]` or `None`."""
-    if mask is None:
-        return None, None
-    block = mask[:, 0]
-    if block.dtype == torch.bool:
-        return block.contiguous(), None
-    allowed = block > torch.finfo(block.dtype).min / 2
-    bias = torch.where(allowed, block, 0).float()
-    return allowed.contiguous(), bias.contiguous() if bool(bias.any()) else None
+    __slots__ = ("_parts", "_real", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._real: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def real_tokens(self, queries: int, tokens: int, batch: int) -> torch.Tensor:
+        """Which new tokens are real: those that may see themselves.
+
+        Args:
+            queries (`int`): Queries of the call.
+            tokens (`int`): New tokens.
+            batch (`int`): Sequences.
+
+        Returns:
+            `torch.Tensor`: `bool` `[batch, tokens]`.
+
+        Raises:
+            UnsupportedFeatureError: If the mask is not over the new tokens only.
+        """
+        mask = self.tensor
+        if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
+            raise UnsupportedFeatureError(
+                f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
+                f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
+                "instead and let transformers build the 4-D one."
+            )
+        real = self._real
+        if real is None or real.shape[0] != batch:
+            diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+            real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+            real = self._real = real.expand(batch, -1).contiguous()
+        return real
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What it says.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Who of the new tokens sees whom, and what is added to the logits
+            if anything is, each `[batch, queries, tokens]`.
+        """
+        if self._parts is None:
+            block = self.tensor[:, 0]
+            if block.dtype == torch.bool:
+                self._parts = block.contiguous(), None
+            else:
+                allowed = block > torch.finfo(block.dtype).min / 2
+                bias = torch.where(allowed, block, 0).float()
+                self._parts = allowed.contiguous(), bias.contiguous() if bool(bias.any()) else None
+        return self._parts

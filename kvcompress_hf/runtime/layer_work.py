@@ -1,0 +1,186 @@
+"""What one layer does with its new tokens: attend to the past, be observed, be stored."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from kvcompress_hf.observers.base import Chunk, Observer
+from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.recipe import TIERS
+from kvcompress_hf.runtime import packing
+from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.past import Past
+from kvcompress_hf.runtime.state import LayerState
+
+
+class LayerWork(Past):
+    """Attention of a single layer over what is stored, without the beginning and end of a forward pass.
+
+    Arguments are those of [`CacheState`].
+    """
+
+    _reading_again = False  # tokens are looked at once more, and not stored
+
+    def _decode(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
+        """Appends one token to the tail and attends to everything."""
+        if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
+            room = layer.tail_used + 1
+            store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
+            self.note_peak()
+        observer = self._observer
+        sum_field = square_field = None
+        fields: dict[str, torch.Tensor] = {}
+        if observer is not None and self._counts_steps:
+            if self.recording:
+                layer.held.append(new)
+            else:
+                sum_field, square_field = observer.sum_field, observer.square_field
+                fields = self._before_counting(observer, layer, store, new)
+        before = store.tail_lengths[layer.index].clone() if fields else None
+        valid = new.valid
+        with store.reading:  # pages and tables stay where they are
+            sinks = new.sinks
+            plan_key = (
+                store.version,
+                new.query.shape[1],
+                new.scaling,
+                new.softcap,
+                new.window,
+                None if sinks is None else sinks.data_ptr(),
+                sum_field,
+                square_field,
+            )
+            plan = layer.plan
+            if plan is None or layer.plan_key != plan_key:
+                plan = layer.plan = store.backend.plan_decode(
+                    store.rows(layer.index),
+                    replace(store.tail(layer.index), used=layer.tail_used),
+                    scale=new.scaling,
+                    softcap=new.softcap,
+                    window=new.window,
+                    sinks=new.sink_logits(),
+                    sum_field=sum_field,
+                    square_field=square_field,
+                    q_heads=new.query.shape[1],
+                )
+                layer.plan_key = plan_key
+            output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
+        if before is not None:
+            packing.write_tail_fields(store, layer, before, valid, fields)
+        layer.grows(1, valid)
+        return output
+
+    def _before_counting(
+        self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall
+    ) -> dict[str, torch.Tensor]:
+        """Makes ready for statistics of a decode step; returns the new token's fields, if it has any beforehand."""
+        if observer.sum_field or observer.square_field:
+            if store.arena.shared:
+                store.own_all()
+            if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
+                store.clear_field(str(observer.sum_field), layer.index)
+        # This may copy pages, so it comes before the decode plan is made.
+        return self._observe(observer, layer, store, new.detached()) if observer.observes_steps else {}
+
+    def _observe(
+        self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall
+    ) -> dict[str, torch.Tensor]:
+        """Lets the observer look at new tokens; returns their fields, `[batch, kv_heads, tokens]`.
+
+        Tokens that are read again have none: what they look at goes to the fields of what is stored.
+        """
+        started = time.perf_counter()
+        store.reserve_tail(layer.tail_used)
+        if store.arena.shared:
+            store.own_all()  # observers write into the fields of what is stored
+        chunk = Chunk(
+            store=store,
+            layer=layer.index,
+            query=new.query,
+            keys=new.key,
+            values=new.value,
+            position=layer.seen,
+            scale=new.scaling,
+            softcap=new.softcap,
+            window=new.window,
+            sinks=new.sink_logits(),
+            valid=new.valid,
+            inv_freq=self.inv_freq,
+        )
+        fields: dict[str, torch.Tensor] = {}
+        with store.reading:
+            if self._reading_again:
+                observer.observe_again(chunk)
+            else:
+                fields = observer.observe(chunk)
+        self.statistics.seconds_planning += time.perf_counter() - started
+        return fields
+
+    def _chunk(
+        self,
+        layer: LayerState,
+        store: PagedStore,
+        new: AttentionCall,
+        dense: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Attends to what is stored and to several new tokens, and stores them."""
+        position = new.position
+        if position == 0:
+            output = dense()
+        else:
+            store.reserve_tail(layer.tail_used)
+            output = new.attend(store, layer.index, store.tail(layer.index), position=position)
+        fields: dict[str, torch.Tensor] = {}
+        if self.recording and position:
+            if self._holds:
+                layer.held.extend(new.singly())
+        elif self._observer is not None:
+            fields = self._observe(self._observer, layer, store, new)
+            if self.compression.needs_distortion:
+                number = next(i for i, each in enumerate(self.layers) if each is layer)
+                self.compression.measure(number, layer, new, self._new_valid)
+        if layer.sharing == "store" and new.tokens > 1:
+            # The layers that read it must see what was there before and the new tokens apart, as this one did.
+            self._waiting.append(partial(self._store, layer, store, new, fields))
+            self.counters.unfinished = not self.recording
+        else:
+            self._store(layer, store, new, fields)
+        return output
+
+    def _store(self, layer: LayerState, store: PagedStore, new: AttentionCall, fields: dict[str, torch.Tensor]) -> None:
+        started = time.perf_counter()
+        if self.recording or new.tokens == 1:
+            packing.append(self, layer, store, new, fields)
+        else:
+            packing.pack_chunk(self, layer, store, new, fields, self._new_valid)
+            self.counters.unfinished = True
+        self.statistics.seconds_packing += time.perf_counter() - started
+
+    def _read_again(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
+        """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
+        store.reserve_tail(layer.tail_used)
+        output = new.attend(store, layer.index, store.tail(layer.index), position=layer.seen)
+        if self._observer is not None:
+            self._observe(self._observer, layer, store, new)
+        return output
+
+    def _verifies(self, layer: LayerState, new: AttentionCall) -> bool:
+        """Whether recorded tokens are to attend one by one, as decoded ones do.
+
+        Decoding rounds attention over quantised pages in its own way, so a draft that is verified in one block could
+        differ from the tokens of plain decoding where two of them are nearly equal.
+        """
+        if not self.recording or not layer.seen or new.tokens > self.recipe.when.every or layer.sharing is not None:
+            return False
+        if all(TIERS[name] == (0, 0) for name in self.recipe.tiers):
+            return False
+        mask, valid = new.mask, new.valid
+        if mask is None or valid is None:
+            return True
+        allowed, bias = mask.parts()
+        causal = torch.ones((new.tokens, new.tokens), dtype=torch.bool, device=valid.device).tril() & valid[:, None]
+        same = bool(((allowed == causal) | ~valid[:, :, None]).all())
+        return same and bias is None

@@ -1,0 +1,195 @@
+"""The records that a cache's state is made of: what is counted, per layer and in all, and what goes into a file."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from kvcompress_hf import kernels
+from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import pick
+from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime.call import AttentionCall
+
+__all__ = ["AttentionState", "Counters", "LayerState", "RunStatistics", "StoreLayers"]
+
+
+@dataclass
+class RunStatistics:
+    """What happened to one cache so far.
+
+    Args:
+        packings (`int`): Times the tail or a chunk was packed, over all layers.
+        plans (`int`): Times a plan was made.
+        evicted_slots (`int`): Slots dropped by plans.
+        seconds_packing (`float`): Wall time spent packing, in seconds.
+        seconds_planning (`float`): Wall time spent observing, planning and evicting, in seconds.
+        peak_bytes (`int`): Most bytes the cache ever held.
+    """
+
+    packings: int = 0
+    plans: int = 0
+    evicted_slots: int = 0
+    seconds_packing: float = 0.0
+    seconds_planning: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclass(slots=True)
+class LayerState:
+    """What belongs to one layer of the model.
+
+    Args:
+        window (`int`, *optional*): Sliding window in tokens.
+        sharing (`str`, *optional*): `"store"`: later layers read its keys and values too; `"reuse"`: it reads those of
+            an earlier one and stores nothing.
+        store (`PagedStore`, *optional*): Where its rows are, once keys have arrived.
+        index (`int`): Its place among the store's layers.
+        group (`int`): Query heads per KV head.
+        seen (`int`): Logical tokens, padding and evicted ones included.
+        tail_used (`int`): Most slots any sequence has in the tail.
+        uneven (`bool`): Whether sequences may have fewer, because of padding.
+        tails (`torch.Tensor`, *optional*): `int32` `[batch]` on the host: how many they have, if uneven and known.
+        held (`list[AttentionCall]`): The newest tokens while past recording is on, oldest first.
+        plan (`DecodePlan`, *optional*): Prepared native call for decode steps.
+        plan_key (`tuple`): What the plan was made for.
+    """
+
+    window: int | None
+    sharing: str | None = None
+    store: PagedStore | None = None
+    index: int = 0
+    group: int = 1
+    seen: int = 0
+    tail_used: int = 0
+    uneven: bool = False
+    tails: torch.Tensor | None = None
+    held: list[AttentionCall] = field(default_factory=list)
+    plan: kernels.DecodePlan | None = None
+    plan_key: tuple[object, ...] = ()
+
+    def grows(self, tokens: int, valid: torch.Tensor | None) -> None:
+        """Notes new tokens in the tail.
+
+        Args:
+            tokens (`int`): How many.
+            valid (`torch.Tensor`, *optional*): Where given, some may be padding.
+        """
+        self.tail_used += tokens
+        if valid is not None:
+            self.uneven = True
+        self.tails = None
+
+    def emptied(self) -> None:
+        """Notes that the tail is empty."""
+        self.tail_used, self.uneven, self.tails = 0, False, None
+
+    def copy(self, **changes: Any) -> "LayerState":
+        """A copy that does not change with this one.
+
+        Args:
+            changes: Fields that are to be different.
+
+        Returns:
+            `LayerState`: The copy, without a plan: that belongs to the store's memory.
+        """
+        return replace(self, **{"held": list(self.held), "plan": None, "plan_key": (), **changes})
+
+
+@dataclass
+class StoreLayers:
+    """A store and the layers of the model whose rows it holds, in the order of arrival."""
+
+    store: PagedStore
+    layers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Counters:
+    """What a cache counts and remembers besides its stores; all of it is forked, taken back and reset together.
+
+    Args:
+        recipes (`tuple[Recipe, ...]`): One for all sequences, or one per sequence.
+        seen (`int`): Logical tokens.
+        batch (`int`): Sequences.
+        prompt (`int`): Tokens that came in chunks; what follows was decoded one by one.
+        planned (`int`): Tokens seen at the last plan.
+        faded (`int`): Tokens seen when statistics last faded.
+        unfinished (`bool`): Whether several tokens have been stored whose plan has not run yet.
+        awaits_second_reading (`bool`): Whether the prompt is planned for once it has been read again.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens seen.
+        distortion (`dict[int, torch.Tensor]`): Measured losses by layer, float32 `[batch, kv_heads, tiers]`.
+        room (`int`, *optional*): Bytes of pages that the budget still allowed at the last event.
+    """
+
+    recipes: tuple[Recipe, ...]
+    seen: int = 0
+    batch: int = 0
+    prompt: int = 0
+    planned: int = 0
+    faded: int = 0
+    unfinished: bool = False
+    awaits_second_reading: bool = False
+    padding: torch.Tensor | None = None
+    distortion: dict[int, torch.Tensor] = field(default_factory=dict)
+    room: int | None = None
+
+    def copy(self) -> "Counters":
+        """A copy that does not change with this one.
+
+        Returns:
+            `Counters`: The copy; tensors are shared, as they are never changed in place.
+        """
+        return replace(self, distortion=dict(self.distortion))
+
+    def select(self, index: torch.Tensor) -> "Counters":
+        """The same for other sequences.
+
+        Args:
+            index (`torch.Tensor`): `int64` `[new batch]` on the host.
+
+        Returns:
+            `Counters`: A copy for these.
+        """
+        recipes = self.recipes
+        return replace(
+            self,
+            batch=index.numel(),
+            padding=None if self.padding is None else pick(self.padding, index),
+            distortion={layer: pick(losses, index) for layer, losses in self.distortion.items()},
+            recipes=recipes if len(recipes) == 1 else tuple(recipes[i] for i in index.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What a cache knows besides its stores, as it goes into a file.
+
+    Args:
+        seen (`int`): Logical tokens.
+        batch (`int`): Sequences.
+        prompt (`int`): Tokens of `seen` up to the end of the last chunk.
+        prompt_tokens (`int`, *optional*): Length of the prompt, where it was known beforehand.
+        planned (`int`): Tokens seen at the last plan.
+        faded (`int`): Tokens seen when statistics last faded.
+        recording (`bool`): Whether new tokens are held back in the tail.
+        unfinished (`bool`): Whether a plan is still to be made.
+        groups (`list[int]`): Query heads per KV head of each layer.
+        tail_used (`list[int]`): Most slots any sequence has in the tail, per layer.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`.
+        distortion (`torch.Tensor`, *optional*): Measured losses, float32 `[batch, heads of all layers, tiers]`, NaN for
+            sequences that had only padding so far.
+    """
+
+    seen: int = 0
+    batch: int = 0
+    prompt: int = 0
+    prompt_tokens: int | None = None
+    planned: int = 0
+    faded: int = 0
+    recording: bool = False
+    unfinished: bool = False
+    groups: list[int] = field(default_factory=list)
+    tail_used: list[int] = field(default_factory=list)
+    padding: torch.Tensor | None = None
+    distortion: torch.Tensor | None = None
