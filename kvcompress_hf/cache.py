@@ -1,5 +1,6 @@
 """`CompressedPagedCache`: the transformers Cache contract over paged, compressed storage."""
 
+import contextlib
 import operator
 import os
 import sys
@@ -142,6 +143,7 @@ class CompressedPagedCache(Cache):
         self._attention, self._config = attention, config
         self._model: weakref.ref[nn.Module] | None = None
         self._unread: UnreadPages | None = None  # pages of a file that nobody has read yet
+        self._recorded_from = attention.seen  # while recording: tokens that are there to stay
         self._pending = [0] * attention.num_layers  # new tokens handed out by update() that attention has not taken
         self._patch: Any = None  # of the model that began the pass under way
         self._factors: tuple[bool, ...] | None = None  # of the rotary embedding that stored keys were turned with
@@ -428,7 +430,20 @@ class CompressedPagedCache(Cache):
     def _set_recording(self, value: bool) -> None:
         if self._attention.recording and not value:
             self._attention.crop(0)
+        if value and not self._attention.recording:
+            self._recorded_from = self._attention.seen
         self._attention.recording = value
+
+    def withdraw_recorded(self) -> None:
+        """Stops recording and forgets all tokens since the last [`CompressedPagedCache.crop`].
+
+        For whoever was interrupted before it was known which of them stay.
+        """
+        with contextlib.suppress(RuntimeError):  # a pass that stopped half way is taken back; the interrupt says why
+            self._attention.settle()
+        if self._attention.recording and self._attention.rollback.closed is None:
+            self._attention.crop(max(0, self._attention.seen - self._recorded_from))
+        self._attention.recording = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest tokens, exactly; with 0 what was recorded is committed.
@@ -446,10 +461,12 @@ class CompressedPagedCache(Cache):
                 f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; write crop(-n)."
             )
         self._attention.crop(-tokens_to_remove)
+        self._recorded_from = self._attention.seen
 
     def reset(self) -> None:
         """Forgets everything and gives all memory back."""
         self._attention.reset()
+        self._recorded_from = 0
         self._pending = [0] * len(self._pending)
         self._factors, self._gradients = None, GradientGuard(len(self._pending), filled=False)
 
@@ -500,7 +517,7 @@ class CompressedPagedCache(Cache):
         other.recipe = self.recipe
         other._take_over(self._attention.fork(), self._config)
         other._model, other._unread, other._factors = self._model, self._unread, self._factors
-        other._gradients = self._gradients.copy()
+        other._recorded_from, other._gradients = self._recorded_from, self._gradients.copy()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedPagedCache":

@@ -29,9 +29,9 @@ from kvcompress_hf.compat import (
 )
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.holders import Holders
-from kvcompress_hf.patches.passes import before_pass, check_implementation, tell_once, turns_otherwise
+from kvcompress_hf.patches.passes import HELD, before_pass, check_implementation, tell_once, turns_otherwise
 from kvcompress_hf.patches.second_reading import read_again
-from kvcompress_hf.patches.speculation import BoundedCandidates
+from kvcompress_hf.patches.speculation import BoundedCandidates, recording_ends, tokens_held
 from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
@@ -111,16 +111,16 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         "_prepare_cache_for_generation": _prepare_cache,
         "_get_candidate_generator": _get_candidate_generator,
         "_prefill": _prefill,
+        "prepare_inputs_for_generation": _prepare_inputs,
+        "generate": _generate,
     }
-    if _may_drop_cache(model) or "longrope" in str(getattr(text_config(model), "rope_parameters", None)):
-        methods["prepare_inputs_for_generation"] = _prepare_inputs
     record.methods = tuple(methods)
     for name, function in methods.items():
         if name in model.__dict__:
             record.replaced[name] = model.__dict__[name]
         bound = functools.partial(function, model)
-        if name == "prepare_inputs_for_generation":
-            # generate() reads this signature to tell which arguments the model takes.
+        if not name.startswith("_"):
+            # generate() reads the one signature to tell which arguments the model takes, other libraries the other.
             bound.__signature__ = inspect.signature(getattr(model, name))  # type: ignore[attr-defined]
         model.__dict__[name] = bound
     for part in model.modules():
@@ -151,6 +151,20 @@ def _stock(model: PreTrainedModel, name: str) -> Callable[..., Any]:
     if record is not None and name in record.replaced:
         return record.replaced[name]
     return functools.partial(getattr(type(model), name), model)
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """As the stock method; a cache on which tokens were only tried records nothing any more afterwards."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    stock = _stock(model, "generate")
+    if getattr(config, "is_assistant", False):
+        return stock(*args, **kwargs)  # its cache records for the generate() that it assists
+    with recording_ends(find_cache((*args, *kwargs.values()), CompressedPagedCache)):
+        outputs = stock(*args, **kwargs)
+    made = find_cache(list(outputs.values()), CompressedPagedCache) if isinstance(outputs, Mapping) else None
+    if made is not None and find_cache((*args, *kwargs.values()), CompressedPagedCache) is None:
+        made.stop_past_recording()
+    return outputs
 
 
 def _prepare_generation_config(
@@ -259,13 +273,23 @@ def _prefill(
 
 
 def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> CandidateGenerator:
-    """As the stock method; keeps drafts within what a compressed cache can verify exactly."""
+    """As the stock method; keeps drafts within what a compressed cache can verify exactly.
+
+    Stock verification would read the whole text again where the cache holds the beginning of it, so the number of
+    tokens held is noted for [`_prepare_inputs`].
+    """
     inner: CandidateGenerator = _stock(model, "_get_candidate_generator")(**kwargs)
-    cache = _cache_of_call(model, kwargs["generation_config"], kwargs["model_kwargs"])
-    if cache is not None and cache.recipe.changes_slots and not inner.requires_model_outputs:
-        mask = kwargs["model_kwargs"].get("attention_mask")
-        return BoundedCandidates(inner, cache, lambda ids: read_again(model, cache, ids, mask))
-    return inner
+    config, model_kwargs = kwargs["generation_config"], kwargs["model_kwargs"]
+    cache = _cache_of_call(model, config, model_kwargs)
+    if cache is None:
+        return inner
+    held = tokens_held(cache, inner, kwargs["input_ids"], model_kwargs, getattr(config, "_mask_length", None))
+    if held:
+        model_kwargs[HELD] = held
+    if inner.requires_model_outputs:
+        return inner
+    mask = model_kwargs.get("attention_mask")
+    return BoundedCandidates(inner, cache, lambda ids: read_again(model, cache, ids, mask))
 
 
 def _cache_of_call(
@@ -317,21 +341,29 @@ def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[st
     return int(length) if length else None
 
 
-def _may_drop_cache(model: PreTrainedModel) -> bool:
-    """Whether this is one of the long-rope Phis, whose inputs lose their cache at a certain length."""
-    return text_config(model).model_type in ("phi3", "phimoe", "phi4_multimodal")
+def _may_turn_otherwise(model: PreTrainedModel) -> bool:
+    """Whether rotary factors change with the length, or inputs lose their cache there (the long-rope Phis)."""
+    text = text_config(model)
+    return text.model_type in ("phi3", "phimoe", "phi4_multimodal") or "longrope" in str(
+        getattr(text, "rope_parameters", None)
+    )
 
 
 def _prepare_inputs(model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """As the stock method, where the rotary factors of a long rope change under the keys of a cache.
+    """As the stock method; leaves out what the cache holds, and keeps the cache.
 
-    The long-rope Phis drop the cache there and would go on with a new `DynamicCache`; other models would ask keys of
-    one kind with queries of another. Emptying the cache and filling it again from all tokens is what is right.
+    Where the rotary factors of a long rope change under the keys of a cache, the long-rope Phis drop the cache and
+    would go on with a new `DynamicCache`; other models would ask keys of one kind with queries of another. Emptying
+    the cache and filling it again from all tokens is what is right.
     """
     cache = find_cache((*args, *kwargs.values()), CompressedPagedCache)
+    held = kwargs.pop(HELD, 0)
+    if held and kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is None:
+        embeds = kwargs.get("inputs_embeds")
+        kwargs["next_sequence_length"] = (input_ids if embeds is None else embeds).shape[1] - held
     stock = _stock(model, "prepare_inputs_for_generation")
     inputs = stock(input_ids, *args, **kwargs)
-    if cache is None:
+    if cache is None or not _may_turn_otherwise(model):
         return inputs
     dropped = find_cache(inputs, CompressedPagedCache) is None
     if not dropped and not turns_otherwise(model, cache, inputs):

@@ -15,7 +15,10 @@ from kvcompress_hf.patches.holders import Holders
 from kvcompress_hf.patches.implementation import has_implementation
 from kvcompress_hf.patches.support import text_config
 
-__all__ = ["Patch", "before_pass", "check_implementation", "read_with", "tell_once", "turns_otherwise"]
+__all__ = ["HELD", "Patch", "before_pass", "check_implementation", "read_with", "tell_once", "turns_otherwise"]
+
+#: Among the model's arguments of one call: how many tokens of the prompt its cache already holds.
+HELD = "_kvcompress_held"
 
 
 class Patch(Protocol):
@@ -50,6 +53,12 @@ def before_pass(
             gradients, or the rotary factors change under the keys.
         ValueError: If there are two caches, or the cache was filled by other weights.
     """
+    if HELD in kwargs:
+        raise UnsupportedFeatureError(
+            f"The cache already holds {kwargs[HELD]} tokens of the text, and something replaced "
+            f"prepare_inputs_for_generation of {type(part).__name__}, so that speculative decoding would read them a "
+            "second time. Leave the assistant or prompt lookup out, or begin with an empty cache."
+        )
     moved = move_cache(cache_argument(part), CompressedPagedCache, args, kwargs)
     cache = next((each for each in (*args, *moved.values()) if isinstance(each, Cache)), None)
     if isinstance(cache, CompressedPagedCache):

@@ -62,6 +62,8 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
     small: dict[str, torch.Tensor] = {"model.weights": torch.tensor(identity.weights, dtype=torch.int64)}
     if state.padding is not None:
         small["padding"] = state.padding
+    if state.gaps is not None and bool((state.gaps[..., 0] > 0).any()):  # else all padding came first
+        small["gaps"] = state.gaps
     if state.distortion is not None:
         small["distortion"] = state.distortion
     described = []
@@ -96,7 +98,7 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
             "recipes": [recipe.to_dict() for recipe in attention.recipes],
             "windows": attention.windows,
             "stores": described,
-            **{name: value for name, value in _plain(state).items() if name not in ("padding", "distortion")},
+            **{name: value for name, value in _plain(state).items() if name not in ("padding", "gaps", "distortion")},
         }
     )
     blocks = {name: tensor_bytes(tensor) for name, tensor in small.items()}
@@ -354,11 +356,17 @@ class _Header:
             raise file.error(f"its groups of query heads are {groups}")
         if any(not 0 <= used <= seen for used in tail_used):
             raise file.error(f"its tails would hold {tail_used} tokens, but it has seen {seen}")
-        padding = distortion = None
+        padding = gaps = distortion = None
         if "padding" in file.entries:
             padding = file.read("padding", torch.int64, (batch,))
             if bool(((padding < 0) | (padding > seen)).any()):
                 raise file.error(f"padding is not between 0 and the {seen} tokens seen")
+            gaps = torch.stack([torch.zeros_like(padding), padding], dim=-1)[:, None]
+            if "gaps" in file.entries:
+                gaps = file.read("gaps", torch.int64, (batch, None, 2))
+                outside = (gaps < 0).any() | (gaps > seen).any() | (gaps.sum(-1) > seen).any()
+                if bool(outside | (gaps[..., 1].sum(1) > padding).any()):
+                    raise file.error(f"its runs of padding are not within the {seen} tokens seen")
         if "distortion" in file.entries:
             distortion = file.read("distortion", torch.float32, (batch, None, tiers))
             if bool((distortion.isinf() | (distortion < 0)).any()):
@@ -375,6 +383,7 @@ class _Header:
             groups=groups,
             tail_used=tail_used,
             padding=padding,
+            gaps=gaps,
             distortion=distortion,
         )
 

@@ -92,18 +92,27 @@ def write_field_of_all(
             return torch.maximum(old, new)
         return old + new if add else new
 
+    # A sequence that has only padding in this chunk saw nothing, so what it holds keeps its values.
+    idle = None if add or largest or chunk.valid is None else ~chunk.valid.any(1)[:, None, None]
+
+    def merged(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if idle is not None:
+            return torch.where(idle, old, new)
+        return merge(old, new)
+
     store, layer = chunk.store, chunk.layer
     rows, tail = store.rows(layer), store.tail(layer)
     *past, in_tail, fresh = values.split(list(widths), dim=-1)
     for tier, part in enumerate(past):
         if part.shape[-1]:
             stored = part.flatten(0, 1)
-            if add or largest:
-                stored = merge(store.backend.read_field(rows, tier, field, part.shape[-1]), stored)
+            if add or largest or idle is not None:
+                old = store.backend.read_field(rows, tier, field, part.shape[-1])
+                stored = merged(old.view_as(part), part).flatten(0, 1)
             store.backend.write_field(rows, tier, field, stored.contiguous())
     if tail.fields is not None and in_tail.shape[-1]:
         target = tail.fields[store.layout.fields.index(field)].view(torch.float32)
-        target.copy_(merge(target, in_tail))
+        target.copy_(merged(target, in_tail))
     return fresh.contiguous()
 
 

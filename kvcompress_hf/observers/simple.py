@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.slots import Slots
+from kvcompress_hf.paging.waiting import to_device
 from kvcompress_hf.validation import require_int
 
 
@@ -57,7 +58,10 @@ class Chance(Observer):
     def importance(self, slots: Slots) -> torch.Tensor:
         """A hash of seed, row and position, uniform in [0, 1); see [`Observer.importance`]."""
         rows = torch.arange(slots.positions.shape[1], device=slots.positions.device)[:, None]
-        x = slots.positions.long() * 0x9E3779B1 + rows * 0x85EBCA77 + self.seed * 0xC2B2AE3D
+        positions = slots.positions.long()
+        if slots.padding is not None:  # the same chance as without padding
+            positions = positions - to_device(slots.padding, positions.device)[:, None, None]
+        x = positions * 0x9E3779B1 + rows * 0x85EBCA77 + self.seed * 0xC2B2AE3D
         for _ in range(2):
             x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return ((x ^ (x >> 16)) & 0xFFFFFF).float() / 2**24

@@ -47,6 +47,8 @@ class Slots:
         group (`torch.Tensor`): `int64` `[rows]`, query heads that share the row's KV head.
         seen (`int`): Tokens seen, padding and evicted ones included.
         prompt (`int`): Tokens of `seen` that came in chunks; the rest was decoded one by one.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]` on the host, padding before the first token of each
+            sequence.
     """
 
     fields: dict[str, torch.Tensor]
@@ -57,6 +59,7 @@ class Slots:
     group: torch.Tensor
     seen: int
     prompt: int
+    padding: torch.Tensor | None = None
 
     def columns(self, tier: int) -> slice:
         """The columns of the slots of a tier.
@@ -84,6 +87,7 @@ class Slots:
             fields={name: pick(values, sequences) for name, values in self.fields.items()},
             positions=pick(self.positions, sequences),
             filled=pick(self.filled, sequences),
+            padding=None if self.padding is None else pick(self.padding, sequences),
         )
 
 

@@ -271,6 +271,7 @@ class PagedAttention(LayerWork):
                     layer.seen = min(layer.seen, target)
                     del layer.held[max(0, len(layer.held) - removed) :]
                 self.counters.seen = target
+                self.counters.uncount_padding(target)
             if self.recording:
                 self._commit()
 

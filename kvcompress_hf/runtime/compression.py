@@ -3,7 +3,7 @@
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, 
 from kvcompress_hf.recipe import TIERS, Recipe
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.packing import BEST, describe_of, packs_next
+from kvcompress_hf.runtime.padding import padding_first
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import CacheState, LayerState
 
@@ -198,6 +199,7 @@ class Compression:
             self._note_room(ruled, held)
             return None
         slots = gather_slots(parts, observer.fields, state.seen, counters.prompt)
+        slots = replace(slots, positions=padding_first(slots.positions, counters.gaps), padding=padding)
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
         importance, spread = observer.importance(slots), observer.spread(slots)

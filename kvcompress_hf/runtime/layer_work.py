@@ -9,9 +9,11 @@ import torch
 
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import on_host
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime import packing
 from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.padding import aligned, put_back
 from kvcompress_hf.runtime.past import Past
 from kvcompress_hf.runtime.state import LayerState
 
@@ -140,10 +142,11 @@ class LayerWork(Past):
             if self._holds:
                 layer.held.extend(new.singly())
         elif self._observer is not None:
-            fields = self._observe(self._observer, layer, store, new)
+            seen, order = aligned(new, self._new_valid)
+            fields = put_back(self._observe(self._observer, layer, store, seen), order)
             if self.compression.needs_distortion:
                 number = next(i for i, each in enumerate(self.layers) if each is layer)
-                self.compression.measure(number, layer, new, self._new_valid)
+                self.compression.measure(number, layer, seen, self._new_valid)
         if layer.sharing == "store" and new.tokens > 1:
             # The layers that read it must see what was there before and the new tokens apart, as this one did.
             self._waiting.append(partial(self._store, layer, store, new, fields))
@@ -166,7 +169,8 @@ class LayerWork(Past):
         store.reserve_tail(layer.tail_used)
         output = new.attend(store, layer.index, store.tail(layer.index), position=layer.seen)
         if self._observer is not None:
-            self._observe(self._observer, layer, store, new)
+            seen, _ = aligned(new, None if new.valid is None else on_host(new.valid))
+            self._observe(self._observer, layer, store, seen)
         return output
 
     def _verifies(self, layer: LayerState, new: AttentionCall) -> bool:

@@ -11,6 +11,7 @@ from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime import packing
 from kvcompress_hf.runtime.call import Mask
 from kvcompress_hf.runtime.compression import Compression
+from kvcompress_hf.runtime.padding import runs_of, with_runs
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import AttentionState, CacheState, StoreLayers
 
@@ -77,6 +78,9 @@ class Past(CacheState):
             if self._new_valid is not None:
                 known_as(padding, (~self._new_valid).sum(1))
             counters.padding = padding if counters.padding is None else _sum(counters.padding, padding)
+        here = known(real) if self._new_valid is None and real is not None else self._new_valid
+        if here is not None and not bool(here.all()):
+            counters.gaps = with_runs(counters.gaps, runs_of(here, seen))
 
     def _settle_last_pass(self) -> None:
         """Ends the last forward pass if all layers are through, else takes it back and says so."""

@@ -7,9 +7,10 @@ import torch
 
 from kvcompress_hf import kernels
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.paging.waiting import pick
+from kvcompress_hf.paging.waiting import pick, to_device
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.padding import cut_runs
 
 __all__ = ["AttentionState", "Counters", "LayerState", "RunStatistics", "StoreLayers"]
 
@@ -120,6 +121,8 @@ class Counters:
         unfinished (`bool`): Whether several tokens have been stored whose plan has not run yet.
         awaits_second_reading (`bool`): Whether the prompt is planned for once it has been read again.
         padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens seen.
+        gaps (`torch.Tensor`, *optional*): `int64` `[batch, runs, 2]` on the host, first position and length of each run
+            of padding.
         distortion (`dict[int, torch.Tensor]`): Measured losses by layer, float32 `[batch, kv_heads, tiers]`.
         room (`int`, *optional*): Bytes of pages that the budget still allowed at the last event.
     """
@@ -133,6 +136,7 @@ class Counters:
     unfinished: bool = False
     awaits_second_reading: bool = False
     padding: torch.Tensor | None = None
+    gaps: torch.Tensor | None = None
     distortion: dict[int, torch.Tensor] = field(default_factory=dict)
     room: int | None = None
 
@@ -146,6 +150,18 @@ class Counters:
         other.__dict__.update(self.__dict__)
         other.distortion = dict(self.distortion)
         return other
+
+    def uncount_padding(self, seen: int) -> None:
+        """Forgets padding among tokens that are taken back.
+
+        Args:
+            seen (`int`): Tokens that are left.
+        """
+        if self.gaps is None or self.padding is None:
+            return
+        left = cut_runs(self.gaps, seen)
+        gone = to_device((self.gaps - left)[..., 1].sum(1), self.padding.device)
+        self.padding, self.gaps = self.padding - gone, left
 
     def select(self, index: torch.Tensor) -> "Counters":
         """The same for other sequences.
@@ -161,6 +177,7 @@ class Counters:
             self,
             batch=index.numel(),
             padding=None if self.padding is None else pick(self.padding, index),
+            gaps=None if self.gaps is None else self.gaps[index],
             distortion={layer: pick(losses, index) for layer, losses in self.distortion.items()},
             recipes=recipes if len(recipes) == 1 else tuple(recipes[i] for i in index.tolist()),
         )
@@ -182,6 +199,7 @@ class AttentionState:
         groups (`list[int]`): Query heads per KV head of each layer.
         tail_used (`list[int]`): Most slots any sequence has in the tail, per layer.
         padding (`torch.Tensor`, *optional*): `int64` `[batch]`.
+        gaps (`torch.Tensor`, *optional*): `int64` `[batch, runs, 2]`, see [`Counters`].
         distortion (`torch.Tensor`, *optional*): Measured losses, float32 `[batch, heads of all layers, tiers]`, NaN for
             sequences that had only padding so far.
     """
@@ -197,4 +215,5 @@ class AttentionState:
     groups: list[int] = field(default_factory=list)
     tail_used: list[int] = field(default_factory=list)
     padding: torch.Tensor | None = None
+    gaps: torch.Tensor | None = None
     distortion: torch.Tensor | None = None
