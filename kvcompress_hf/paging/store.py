@@ -347,20 +347,22 @@ class PagedStore:
         here = (on_host(self.tail_lengths) if tails is None else tails)[part].flatten()
         if not bool(here.any()):
             return
-        keys, values = self.tail_keys[part].flatten(0, 1), self.tail_values[part].flatten(0, 1)
+        # Not more than is used: sums over tokens must not round by the room there happens to be (a file keeps none).
+        used = int(here.max())
+        keys, values = (x[part, :, :, :used].flatten(0, 1) for x in (self.tail_keys, self.tail_values))
         lengths = self.tail_lengths[part].flatten()
         counts = lengths[:, None].expand(-1, self.geometry.kv_heads)
         known_as(counts, here[:, None].expand(-1, self.geometry.kv_heads))
         fields: dict[str, torch.Tensor] = {}
         for i, name in enumerate(self.layout.fields):
             if name == "position":
-                positions = self.tail_positions[part].flatten(0, 1)
+                positions = self.tail_positions[part, :, :used].flatten(0, 1)
                 fields[name] = positions[:, None].expand(-1, self.geometry.kv_heads, -1)
             elif self.tail_fields is not None:
-                fields[name] = self.tail_fields[part, i].flatten(0, 1).view(torch.float32)
+                fields[name] = self.tail_fields[part, i, ..., :used].flatten(0, 1).view(torch.float32)
         if describe is not None:
-            used = torch.arange(self.tail_capacity, device=keys.device) < lengths[:, None]
-            fields.update(self.describe(describe, keys, values, used, layer))
+            real = torch.arange(used, device=keys.device) < lengths[:, None]
+            fields.update(self.describe(describe, keys, values, real, layer))
         self.pack(tier, keys, values, counts, None, fields, layer)
         if self._tail_shared:
             self.tail_lengths = self.tail_lengths.clone()
