@@ -24,12 +24,9 @@ demo: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-# The package's parts lie in three folders; they are put together the way the wheel does before mypy reads them.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
-	rm -rf build/typecheck && mkdir -p build/typecheck && cp -R kvcompress_hf build/typecheck/
-	cp -R kernels patches build/typecheck/kvcompress_hf/
-	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p kvcompress_hf
+	$(BIN)/mypy -p kvcompress_hf
 
 # The kernel tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs a part of them.
 # Leaks are not looked for: Python's own would drown ours.
