@@ -325,11 +325,13 @@ class StoredFile:
 
         Args:
             entry (`Entry`): The tensor.
-            numbers (`torch.Tensor`): Which, `int64`, ascending, at least one.
+            numbers (`torch.Tensor`): Which, `int64`, ascending.
 
         Returns:
             `torch.Tensor`: A tensor of as many leading indices.
         """
+        if not numbers.numel():
+            return torch.empty((0, *entry.shape[1:]), dtype=entry.dtype)
         first, count = int(numbers[0]), int(numbers[-1] - numbers[0]) + 1
         if count > numbers.numel():
             return self.view(entry, first, count)[numbers - first]

@@ -5,7 +5,7 @@ import torch
 from kvcompress_hf.kernels import PageLayout
 from kvcompress_hf.paging.store import Geometry
 
-__all__ = ["BLOCK", "FORMAT", "FORMAT_VERSION", "ORDERS", "live_entries", "tail_capacity", "tail_shapes"]
+__all__ = ["BLOCK", "FORMAT", "FORMAT_VERSION", "ORDERS", "live_entries", "most_capacity", "tail_shapes"]
 
 FORMAT = "kvcompress_hf.cache"
 FORMAT_VERSION = 1
@@ -54,8 +54,8 @@ def tail_shapes(
     return shapes
 
 
-def tail_capacity(used: int, every: int) -> int:
-    """Tokens that a tail will have room for once it is written to; for the eyes of older readers.
+def most_capacity(used: int, every: int) -> int:
+    """Most tokens that a file may say a tail has room for.
 
     Args:
         used (`int`): Tokens in it.
@@ -64,4 +64,4 @@ def tail_capacity(used: int, every: int) -> int:
     Returns:
         `int`: Tokens.
     """
-    return max(used, every) if used else 0
+    return max(every, 2 * (used + 1))

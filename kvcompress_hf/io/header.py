@@ -39,6 +39,7 @@ class StoreValues:
         evicted (`bool`): Whether slots have ever been dropped or moved.
         page_bytes (`int`): Size of a page.
         order (`str`): Inner order of its pages.
+        tail_capacity (`int`): Tokens its tail had room for.
     """
 
     layers: list[int]
@@ -46,6 +47,7 @@ class StoreValues:
     evicted: bool
     page_bytes: int
     order: str
+    tail_capacity: int
 
 
 class Header:
@@ -242,9 +244,9 @@ class Header:
         order = values.get("order")
         if order not in ORDERS:
             raise self.file.error(f"pages in the order {order!r}, not one of {', '.join(ORDERS)}")
-        self._int(values, "tail_capacity", 0, most_capacity)
+        capacity = self._int(values, "tail_capacity", 0, most_capacity)
         page_bytes = self._int(values, "page_bytes", 1, _MOST_PAGE_BYTES)
-        return StoreValues(mine, counts, self._bool(values, "evicted"), page_bytes, order)
+        return StoreValues(mine, counts, self._bool(values, "evicted"), page_bytes, order, capacity)
 
     def _int(self, values: Mapping[str, Any], name: str, low: int, high: int) -> int:
         value = values.get(name)

@@ -10,7 +10,7 @@ import torch
 from kvcompress_hf import kernels
 from kvcompress_hf.attention import AttentionState, layout_for
 from kvcompress_hf.io.container import StoredFile
-from kvcompress_hf.io.form import BLOCK, live_entries, tail_shapes
+from kvcompress_hf.io.form import BLOCK, live_entries, most_capacity, tail_shapes
 from kvcompress_hf.io.header import Header
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import Geometry, PagedStore
@@ -20,6 +20,7 @@ __all__ = ["StorePart", "check_stores"]
 
 _ALIGNMENT = 64  # of a slab's first byte: vector loads never straddle a cache line
 _ENTRIES = 2**17  # of tables and lengths that are worked on at a time
+_SPARE_TAIL = 24 * 2**20  # bytes of all tails of a file that are allocated for tokens to come
 _CPU = torch.device("cpu")
 
 
@@ -46,13 +47,13 @@ class StorePart:
         except ValueError as error:
             raise file.error(f"there are no such pages ({error})") from error
         tiers = self.layout.tiers
-        most_used = max(state.tail_used, default=0)
-        values = header.store(index, len(tiers), max(recipe.when.every, 2 * (most_used + 1)))
+        values = header.store(index, len(tiers), most_capacity(max(state.tail_used), recipe.when.every))
         self.layers, counts, self._evicted, self.order = values.layers, values.pages, values.evicted, values.order
         if values.page_bytes != self.layout.page_bytes:
             raise file.error(f"pages of {values.page_bytes} bytes, where the recipe makes {self.layout.page_bytes}")
         self.pages = file.expect(f"{self._name}.pages", torch.uint8, (sum(counts), values.page_bytes))
-        self._batch = state.batch
+        self._batch, self._capacity = state.batch, values.tail_capacity
+        self._spare = _SPARE_TAIL // len(header.stores)
         self._starts = [sum(counts[:tier]) for tier in range(len(tiers) + 1)]
         self._tensors = self._read(recipe, state)
         self._check_tail(state)
@@ -159,7 +160,7 @@ class StorePart:
             layers (`Sequence[int]`): Indices into `self.layers`.
 
         Returns:
-            `PagedStore`: The filled store. Its tail has room for what is in it; the next token makes more.
+            `PagedStore`: The filled store.
         """
         backend = kernels.get_backend(device)
         old = self.geometry
@@ -184,6 +185,11 @@ class StorePart:
                 entries[live] = new_id[entries[live].long()]
         store = PagedStore(geometry, len(layers), self._batch, self.layout, arena, backend)
         store.load_state({name: tensor.to(device) for name, tensor in tensors.items()}, self._evicted)
+        # Sums over a tail round by its capacity, so to go on with the same bits it must be what it was. But nothing in
+        # the file answers for more than is used, so a large tail gets its room when the next token arrives.
+        slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(self.layout.fields)
+        if 0 < self._capacity * store.rows_per_layer * store.layers * slot <= self._spare:
+            store.reserve_tail(self._capacity)
         return store
 
     def _of_layers(self, layers: Sequence[int]) -> dict[str, torch.Tensor]:

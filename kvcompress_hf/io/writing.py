@@ -20,7 +20,7 @@ import torch
 from kvcompress_hf.attention import AttentionState, PagedAttention
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import Section, tensor_bytes, write
-from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSION, ORDERS, live_entries, tail_capacity, tail_shapes
+from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSION, ORDERS, live_entries, most_capacity, tail_shapes
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.io.reading import check_file
 from kvcompress_hf.paging.store import PagedStore
@@ -146,7 +146,7 @@ class _Contents:
                 "head_dim": geometry.head_dim,
                 "windowed": geometry.windowed,
                 "evicted": store.evicted,
-                "tail_capacity": tail_capacity(used, every),
+                "tail_capacity": min(store.tail_capacity, most_capacity(used, every)),
                 "page_bytes": store.layout.page_bytes,
                 "pages": counts,
                 "order": store.backend.page_order if store.backend.page_order in ORDERS else "canonical",
