@@ -23,10 +23,10 @@ from decode_forms import QUANTIZED_LAYERS, TIERS, Form, Setting, dense_forms, qu
 from dense_bf16 import NotAvailableError
 from machine import machine
 
-from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.kernels import CpuBackend
 from kvcompress_hf.kernels.memory import page_memory
 from kvcompress_hf.presets import get_preset, resolve_rows
+from kvcompress_hf.runtime.attention import PagedAttention
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEPT, SEEN = 2048, (4096, 65536)  # tokens, for the cost of tokens that were seen and evicted

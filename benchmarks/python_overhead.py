@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.presets import resolve_rows
+from kvcompress_hf.runtime.attention import PagedAttention
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM, PROMPT = 4, 2, 4, 64, 48
 TARGET_US = 15.0

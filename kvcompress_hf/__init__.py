@@ -2,19 +2,19 @@
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
-from kvcompress_hf.importance.expected import ExpectedAttention
-from kvcompress_hf.importance.per_query import GroupMeanScores, PersistenceScores
-from kvcompress_hf.importance.reconstruction import ReconstructionScores
-from kvcompress_hf.importance.running import RunningScores
-from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
-from kvcompress_hf.importance.window import WindowScores
+from kvcompress_hf.observers.expected import ExpectedAttention
+from kvcompress_hf.observers.per_query import GroupMeanScores, PersistenceScores
+from kvcompress_hf.observers.reconstruction import ReconstructionScores
+from kvcompress_hf.observers.running import RunningScores
+from kvcompress_hf.observers.simple import Chance, KeyDiff, Recency
+from kvcompress_hf.observers.window import WindowScores
 from kvcompress_hf.patches import last_run_report as report
 from kvcompress_hf.patches import patch, patched, prefill, unpatch
 from kvcompress_hf.perplexity import PerplexityReport, perplexity
-from kvcompress_hf.planning.kv_compress import PagePlan
-from kvcompress_hf.planning.lowest import LowestPlan
-from kvcompress_hf.planning.rate_distortion import RateDistortion
-from kvcompress_hf.planning.thresholds import ThresholdPlan
+from kvcompress_hf.plans.kv_compress import PagePlan
+from kvcompress_hf.plans.lowest import LowestPlan
+from kvcompress_hf.plans.rate_distortion import RateDistortion
+from kvcompress_hf.plans.thresholds import ThresholdPlan
 from kvcompress_hf.presets import get_preset, presets
 from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, plot_slots

@@ -3,16 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvcompress_hf.importance.expected import ExpectedAttention
-from kvcompress_hf.importance.per_query import PersistenceScores
-from kvcompress_hf.importance.reconstruction import ReconstructionScores
-from kvcompress_hf.importance.running import RunningScores
-from kvcompress_hf.importance.simple import Chance, KeyDiff, Recency
-from kvcompress_hf.importance.window import WindowScores
-from kvcompress_hf.planning.kv_compress import PagePlan
-from kvcompress_hf.planning.lowest import LowestPlan
-from kvcompress_hf.planning.rate_distortion import RateDistortion
-from kvcompress_hf.planning.thresholds import ThresholdPlan
+from kvcompress_hf.observers.expected import ExpectedAttention
+from kvcompress_hf.observers.per_query import PersistenceScores
+from kvcompress_hf.observers.reconstruction import ReconstructionScores
+from kvcompress_hf.observers.running import RunningScores
+from kvcompress_hf.observers.simple import Chance, KeyDiff, Recency
+from kvcompress_hf.observers.window import WindowScores
+from kvcompress_hf.plans.kv_compress import PagePlan
+from kvcompress_hf.plans.lowest import LowestPlan
+from kvcompress_hf.plans.rate_distortion import RateDistortion
+from kvcompress_hf.plans.thresholds import ThresholdPlan
 from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
 __all__ = ["DEFAULT_PRESET", "get_preset", "presets", "resolve_recipe", "resolve_rows"]

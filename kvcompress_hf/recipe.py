@@ -50,8 +50,8 @@ def require_int(owner: str, name: str, value: object, low: int, high: int | None
 class Part:
     """Base of the pluggable parts of a recipe. A subclass is a frozen dataclass with a `kind` of its own.
 
-    The `kind` is what JSON calls it; defining the subclass makes it known. `Observer` (`importance/base.py`) and `Plan`
-    (`planning/base.py`) are the two families.
+    The `kind` is what JSON calls it; defining the subclass makes it known. `Observer` (`observers/base.py`) and `Plan`
+    (`plans/base.py`) are the two families.
     """
 
     kind: ClassVar[str] = ""

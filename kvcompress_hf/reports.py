@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcompress_hf.attention import PagedAttention, RunStatistics
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime.attention import PagedAttention, RunStatistics
 from kvcompress_hf.units import format_bytes
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from kvcompress_hf.attention import AttentionState
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import DTYPES, StoredFile, parse_bounded
 from kvcompress_hf.io.form import FORMAT, FORMAT_VERSION, ORDERS
@@ -17,6 +16,7 @@ from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.paging.store import Geometry
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime.attention import AttentionState
 from kvcompress_hf.units import parse_bytes
 
 __all__ = ["Header", "StoreValues"]

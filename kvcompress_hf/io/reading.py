@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from kvcompress_hf.attention import AttentionState, PagedAttention
 from kvcompress_hf.io.container import Entry, StoredFile
 from kvcompress_hf.io.header import Header
 from kvcompress_hf.io.identity import ModelIdentity
@@ -20,6 +19,7 @@ from kvcompress_hf.io.store_part import StorePart, check_stores
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime.attention import AttentionState, PagedAttention
 
 __all__ = ["LoadedCache", "UnreadPages", "check_file", "load_cache"]
 

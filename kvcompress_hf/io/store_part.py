@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from kvcompress_hf import kernels
-from kvcompress_hf.attention import AttentionState, layout_for
 from kvcompress_hf.io.container import StoredFile
 from kvcompress_hf.io.form import BLOCK, live_entries, most_capacity, tail_shapes
 from kvcompress_hf.io.header import Header
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.store import Geometry, PagedStore
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.runtime.attention import AttentionState, layout_for
 
 __all__ = ["StorePart", "check_stores"]
 

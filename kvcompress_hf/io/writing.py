@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from kvcompress_hf.attention import AttentionState, PagedAttention
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import Section, tensor_bytes, write
 from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSION, ORDERS, live_entries, most_capacity, tail_shapes
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.io.reading import check_file
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.runtime.attention import AttentionState, PagedAttention
 
 __all__ = ["save_cache"]
 

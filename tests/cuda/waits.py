@@ -22,8 +22,8 @@ from far_device import FAR, FarDevice, taken
 
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
-from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
+from kvcompress_hf.runtime.attention import PagedAttention
 
 LAYERS, BATCH, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 2, 4, 2, 64
 PROMPT, STEPS = 70, 18

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvcompress_hf as kvc
-from kvcompress_hf.attention import PagedAttention
+from kvcompress_hf.runtime.attention import PagedAttention
 
 pytestmark = pytest.mark.gpu
 

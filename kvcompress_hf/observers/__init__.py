@@ -1,0 +1,1 @@
+"""Observers: from attention statistics to one importance score per slot."""

@@ -1,0 +1,218 @@
+"""What a chunk's queries see of stored and new keys, and writing it back to the slots' fields."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kvcompress_hf.kernels.backend import WindowScores
+from kvcompress_hf.observers.base import Chunk
+
+
+@dataclass(frozen=True)
+class AttentionSeen:
+    """Sums of probabilities per key, for packed slots, the tail and the new tokens.
+
+    Args:
+        chunk (`Chunk`): The chunk whose queries looked.
+        scores (`torch.Tensor`): float32 `[batch, q_heads, slots]`: packed slots of every tier, then the tail, then the
+            new tokens.
+        widths (`tuple[int, ...]`): How many of each.
+        positions (`torch.Tensor`): `int32` `[batch, kv_heads, slots]`.
+        filled (`torch.Tensor`): `bool` `[batch, kv_heads, slots]`.
+    """
+
+    chunk: Chunk
+    scores: torch.Tensor
+    widths: tuple[int, ...]
+    positions: torch.Tensor
+    filled: torch.Tensor
+
+    def order(self) -> torch.Tensor:
+        """Slots in the order of their positions, empty ones last: `int64` `[batch, kv_heads, slots]`."""
+        return torch.where(self.filled, self.positions, torch.iinfo(torch.int32).max).argsort(dim=-1, stable=True)
+
+    def reduce(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Reduces the scores per query head to one per KV head.
+
+        Args:
+            function (`Callable`): From scores `[batch, kv_heads, group, slots]`, zero where nothing is stored, and the
+                order of positions to `[batch, kv_heads, slots]`.
+
+        Returns:
+            `torch.Tensor`: float32 `[batch, kv_heads, slots]`, zero where nothing is stored.
+        """
+        batch, kv_heads, slots = self.positions.shape
+        scores = self.scores.view(batch, kv_heads, -1, slots)
+        reduced = function(torch.where(self.filled[:, :, None], scores, 0.0), self.order())
+        return torch.where(self.filled, reduced, 0.0)
+
+    def write(self, reduced: torch.Tensor, field: str, add: bool, largest: bool = False) -> torch.Tensor:
+        """Puts the reduced scores of what is stored into a field.
+
+        Args:
+            reduced (`torch.Tensor`): As from [`AttentionSeen.reduce`].
+            field (`str`): Name of the field.
+            add (`bool`): Add to what the field holds instead of replacing it.
+            largest (`bool`): Keep what the field holds where it is larger.
+
+        Returns:
+            `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the scores of the new tokens.
+        """
+        return write_field_of_all(self.chunk, reduced, self.widths, field, add, largest)
+
+
+def write_field_of_all(
+    chunk: Chunk,
+    values: torch.Tensor,
+    widths: Sequence[int],
+    field: str,
+    add: bool = False,
+    largest: bool = False,
+) -> torch.Tensor:
+    """Puts values for everything stored of a chunk's layer into a field.
+
+    Args:
+        chunk (`Chunk`): The chunk; its new tokens are not stored yet.
+        values (`torch.Tensor`): float32 `[batch, kv_heads, slots]`: packed slots of every tier, then the tail, then the
+            new tokens.
+        widths (`Sequence[int]`): How many of each.
+        field (`str`): Name of the field.
+        add (`bool`): Add to what the field holds instead of replacing it.
+        largest (`bool`): Keep what the field holds where it is larger.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the values of the new tokens.
+    """
+
+    def merge(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if largest:
+            return torch.maximum(old, new)
+        return old + new if add else new
+
+    store, layer = chunk.store, chunk.layer
+    rows, tail = store.rows(layer), store.tail(layer)
+    *past, in_tail, fresh = values.split(list(widths), dim=-1)
+    for tier, part in enumerate(past):
+        if part.shape[-1]:
+            stored = part.flatten(0, 1)
+            if add or largest:
+                stored = merge(store.backend.read_field(rows, tier, field, part.shape[-1]), stored)
+            store.backend.write_field(rows, tier, field, stored.contiguous())
+    if tail.fields is not None and in_tail.shape[-1]:
+        target = tail.fields[store.layout.fields.index(field)].view(torch.float32)
+        target.copy_(merge(target, in_tail))
+    return fresh.contiguous()
+
+
+def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -> AttentionSeen:
+    """Sums, for every key, the probabilities that the last queries of a chunk give it; no attention matrix is made.
+
+    Args:
+        chunk (`Chunk`): The new tokens.
+        observing (`int`): Number of queries at the end of the chunk that look.
+        power (`int`): Power of the probabilities, 1 or 2; 0 for the largest instead of a sum.
+        exclude (`int`): A query counts for a key only from this distance on.
+
+    Returns:
+        `AttentionSeen`: The sums and where they belong.
+    """
+    store = chunk.store
+    scores = store.backend.window_scores(
+        chunk.query[:, :, -observing:],
+        chunk.keys,
+        store.rows(chunk.layer),
+        store.tail(chunk.layer),
+        power=power,
+        exclude=exclude,
+        **_options(chunk, observing),
+    )
+    return _place(chunk, scores)
+
+
+def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, AttentionSeen]:
+    """The same for probabilities and for their squares, which together cost little more than one.
+
+    Args:
+        chunk (`Chunk`): The new tokens.
+        observing (`int`): Number of queries at the end of the chunk that look.
+
+    Returns:
+        `tuple[AttentionSeen, AttentionSeen]`: Sums of probabilities, and sums of squared ones.
+    """
+    store = chunk.store
+    first, second = store.backend.column_scores(
+        chunk.query[:, :, -observing:],
+        chunk.keys,
+        store.rows(chunk.layer),
+        store.tail(chunk.layer),
+        **_options(chunk, observing),
+    )
+    return _place(chunk, first), _place(chunk, second)
+
+
+def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
+    """What the last queries of a chunk look with."""
+    start = chunk.keys.shape[2] - observing
+    return dict(
+        position=chunk.position + start,
+        key_position=chunk.position,
+        scale=chunk.scale,
+        softcap=chunk.softcap,
+        window=chunk.window,
+        sinks=chunk.sinks,
+        query_valid=None if chunk.valid is None else chunk.valid[:, start:].contiguous(),
+        key_valid=chunk.valid,
+    )
+
+
+def _place(chunk: Chunk, scores: WindowScores) -> AttentionSeen:
+    """Says which slot each score belongs to."""
+    past, tail_scores, fresh = scores
+    keys, store = chunk.keys, chunk.store
+    batch, kv_heads, tokens, _ = keys.shape
+    rows, tail = store.rows(chunk.layer), store.tail(chunk.layer)
+    device = keys.device
+    positions, filled = [], []
+    for tier, part in enumerate(past):
+        width = part.shape[-1]
+        positions.append(store.backend.read_field(rows, tier, "position", width).view(batch, kv_heads, width))
+        filled.append(torch.arange(width, device=device) < rows.lengths[tier].view(batch, kv_heads, 1))
+    capacity = tail_scores.shape[-1]
+    in_tail = torch.arange(capacity, device=device) < tail.lengths[:, None]
+    positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
+    filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
+    new = torch.arange(chunk.position, chunk.position + tokens, dtype=torch.int32, device=device)
+    positions.append(new.expand(batch, kv_heads, tokens))
+    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if chunk.valid is None else chunk.valid
+    filled.append(real[:, None].expand(batch, kv_heads, tokens))
+    pieces = [*past, tail_scores, fresh]
+    return AttentionSeen(
+        chunk=chunk,
+        scores=torch.cat(pieces, dim=-1),
+        widths=tuple(part.shape[-1] for part in pieces),
+        positions=torch.cat(positions, dim=-1),
+        filled=torch.cat(filled, dim=-1),
+    )
+
+
+def pool_in_order(scores: torch.Tensor, order: torch.Tensor, width: int) -> torch.Tensor:
+    """Max-pools scores over neighbours in position order; storage order plays no part.
+
+    Args:
+        scores (`torch.Tensor`): float32 `[batch, kv_heads, group, slots]`, not negative, zero where nothing is stored.
+        order (`torch.Tensor`): `int64` `[batch, kv_heads, slots]`, slots by position, empty ones last, where their
+            zeros change no maximum.
+        width (`int`): Width of the pool, odd.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, kv_heads, group, slots]`.
+    """
+    if width == 1 or not scores.shape[-1]:
+        return scores
+    order = order[:, :, None].expand_as(scores)
+    ordered = scores.gather(-1, order)
+    pooled = F.max_pool1d(ordered.flatten(0, 1), width, stride=1, padding=width // 2)
+    return torch.empty_like(scores).scatter_(-1, order, pooled.view_as(scores))

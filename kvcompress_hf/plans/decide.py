@@ -1,0 +1,117 @@
+"""From plans to one decision over all slots, by one question to the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvcompress_hf.paging.slots import Decision, Slots, StorePart
+from kvcompress_hf.paging.waiting import ask, known, known_as, to_device
+from kvcompress_hf.plans.base import EVICT, Plan, PlanView
+
+
+@dataclass(frozen=True)
+class Ruling:
+    """A plan and what it decides on.
+
+    Args:
+        plan (`Plan`): The plan.
+        view (`PlanView`): Every slot of the sequences it rules.
+        sequences (`torch.Tensor` or `slice`): Which these are, `int64` `[n]` on the host.
+        unchanged (`torch.Tensor`, *optional*): `bool` `[n]` on the host: sequences whose slots stay as they are.
+    """
+
+    plan: Plan
+    view: PlanView
+    sequences: torch.Tensor | slice
+    unchanged: torch.Tensor | None
+
+
+def decide(
+    parts: Sequence[StorePart], slots: Slots, rulings: Sequence[Ruling], others: Sequence[torch.Tensor] = ()
+) -> tuple[Decision, list[torch.Tensor]]:
+    """Asks every plan for its targets, and the device how many slots go where.
+
+    The device is asked once, and once more each time that page tables alone exceed a budget (twice at most).
+
+    Args:
+        parts (`Sequence[StorePart]`): The stores, as they were gathered.
+        slots (`Slots`): The slots, as they were gathered.
+        rulings (`Sequence[Ruling]`): The plans; together they rule every sequence.
+        others (`Sequence[torch.Tensor]`): Integers on devices that are to be asked for along with it.
+
+    Returns:
+        `tuple[Decision, list[torch.Tensor]]`: The decision, its counts known on the host; and the others, there too.
+    """
+    tried = [_attempt(ruling.plan, ruling.view) for ruling in rulings]
+    while True:
+        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+        for ruling, trial in zip(rulings, tried, strict=True):
+            planned = trial.targets
+            if ruling.unchanged is not None and bool(ruling.unchanged.any()):
+                as_is = torch.where(ruling.view.filled, ruling.view.tier, EVICT)
+                planned = torch.where(to_device(ruling.unchanged, planned.device)[:, None, None], as_is, planned)
+            rows = ruling.sequences
+            targets[rows if isinstance(rows, slice) else to_device(rows, targets.device)] = planned
+        decision = Decision.of(parts, slots, targets)
+        answers = ask([*decision.counts, *(trial.excess for trial in tried), *others])
+        counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
+        if not any(bool(excess.any()) for excess in excesses):
+            break
+        tried = [trial.again() if bool(excess.any()) else trial for trial, excess in zip(tried, excesses, strict=True)]
+    for asked, count in zip(decision.counts, counts, strict=True):
+        known_as(asked, count)
+    return decision, answers[len(parts) + len(tried) :]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """Targets of a plan, and what page tables alone take beyond the budget with them.
+
+    How ragged the rows become, and so how much of the tables stays empty, is not known before.
+
+    Args:
+        plan (`Plan`): The plan.
+        view (`PlanView`): Every slot.
+        targets (`torch.Tensor`): `int64` `[batch, rows, slots]`, see [`Plan.targets`].
+        excess (`torch.Tensor`): `int64` `[batch]`, bytes beyond the budget; zero, or where the device would have to be
+            waited for to see it.
+        left (`int`): How often it may be tried again for less.
+    """
+
+    plan: Plan
+    view: PlanView
+    targets: torch.Tensor
+    excess: torch.Tensor
+    left: int
+
+    def again(self) -> "_Attempt":
+        """Plans again for what the excess leaves.
+
+        Returns:
+            `_Attempt`: With other targets.
+        """
+        return _attempt(self.plan, self.view, self.excess, self.left - 1)
+
+
+def _attempt(plan: Plan, view: PlanView, excess: torch.Tensor | None = None, left: int = 2) -> _Attempt:
+    """Plans, and plans again for less where the page tables alone exceed the budget and that is seen at once.
+
+    Args:
+        plan (`Plan`): The plan.
+        view (`PlanView`): Every slot.
+        excess (`torch.Tensor`, *optional*): `int64` `[batch]`, bytes to leave free.
+        left (`int`): How often it may be tried again.
+
+    Returns:
+        `_Attempt`: The targets, and an excess that is to be asked for where the device is to be waited for.
+    """
+    targets = plan.targets(view if excess is None else replace(view, allowed_bytes=view.bytes_allowed() - excess))
+    if view.allowed_bytes is None or view.counts_slots or not left:
+        return _Attempt(plan, view, targets, torch.zeros(targets.shape[0], dtype=torch.int64), 0)
+    tables = view.ragged_bytes(targets)
+    excess = view.bytes_of(targets) + tables - view.bytes_allowed()
+    excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
+    tried = _Attempt(plan, view, targets, excess, left)
+    here = known(excess)
+    return tried if here is None or not bool(here.any()) else tried.again()

@@ -1,0 +1,160 @@
+"""Evict the lowest: per head, or over the heads of a layer, to a strict number of slots."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvcompress_hf.paging.waiting import on_host, to_device
+from kvcompress_hf.plans.base import EVICT, Plan, PlanView, require_single_tier
+from kvcompress_hf.plans.pages import plan_pages
+from kvcompress_hf.recipe import Recipe, require_int
+
+_SCOPES = ("head", "layer", "sequence")
+
+
+@dataclass(frozen=True)
+class LowestPlan(Plan):
+    """Plan: the least important slots go until no more than the budget's number of slots is left.
+
+    Args:
+        scope (`str`): `"head"`: every KV head keeps the same number (H2O, TOVA, RoCo, SnapKV); `"layer"`: the heads of
+            a layer share theirs (Ada-KV, arXiv 2407.11550); `"sequence"`: all heads of all layers share.
+        protect_unsettled (`int`): Slots per head that are safe because their importance is least settled: RoCo's
+            protection of the highest standard deviations (arXiv 2402.06262, section 3). It gives way when too few
+            slots would be left to evict.
+        floor (`float`): With a shared scope, the share of its even budget that every head keeps at least (Ada-KV's
+            safeguard).
+        pyramid (`float`): 0 gives every layer the same; towards 1 the first layers get more and the last ones less,
+            linearly (PyramidKV, arXiv 2406.02069), between `1 + pyramid` and `1 - pyramid` times the mean.
+    """
+
+    kind = "lowest"
+
+    scope: str = "head"
+    protect_unsettled: int = 0
+    floor: float = 0.0
+    pyramid: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scope not in _SCOPES:
+            raise ValueError(f"LowestPlan.scope is {self.scope!r}; it must be one of {', '.join(_SCOPES)}.")
+        require_int("LowestPlan", "protect_unsettled", self.protect_unsettled, 0)
+        for name in ("floor", "pyramid"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"LowestPlan.{name} is {value!r}; it must lie in [0, 1).")
+        if self.floor and self.scope == "head":
+            raise ValueError("LowestPlan.floor only means something when heads share: use scope='layer' or 'sequence'.")
+
+    def check(self, recipe: Recipe) -> None:
+        """Needs a budget, one tier, and an observer with a spread if unsettled slots are protected."""
+        super().check(recipe)
+        require_single_tier(self, recipe)
+        if self.protect_unsettled and not getattr(recipe.observer, "std", False):
+            raise ValueError(
+                f"LowestPlan(protect_unsettled={self.protect_unsettled}) needs an observer that keeps the standard "
+                "deviation: RunningScores(std=True)."
+            )
+
+    def targets(self, view: PlanView) -> torch.Tensor:
+        """Evicts the lowest slots of each scope; see [`Plan.targets`]."""
+        capacity = self._capacity(view, view.slots_allowed())
+        candidates = view.filled & ~view.protected
+        excess = (view.filled.sum(-1) - capacity).clamp(min=0)  # [batch, rows]
+        if self.scope == "head":
+            candidates = candidates & ~self._unsettled(view, candidates, excess)
+            kept = view.filled & ~lowest(view, candidates, excess)
+            return torch.where(self._within_bytes(view, kept) if self.pyramid else kept, 0, EVICT)
+        layers = on_host(view.layer_of_row)
+        groups = layers if self.scope == "layer" else torch.zeros_like(layers)
+        keep = view.filled.clone()
+        if self.floor:
+            least = (capacity * self.floor).long()
+            safe = view.filled & ~lowest(view, view.filled, (view.filled.sum(-1) - least).clamp(min=0))
+            candidates = candidates & ~safe
+        for group in torch.unique(groups).tolist():
+            rows = to_device(torch.nonzero(groups == group).flatten(), keep.device)
+            shared = view_of(view, rows)
+            excess = (shared.filled.sum(-1) - capacity[:, rows].sum(1, keepdim=True)).clamp(min=0)
+            gone = lowest(shared, candidates[:, rows].flatten(1)[:, None], excess)
+            keep[:, rows] = keep[:, rows] & ~gone.view(keep[:, rows].shape)
+        return torch.where(self._within_bytes(view, keep), 0, EVICT)
+
+    def _within_bytes(self, view: PlanView, keep: torch.Tensor) -> torch.Tensor:
+        """Frees the cheapest pages that rows of uneven lengths start above the budget, where it is in bytes."""
+        if view.counts_slots or view.allowed_bytes is None:
+            return keep
+        excess = view.bytes_of(torch.where(keep, 0, EVICT)) - view.allowed_bytes
+        sizes = view.slots_per_best_page, view.page_bytes
+        return plan_pages(view.importance, view.positions, keep, view.protected & keep, *sizes, excess)
+
+    def _capacity(self, view: PlanView, share: torch.Tensor) -> torch.Tensor:
+        if not self.pyramid:
+            return share
+        layers = view.layer_of_row.float()
+        place = layers / layers.max().clamp(min=1)
+        return (share * (1 + self.pyramid * (1 - 2 * place))).long()
+
+    def _unsettled(self, view: PlanView, candidates: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
+        if not self.protect_unsettled or view.spread is None:
+            return torch.zeros_like(candidates)
+        most = (candidates.sum(-1) - excess).clamp(min=0, max=self.protect_unsettled)
+        # Largest spread first; of equal spreads the newer slot is protected, the older stays in scope.
+        spread = torch.where(candidates, view.spread, -torch.inf)
+        order = (-view.positions.long()).argsort(dim=-1, stable=True)
+        order = order.gather(-1, spread.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+        return first_of(order, most) & candidates
+
+
+def view_of(view: PlanView, rows: torch.Tensor) -> "FlatRows":
+    """The slots of several rows as if they were one row.
+
+    Args:
+        view (`PlanView`): Every slot.
+        rows (`torch.Tensor`): Which, `int64` `[n]`.
+
+    Returns:
+        `FlatRows`: Importance, positions and filled, each `[batch, 1, rows * slots]`.
+    """
+    parts = (view.importance, view.positions, view.filled)
+    return FlatRows(*(part[:, rows].flatten(1)[:, None] for part in parts))
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """Slots of several rows in one; see [`view_of`]."""
+
+    importance: torch.Tensor
+    positions: torch.Tensor
+    filled: torch.Tensor
+
+
+def lowest(view: "PlanView | FlatRows", candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The least important candidates of every row; of equal ones the older.
+
+    Args:
+        view (`PlanView` or `FlatRows`): Importance and positions.
+        candidates (`torch.Tensor`): `bool` `[batch, rows, slots]`.
+        count (`torch.Tensor`): `int64` `[batch, rows]`, how many.
+
+    Returns:
+        `torch.Tensor`: `bool` `[batch, rows, slots]`.
+    """
+    score = torch.where(candidates, view.importance, torch.inf)
+    order = view.positions.argsort(dim=-1, stable=True)
+    order = order.gather(-1, score.gather(-1, order).argsort(dim=-1, stable=True))
+    return first_of(order, count) & candidates
+
+
+def first_of(order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The slots that come first in an order.
+
+    Args:
+        order (`torch.Tensor`): `int64` `[batch, rows, slots]`, a permutation of each row.
+        count (`torch.Tensor`): `int64` `[batch, rows]`.
+
+    Returns:
+        `torch.Tensor`: `bool` `[batch, rows, slots]`.
+    """
+    place = torch.arange(order.shape[-1], device=order.device)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, (place < count[..., None]))

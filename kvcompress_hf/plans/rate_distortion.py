@@ -1,0 +1,232 @@
+"""One multiplier over all layers and heads: the rate-distortion plan behind `auto`.
+
+Keeping slot `i` in tier `t` costs `bytes_t` and loses `importance_i * d_t`; evicting it costs nothing and loses
+`importance_i`. For one multiplier `mu` the best tier of a slot is a comparison of its importance with thresholds
+`mu * g_j`, where `g_j` are the slopes of the lower convex hull of (bytes, d); so a plan is one number, found such that
+pages, rounding included, fit the budget.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvcompress_hf.paging.waiting import known, on_host
+from kvcompress_hf.plans.base import EVICT, Plan, PlanView
+from kvcompress_hf.plans.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
+from kvcompress_hf.recipe import Recipe
+
+_WORST = 0.99  # storing a slot is never worse than evicting it, so there is always a tier to store it in
+
+
+@dataclass(frozen=True)
+class RateDistortion(Plan):
+    """Plan: keep each slot in the tier where its importance buys the most per byte, under one multiplier per sequence.
+
+    Args:
+        kappa (`float`): Discount on the loss of quantising. Window scores misjudge eviction far more than
+            quantisation noise, so 1/64; scores by reconstruction are to be believed, so 1.
+        small (`float`): Below this many bytes per dense byte only `small_tiers` stored tiers are used: every further
+            tier costs half a page per head.
+        small_tiers (`int`): Stored tiers at small budgets, the cheapest of the hull.
+        headroom (`float`): Share of the budget that a plan made during decoding leaves free, so that the next is only
+            due when it is used up.
+    """
+
+    kind = "rate-distortion"
+
+    kappa: float = 1 / 64
+    small: float = 0.15
+    small_tiers: int = 2
+    headroom: float = 1 / 32
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kappa, bool) or not isinstance(self.kappa, (int, float)) or not 0 < self.kappa <= 1:
+            raise ValueError(f"RateDistortion.kappa is {self.kappa!r}; it must lie in (0, 1].")
+        if isinstance(self.small, bool) or not isinstance(self.small, (int, float)) or not 0 <= self.small <= 1:
+            raise ValueError(f"RateDistortion.small is {self.small!r}; it must lie in [0, 1].")
+        if self.small_tiers not in (1, 2, 3, 4):
+            raise ValueError(f"RateDistortion.small_tiers is {self.small_tiers!r}; it must be 1, 2, 3 or 4.")
+        if isinstance(self.headroom, bool) or not isinstance(self.headroom, (int, float)) or not 0 <= self.headroom < 1:
+            raise ValueError(f"RateDistortion.headroom is {self.headroom!r}; it must lie in [0, 1).")
+
+    @property
+    def needs_distortion(self) -> bool:
+        """`bool`: Always."""
+        return True
+
+    def check(self, recipe: Recipe) -> None:
+        """Needs a budget; see [`Plan.check`]."""
+        super().check(recipe)
+
+    def targets(self, view: PlanView) -> torch.Tensor:
+        """Solves for the multiplier; see [`Plan.targets`]."""
+        slot_bytes = (on_host(view.page_bytes)[:, None] / on_host(view.slots_per_page)).median(0).values  # of each tier
+        losses = (self.kappa * on_host(view.distortion)).clamp(max=_WORST)
+        hulls = [lower_hull(slot_bytes.tolist(), of_tiers) for of_tiers in losses.tolist()]
+        depth = bins_below_top(torch.where(view.filled, view.importance, 0.0))
+        counts = SlotCounts.of(view, depth)
+        if all(hull == hulls[0] for hull in hulls):
+            return self._with_hull(view, depth, counts, hulls[0])
+        alone = [slice(i, i + 1) for i in range(len(hulls))]
+        return torch.cat(
+            [
+                self._with_hull(view.of(i), depth[i], counts.of_rows(i), hull)
+                for i, hull in zip(alone, hulls, strict=True)
+            ]
+        )
+
+    def _with_hull(
+        self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
+    ) -> torch.Tensor:
+        few = hull[: self.small_tiers]  # the hull's first vertices are its cheapest tiers; it stays convex
+        allowed, dense = known(view.bytes_allowed()), known(view.dense_bytes)
+        sure = None if allowed is None or dense is None else allowed < self.small * dense
+        if len(few) == len(hull) or (sure is not None and bool(sure.all())):
+            return self._targets(view, depth, counts, few)
+        result = self._targets(view, depth, counts, hull)
+        if sure is None or bool(sure.any()):
+            tight = view.bytes_allowed() < self.small * view.dense_bytes
+            result = torch.where(tight[:, None, None], self._targets(view, depth, counts, few), result)
+        return result
+
+    def _targets(
+        self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
+    ) -> torch.Tensor:
+        thresholds = solve(view, counts, hull)
+        result = torch.full(depth.shape, EVICT, device=depth.device)
+        for step, (tier, _) in enumerate(hull):
+            result = torch.where(depth < thresholds[:, :, step, None], tier, result)
+        result = torch.where(view.protected & (result == EVICT), hull[0][0], result)
+        result = torch.where(result == EVICT, EVICT, torch.maximum(result, view.tier))  # slots only move down
+        return torch.where(view.filled, result, EVICT)
+
+
+def solve(view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> torch.Tensor:
+    """The thresholds of one multiplier per sequence, chosen such that whole pages fit the budget.
+
+    Every multiplier down to a bin of importance is tried at once. What it leaves of the budget buys one more page for
+    the rows whose next slots are the most important; then the rows fill the pages they have, from the best tier down.
+
+    Args:
+        view (`PlanView`): Every slot.
+        counts (`SlotCounts`): Its slots by importance.
+        hull (`list[tuple[int, float]]`): As from [`lower_hull`].
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch, rows, len(hull)]`: a slot is worth step `j` of the hull where it lies less than
+        that many bins below the top of its sequence.
+    """
+    ladder = _Ladder(view, counts, hull)
+    allowed = view.bytes_allowed()
+    last = BINS + ladder.offsets[-1]
+    candidates = torch.arange(last + 1, device=allowed.device)
+    held = ladder.row_bytes(ladder.at(candidates[None, None]))  # [batch, rows, candidates]
+    total = held.sum(1)
+    best = torch.where(total <= allowed[:, None], candidates, 0).amax(1)  # [batch]
+    now = held.gather(-1, best[:, None, None].expand(-1, held.shape[1], 1))
+    dearer = (held > now) & (candidates > best[:, None, None])
+    following = torch.where(dearer, candidates, last + 1).amin(-1)  # [batch, rows], where each wants a page
+    cost = held.gather(-1, following.clamp(max=last)[..., None]) - now
+    rank, order = following.sort(dim=1, stable=True)
+    spent = cost[..., 0].gather(1, order).cumsum(1)
+    granted = (spent <= (allowed - now.sum((1, 2)))[:, None]) & (rank <= last)
+    granted = torch.zeros_like(granted).scatter_(1, order, granted)
+    wanted = ladder.at(torch.where(granted, following, best[:, None])[..., None])
+    filled = ladder.fill_pages(wanted)
+    fits = ladder.row_bytes(filled).sum((1, 2)) <= ladder.row_bytes(wanted).sum((1, 2))
+    return torch.where(fits[:, None, None, None], filled, wanted)[..., 0]
+
+
+class _Ladder:
+    """Counts and bytes of rows for thresholds `[batch, rows, len(hull), n]` in bins, of `n` plans at a time.
+
+    A slot is wanted in the best tier whose threshold it passes, but slots only move down: one that lies in tier `t`
+    already stays there if it is wanted in a better one.
+    """
+
+    def __init__(self, view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> None:
+        self._view = view
+        self._tiers = [tier for tier, _ in hull]
+        self._stored, self._above = counts.stored(), counts.above()
+        #: Bins between the threshold of the cheapest tier and that of each.
+        self.offsets = [round(math.log2(slope / hull[0][1]) * BINS_PER_OCTAVE) for _, slope in hull]
+
+    def at(self, cheapest: torch.Tensor) -> torch.Tensor:
+        """Thresholds of every step from those of the cheapest tier, `[batch, rows, n]` or broadcasting to it."""
+        batch, rows = self._stored.shape[:2]
+        steps = torch.stack([(cheapest - offset).clamp(0, BINS) for offset in self.offsets], dim=-2)
+        return steps.expand(batch, rows, -1, -1)
+
+    def _passing(self, step: int, threshold: torch.Tensor) -> torch.Tensor:
+        """Slots that pass a step, by the tier they lie in: `[batch, rows, tiers, n]` from `[batch, rows, n]`."""
+        counts = self._stored if step == 0 else self._above
+        return counts.gather(-1, threshold[:, :, None].expand(-1, -1, counts.shape[2], -1))
+
+    def occupancy(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Slots of each row in each tier: `[batch, rows, tiers, n]`."""
+        passing = [self._passing(step, thresholds[:, :, step]) for step in range(len(self._tiers))]
+        result = []
+        for tier in range(self._view.tiers):
+            step = next((i for i, known in enumerate(self._tiers) if known <= tier), None)
+            if step is None:  # the hull has only lower tiers
+                result.append(torch.zeros_like(passing[0][:, :, 0]))
+                continue
+            slots = passing[step][:, :, tier]  # those that lie here and are wanted here or higher stay
+            if self._tiers[step] == tier:
+                slots = slots + passing[step][:, :, :tier].sum(2, dtype=torch.int32)
+                if step + 1 < len(self._tiers):
+                    slots = slots - passing[step + 1][:, :, :tier].sum(2, dtype=torch.int32)
+            result.append(slots)
+        return torch.stack(result, dim=2)
+
+    def _pages(self, slots: torch.Tensor) -> torch.Tensor:
+        per_page = self._view.slots_per_page.to(torch.int32)[:, :, None]
+        return (slots + (per_page - 1)).div_(per_page, rounding_mode="floor")
+
+    def row_bytes(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Bytes of each row, every started page counted whole: `int64` `[batch, rows, n]`."""
+        return self._pages(self.occupancy(thresholds)).sum(2) * self._view.page_bytes[:, None]
+
+    def fill_pages(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Lowers thresholds as far as the pages that are started anyway have room, from the best tier down."""
+        room = self._pages(self.occupancy(thresholds)) * self._view.slots_per_page[:, :, None]  # slots
+        steps = list(thresholds.unbind(2))
+        for step in reversed(range(len(steps))):
+            tier = self._tiers[step]
+            counts = self._stored if step == 0 else self._above
+            slots = counts[:, :, : tier + 1].sum(2)
+            if step + 1 < len(steps):
+                slots = slots - self._passing(step + 1, steps[step + 1])[:, :, :tier].sum(2)
+            lowered = (slots <= room[:, :, tier]).sum(-1, keepdim=True) - 1
+            if step:  # no further down than the cheaper tier reaches already: those behind are to be evicted
+                lowered = torch.minimum(lowered, steps[step - 1])
+            steps[step] = torch.maximum(steps[step], lowered)
+        return torch.stack(steps, dim=2)
+
+
+def lower_hull(slot_bytes: list[float], distortion: list[float]) -> list[tuple[int, float]]:
+    """The tiers worth using and what each step up costs.
+
+    Args:
+        slot_bytes (`list[float]`): Bytes of a slot per tier.
+        distortion (`list[float]`): Loss per tier as a fraction of the loss of evicting.
+
+    Returns:
+        `list[tuple[int, float]]`: Tiers from the cheapest to the best with the slope of the step to each: bytes per
+        unit of loss saved, strictly increasing. A tier above the lower convex hull from (0 bytes, loss 1) is left out.
+    """
+    points = sorted(zip(slot_bytes, distortion, range(len(slot_bytes)), strict=True))
+    hull: list[tuple[float, float, int]] = [(0.0, 1.0, EVICT)]
+    for size, loss, tier in points:
+        if loss >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], (size, loss, tier)) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append((size, loss, tier))
+    return [(point[2], _slope(before, point)) for before, point in itertools.pairwise(hull)]
+
+
+def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
+    return (b[0] - a[0]) / max(a[1] - b[1], 1e-12)
