@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
-from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.io import (
     UnreadPages,
     differing_weights,
@@ -567,7 +567,10 @@ class CompressedPagedCache(Cache):
             limit,
             layer_sharing(model.config),
         )
-        loaded.attention.inv_freq = key_frequencies(model.config, loaded.attention.recipe, windows)
+        try:
+            loaded.attention.inv_freq = key_frequencies(model.config, loaded.attention.recipe, windows)
+        except UnsupportedFeatureError as error:
+            raise CacheFormatError(f"{os.fspath(path)} cannot be used with this model: {error}") from error
         cache = cls.__new__(cls)
         cache.recipe = loaded.attention.recipe
         cache._take_over(loaded.attention, model.config)
