@@ -26,7 +26,7 @@ def main(name: str = TINY) -> None:
     new = inputs["input_ids"].shape[1]
     print("stock:", tokenizer.decode(stock[0, new:]))
     print("k8v4: ", tokenizer.decode(out.sequences[0, new:]))
-    print(out.past_key_values.memory())
+    print(kvc.cache_of(out).memory())
     print(kvc.report(model))
 
 

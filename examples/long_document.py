@@ -79,13 +79,13 @@ def ask(model, ids, new_tokens, cache=None):
     began = time.perf_counter()
     out = model.generate(
         ids,
-        past_key_values=cache,
+        kvcompress=cache,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
     )
-    seconds, past = time.perf_counter() - began, out.past_key_values
+    seconds, past = time.perf_counter() - began, kvc.cache_of(out)
     if cache is None:
         held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
     else:

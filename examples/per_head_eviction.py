@@ -24,10 +24,10 @@ def main(name: str = TINY) -> None:
 
     tokens = inputs["input_ids"].shape[1]
     print("answer:", tokenizer.decode(out.sequences[0, tokens:]))
-    print(f"slots kept of {out.past_key_values.get_seq_length()}, one line per layer, one number per KV head:")
-    for layer in out.past_key_values.slots():
+    print(f"slots kept of {kvc.cache_of(out).get_seq_length()}, one line per layer, one number per KV head:")
+    for layer in kvc.cache_of(out).slots():
         print("  ", *(f"{slots:6d}" for slots in layer[0].tolist()))
-    print(out.past_key_values.memory())
+    print(kvc.cache_of(out).memory())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(name: str = TINY) -> None:
     ids = torch.empty(1, 0, dtype=torch.long)
     for said in ('"Good morning," said the captain.', '\n"And what is the news?" asked the boy.'):
         turn = tokenizer(said, return_tensors="pt", add_special_tokens=ids.numel() == 0).input_ids
-        ids = model.generate(torch.cat([ids, turn], dim=1), past_key_values=cache, max_new_tokens=16, do_sample=False)
+        ids = model.generate(torch.cat([ids, turn], dim=1), kvcompress=cache, max_new_tokens=16, do_sample=False)
     print(tokenizer.decode(ids[0]))
     print(cache.memory())
 

@@ -22,7 +22,9 @@ def library_path() -> Path:
     """
     package = sys.modules[__package__]
     folders = [Path(__file__).parent, *map(Path, package.__path__)]  # an editable install has two of them
-    for folder in folders:
+    # In the clone Python may take the sources from there while the build lies where the package is installed.
+    installed = [Path(entry, *__package__.split(".")) for entry in sys.path]
+    for folder in (*folders, *installed):
         path = folder / LIBRARY_NAME
         if path.exists():
             return path

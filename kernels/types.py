@@ -23,6 +23,7 @@ class Rows:
         slab_shift: A page id is `slab << slab_shift | page inside the slab`.
         tables: Per tier `int32 [rows, cap]`: the page ids of each row, in slot order. The last dimension is contiguous.
         lengths: Per tier `int32 [rows]`: slots in use. Table entries beyond them are never read.
+        slab_pages: Pages of each slab, `int32 [n_slabs]` on the host; `None` = as the slabs say.
         widths: Per tier the slots of the longest row, where the host knows; it spares asking the device.
     """
 
@@ -33,6 +34,7 @@ class Rows:
     tables: list[Tensor]
     lengths: list[Tensor]
     widths: list[int] | None = None
+    slab_pages: Tensor | None = None
 
     @property
     def count(self) -> int:

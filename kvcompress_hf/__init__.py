@@ -1,23 +1,33 @@
 """Paged, compressed KV caches for Hugging Face Transformers: per-head budgets, mixed precision, memory really freed."""
 
-from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
-from kvcompress_hf.observers.expected import ExpectedAttention
-from kvcompress_hf.observers.per_query import GroupMeanScores, PersistenceScores
-from kvcompress_hf.observers.reconstruction import ReconstructionScores
-from kvcompress_hf.observers.running import RunningScores
-from kvcompress_hf.observers.simple import Chance, KeyDiff, Recency
-from kvcompress_hf.observers.window import WindowScores
-from kvcompress_hf.patches import last_run_report as report
-from kvcompress_hf.patches import patch, patched, prefill, unpatch
-from kvcompress_hf.perplexity import PerplexityReport, perplexity
-from kvcompress_hf.plans.kv_compress import PagePlan
-from kvcompress_hf.plans.lowest import LowestPlan
-from kvcompress_hf.plans.rate_distortion import RateDistortion
-from kvcompress_hf.plans.thresholds import ThresholdPlan
-from kvcompress_hf.presets import get_preset, presets
-from kvcompress_hf.recipe import Budget, Protect, Recipe, When
-from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, plot_slots
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcompress_hf.cache import CompressedPagedCache
+    from kvcompress_hf.compat import cache_of
+    from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError, UnsupportedModelError
+    from kvcompress_hf.observers import (
+        Chance,
+        ExpectedAttention,
+        GroupMeanScores,
+        KeyDiff,
+        PersistenceScores,
+        Recency,
+        ReconstructionScores,
+        RunningScores,
+        WindowScores,
+    )
+    from kvcompress_hf.patches import last_run_report as report
+    from kvcompress_hf.patches import patch, patched, unpatch
+    from kvcompress_hf.patches.prefill import prefill
+    from kvcompress_hf.perplexity import PerplexityReport, perplexity
+    from kvcompress_hf.plans import LowestPlan, PagePlan, RateDistortion, ThresholdPlan
+    from kvcompress_hf.presets import get_preset, presets
+    from kvcompress_hf.recipe import Budget, Protect, Recipe, When
+    from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, plot_slots
 
 __all__ = [
     "Budget",
@@ -46,6 +56,7 @@ __all__ = [
     "UnsupportedModelError",
     "When",
     "WindowScores",
+    "cache_of",
     "get_preset",
     "patch",
     "patched",
@@ -57,3 +68,44 @@ __all__ = [
     "unpatch",
 ]
 __version__ = "0.1.0"
+
+#: Module of each public name. It is imported when the name is first used: `import kvcompress_hf` alone loads no torch.
+_NAMES = {
+    "cache": "CompressedPagedCache",
+    "compat": "cache_of",
+    "errors": "CacheFormatError CacheMemoryError UnsupportedFeatureError UnsupportedModelError",
+    "observers": "Chance ExpectedAttention GroupMeanScores KeyDiff PersistenceScores Recency ReconstructionScores "
+    "RunningScores WindowScores",
+    "patches": "patch patched report unpatch",
+    "patches.prefill": "prefill",
+    "perplexity": "PerplexityReport perplexity",
+    "plans": "LowestPlan PagePlan RateDistortion ThresholdPlan",
+    "presets": "get_preset presets",
+    "recipe": "Budget Protect Recipe When",
+    "reports": "MemoryReport RowReport RunReport plot_slots",
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
+_NAME_THERE = {"report": "last_run_report"}
+
+
+class _Package(ModuleType):
+    """Keeps `presets` and `perplexity` the functions: importing the submodules of those names would replace them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), _NAME_THERE.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

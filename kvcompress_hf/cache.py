@@ -1,5 +1,6 @@
 """`CompressedPagedCache`: the transformers Cache contract over paged, compressed storage."""
 
+import operator
 import os
 import sys
 import weakref
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers import PreTrainedModel
 
+from kvcompress_hf.compat import Cache, CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
 from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.io import (
     UnreadPages,
@@ -27,7 +28,7 @@ from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
-from kvcompress_hf.units import format_bytes, parse_bytes
+from kvcompress_hf.validation import MOST_TOKENS, require_bytes, require_int, shown
 
 __all__ = ["CompressedPagedCache", "KVHandle"]
 
@@ -94,7 +95,7 @@ class _LayerFace(CacheLayerMixin):
 class CompressedPagedCache(Cache):
     """A KV cache of pages, with per-head budgets and keys and values at different precision.
 
-    Made by a patched model at each `generate` call, or by hand and given as `past_key_values=`. It only works with
+    Made by a patched model at each `generate` call, or by hand and given as `kvcompress=cache`. It only works with
     models prepared by [`patch`]: `update` returns the new tokens alone, and attention reads the pages.
 
     Args:
@@ -108,7 +109,8 @@ class CompressedPagedCache(Cache):
     Raises:
         UnsupportedModelError: If some layers are not plain or sliding-window attention.
         UnsupportedFeatureError: If positions are to be re-indexed and the model's rotary embedding does not allow it.
-        ValueError: If the recipe is not valid.
+        ValueError: If the recipe, `prompt_tokens` or `max_bytes` is not valid.
+        TypeError: If one of them is of another type.
 
     Example:
 
@@ -136,7 +138,9 @@ class CompressedPagedCache(Cache):
         recipes = resolve_rows(recipe)
         self.recipe = recipes[0]
         windows = layer_windows(config)
-        limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
+        limit = None if max_bytes is None else require_bytes("max_bytes", max_bytes)
+        if prompt_tokens is not None:
+            prompt_tokens = require_int("", "prompt_tokens", prompt_tokens, 1)
         inv_freq = key_frequencies(config, recipes[0], windows)
         attention = PagedAttention(recipes, windows, prompt_tokens, limit, layer_sharing(config), inv_freq)
         self._take_over(attention, config)
@@ -400,9 +404,10 @@ class CompressedPagedCache(Cache):
             tokens_to_remove (`int`): 0 or negative: minus the number of tokens to forget.
 
         Raises:
-            ValueError: If the number is positive.
+            ValueError: If the number is positive, or not an integer.
             UnsupportedFeatureError: If some of these tokens have been compressed with eviction already.
         """
+        tokens_to_remove = _integer("tokens_to_remove", tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; write crop(-n)."
@@ -419,24 +424,36 @@ class CompressedPagedCache(Cache):
 
         Args:
             beam_idx (`torch.Tensor`): `int64` `[batch]`.
+
+        Raises:
+            ValueError: If they are not indices of sequences held; nothing has changed then.
         """
-        self._attention.select(beam_idx)
+        self._attention.select(_sequences("beam_idx", beam_idx, self._attention.batch))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the named sequences, in the given order.
 
         Args:
-            indices (`torch.Tensor`): `int64` `[new batch]` or `bool` `[batch]`.
+            indices (`torch.Tensor`): `int64` `[new batch]`, negative ones counting from the last sequence; or `bool`
+                `[batch]`.
+
+        Raises:
+            ValueError: If they are not indices of sequences held, or none; nothing has changed then.
         """
-        indices = torch.as_tensor(indices)
-        self._attention.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self._attention.select(_sequences("indices", indices, self._attention.batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence in place; pages are shared, not copied.
 
         Args:
-            repeats (`int`): Copies of each sequence.
+            repeats (`int`): Copies of each sequence, at least 1.
+
+        Raises:
+            ValueError: If it is no such number; nothing has changed then.
         """
+        repeats = _integer("repeats", repeats)
+        if repeats < 1 or repeats * max(1, self._attention.batch) > MOST_TOKENS:
+            raise ValueError(f"repeats is {shown(repeats)}; it must be an integer of at least 1.")
         self._attention.select(torch.arange(self._attention.batch).repeat_interleave(repeats))
 
     def fork(self) -> "CompressedPagedCache":
@@ -469,9 +486,10 @@ class CompressedPagedCache(Cache):
         attention = getattr(self, "_attention", None)
         if attention is None or sys.is_finalizing():
             return
-        self.run_report.freeze()
-        if attention.has_forks:  # they share an arena, so a cache that goes must hand its pages back
-            attention.close()
+        try:
+            self.run_report.freeze(waiting=False)
+        finally:
+            attention.abandon()  # forks share an arena, so a cache that goes must hand its pages back
 
     # -- to a file and back ----------------------------------------------------------------------------------------
 
@@ -552,13 +570,14 @@ class CompressedPagedCache(Cache):
             CacheFormatError: If the file is damaged, of another format version, or was made with another model; the
                 message says what differs.
             CacheMemoryError: If it holds more than `max_bytes`.
-            TypeError: If `model` is not a transformers model.
+            TypeError: If `model` is not a transformers model, or `max_bytes` neither a number of bytes nor a size.
+            ValueError: If `max_bytes` is not positive or not a size.
         """
         if not isinstance(model, PreTrainedModel):
             inner = " (give the inner one: model.get_base_model())" if hasattr(model, "get_base_model") else ""
             raise TypeError(f"load() takes the model that goes on with the cache, got {type(model).__name__}{inner}.")
         windows = layer_windows(model.config)
-        limit = parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
+        limit = None if max_bytes is None else require_bytes("max_bytes", max_bytes)
         loaded = load_cache(
             path,
             model_identity(model.config, model),
@@ -614,13 +633,57 @@ class CompressedPagedCache(Cache):
         return measure_rows(self._attention)
 
     def __repr__(self) -> str:
-        memory = self.memory()
-        slots = sum(int(layer.sum()) for layer in self.slots())
+        # Cheap, since transformers puts it into warnings at every call: nothing on a device is read for it.
         return (
-            f"CompressedPagedCache(recipe={self.recipe.name!r}, tokens={self.get_seq_length()}, "
-            f"batch={self._attention.batch}, slots={slots}, "
-            f"bytes={format_bytes(memory.total)}, ratio={memory.ratio:.1%})"
+            f"CompressedPagedCache(recipe={self.recipe.name!r}, layers={len(self)}, batch={self._attention.batch}, "
+            f"tokens={self.get_seq_length()})"
         )
+
+
+def _integer(name: str, value: Any) -> int:
+    """An integer out of whatever holds one, such as a tensor of one element; refuses fractions and truth values."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {shown(value)}; it must be an integer.") from None
+
+
+def _sequences(name: str, indices: Any, batch: int) -> torch.Tensor:
+    """Indices of sequences, or a mask over them, as indices from 0 to `batch - 1`.
+
+    Args:
+        name (`str`): Name of the argument, for messages.
+        indices (`Any`): What was given: integers, negative ones counting from the last sequence, or truth values.
+        batch (`int`): Sequences held; an empty cache takes any indices, as it has nothing to select from.
+
+    Returns:
+        `torch.Tensor`: `int64` `[new batch]`, at least one.
+
+    Raises:
+        ValueError: If they are anything else.
+    """
+    allowed = f"{name} must be integers from {-batch} to {batch - 1}, one per sequence to keep, or {batch} truth values"
+    try:
+        given = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{allowed}; got {shown(indices)}.") from None
+    if given.dim() != 1 or given.is_floating_point() or given.is_complex():
+        raise ValueError(f"{allowed}; got {given.dtype} of shape {list(given.shape)}.")
+    if not batch:
+        return given.long()
+    if given.dtype == torch.bool:
+        if given.numel() != batch:
+            raise ValueError(f"{allowed}; got {given.numel()} truth values.")
+        given = given.nonzero().flatten()
+    given = given.long()
+    if not given.numel():
+        raise ValueError(f"{allowed}; got none, and a cache holds at least one sequence. To empty it call reset().")
+    low, high = int(given.min()), int(given.max())
+    if low < -batch or high >= batch:
+        raise ValueError(f"{allowed}; got {low if low < -batch else high}.")
+    return torch.where(given < 0, given + batch, given)
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:

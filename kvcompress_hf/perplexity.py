@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches import patched
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport
+from kvcompress_hf.validation import require_int
 
 __all__ = ["PerplexityReport", "perplexity"]
 
@@ -95,9 +97,8 @@ def perplexity(
     if ids.ndim != 2 or ids.shape[0] == 0:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be [batch, tokens].")
     batch, tokens = ids.shape
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; it must be at least 1.")
-    if not 1 <= skip < tokens:
+    require_int("", "stride", stride, 1)
+    if not 1 <= require_int("", "skip", skip, 1) < tokens:
         raise ValueError(f"skip is {skip}; it must be at least 1 and below the number of tokens, {tokens}.")
     resolved = resolve_recipe(recipe, **overrides)
     total = torch.zeros((), dtype=torch.float64)
@@ -112,8 +113,8 @@ def perplexity(
             logits = model(
                 input_ids=ids[:, start:end],
                 position_ids=positions[None],
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
                 **extra,
             ).logits
             if kept > 0:

@@ -5,6 +5,7 @@ that makes it, and it round-trips through JSON.
 """
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any, ClassVar
 
 from kvcompress_hf.bounded_json import parse_json
 from kvcompress_hf.units import parse_bytes
+from kvcompress_hf.validation import MOST_TOKENS, check_flags, check_ints, require_int, shown
 
-__all__ = ["POSITIONS", "TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
+__all__ = ["MOST_PAGE_BYTES", "POSITIONS", "TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
 
 #: Storage formats of a packed slot: name to (key bits, value bits); 0 means the model's own dtype.
 TIERS: dict[str, tuple[int, int]] = {
@@ -26,6 +28,9 @@ TIERS: dict[str, tuple[int, int]] = {
 }
 
 
+#: Most bytes of a page; what is larger makes every row pay for memory that it does not fill.
+MOST_PAGE_BYTES = 2**24
+
 #: How far what is kept looks from the next query: as far as it was in the text, or as if nothing had been between.
 POSITIONS = ("absolute", "reindexed")
 
@@ -35,22 +40,8 @@ _MOST_VALUES = 1000
 _MOST_DEPTH = 8
 
 
-def require_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:
-    """Refuses what is not an integer within bounds.
-
-    Args:
-        owner (`str`): Class of the argument, for the message.
-        name (`str`): Name of the argument.
-        value (`object`): What was given.
-        low (`int`): Least allowed.
-        high (`int`, *optional*): Most allowed.
-
-    Raises:
-        ValueError: If it is not allowed.
-    """
-    allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{owner}.{name} is {value!r}; it must be an integer {allowed}.")
+#: Where the kinds that come with the package are defined; imported when one is first asked for by name.
+_BUILT_IN = {"observer": "kvcompress_hf.observers", "plan": "kvcompress_hf.plans"}
 
 
 class Part:
@@ -95,6 +86,8 @@ class Part:
         """
         arguments = dict(values)
         kind = arguments.pop("kind", None)
+        if (family, str(kind)) not in cls._known and family in _BUILT_IN:
+            importlib.import_module(_BUILT_IN[family])
         known = cls._known.get((family, str(kind)))
         if known is None:
             names = sorted(name for fam, name in cls._known if fam == family)
@@ -118,10 +111,9 @@ class Protect:
     prompt: bool = False
 
     def __post_init__(self) -> None:
-        require_int("Protect", "sinks", self.sinks, 0)
-        require_int("Protect", "recent", self.recent, 0)
-        if not isinstance(self.prompt, bool):
-            raise ValueError(f"Protect.prompt is {self.prompt!r}; it must be True or False.")
+        for name in ("sinks", "recent"):
+            require_int("Protect", name, getattr(self, name), 0)
+        check_flags(self, "prompt")
 
 
 @dataclass(frozen=True)
@@ -140,17 +132,22 @@ class Budget:
         amount = self.amount
         if isinstance(amount, bool) or not isinstance(amount, (int, float, str)):
             raise TypeError(
-                f"budget is {amount!r}; give a fraction in (0, 1], an integer of tokens, or bytes as in '512MiB'."
+                f"budget is {shown(amount)}; give a fraction in (0, 1], an integer of tokens, or bytes as in '512MiB'."
             )
         if isinstance(amount, str):
             parse_bytes(amount)
         elif isinstance(amount, int):
             if amount < 1:
-                raise ValueError(f"budget is {amount} tokens per KV head; it must be at least 1.")
+                raise ValueError(f"budget is {shown(amount)} tokens per KV head; it must be at least 1.")
+            if amount > MOST_TOKENS:
+                raise ValueError(f"budget is {shown(amount)} tokens per KV head; it must be at most {MOST_TOKENS}.")
+            object.__setattr__(self, "amount", int(amount))
         elif not 0 < amount <= 1:
             raise ValueError(
                 f"budget is {amount}, but a fraction must lie in (0, 1]; write an int for tokens, '512MiB' for bytes."
             )
+        else:
+            object.__setattr__(self, "amount", float(amount))
 
 
 @dataclass(frozen=True)
@@ -174,13 +171,10 @@ class When:
 
     def __post_init__(self) -> None:
         require_int("When", "every", self.every, 1, 4096)
-        if self.interval is not None:
-            require_int("When", "interval", self.interval, 1)
-            if not self.decode:
-                raise ValueError(f"When(interval={self.interval}, decode=False): nothing is planned while decoding.")
-        for name in ("prefill", "decode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"When.{name} is {getattr(self, name)!r}; it must be True or False.")
+        check_ints(self, "interval", low=1)
+        check_flags(self, "prefill", "decode")
+        if self.interval is not None and not self.decode:
+            raise ValueError(f"When(interval={self.interval}, decode=False): nothing is planned while decoding.")
 
 
 _PARTS: dict[str, type] = {"protect": Protect, "budget": Budget, "when": When}
@@ -244,9 +238,9 @@ class Recipe:
                 raise TypeError(f"Recipe.{family} is {value!r}; it must be one of the {family} classes, or None.")
         self._check_tiers()
         if self.page_bytes is not None:
-            require_int("Recipe", "page_bytes", self.page_bytes, 1)
+            require_int("Recipe", "page_bytes", self.page_bytes, 1, MOST_PAGE_BYTES)
         if self.centre_keys is not None and not isinstance(self.centre_keys, bool):
-            raise ValueError(f"Recipe.centre_keys is {self.centre_keys!r}; it must be True, False or None.")
+            raise ValueError(f"Recipe.centre_keys is {shown(self.centre_keys)}; it must be True, False or None.")
         self._check_positions()
         if (self.budget is not None or self.plan is not None) and self.observer is None:
             raise ValueError(

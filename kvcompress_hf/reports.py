@@ -1,5 +1,6 @@
 """What a cache costs and what it did: numbers, tables and a heatmap. Looks in from outside."""
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def measure_memory(attention: PagedAttention) -> MemoryReport:
             kinds[kind] += getattr(usage, kind)
         mine[id(store.arena)] = mine.get(id(store.arena), 0) + usage.pages
     for arena in attention.arenas:
-        kinds["tables"] += arena.references.nbytes + arena.slab_addresses.nbytes
+        kinds["tables"] += arena.table_bytes
         kinds["free"] += (arena.pages - arena.live) * arena.page_bytes
         kinds["forks"] += (arena.live - mine.get(id(arena), 0)) * arena.page_bytes
     return MemoryReport(**kinds, dense=attention.dense_bytes())
@@ -177,11 +178,23 @@ class RunReport:
         self._memory = MemoryReport()
         self._tokens = self._batch = 0
 
-    def freeze(self) -> None:
-        """Takes the last figures, just before the cache goes."""
+    def freeze(self, waiting: bool = True) -> None:
+        """Takes the last figures, just before the cache goes.
+
+        Args:
+            waiting (`bool`): Whether to wait where another thread is changing pages; if not, the bytes stay those of
+                the last time.
+        """
         attention = self._attention()
-        if attention is not None:
-            self._memory, self._tokens, self._batch = measure_memory(attention), attention.seen, attention.batch
+        if attention is None:
+            return
+        self._tokens, self._batch = attention.seen, attention.batch
+        with contextlib.ExitStack() as held:
+            for arena in attention.arenas:
+                if not arena.lock.acquire(blocking=waiting):
+                    return
+                held.callback(arena.lock.release)
+            self._memory = measure_memory(attention)
 
     @property
     def memory(self) -> MemoryReport:

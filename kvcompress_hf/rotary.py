@@ -1,9 +1,8 @@
 """The rotary embedding of a model, as far as keys and queries can be turned on to other positions."""
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from kvcompress_hf.compat import ROPE_INIT_FUNCTIONS, PreTrainedConfig
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.recipe import Recipe
 

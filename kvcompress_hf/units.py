@@ -28,13 +28,15 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: If the text is not a number followed by a known unit, or is less than one byte.
     """
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(text) if len(text) <= 10_000 else None
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
         raise ValueError(
-            f"{text!r} is not a size; write a number and a unit (B, KiB, MiB, GiB, kB, MB, GB), as in '512MiB'."
+            f"{text[:40]!r} is not a size; write a number and a unit (B, KiB, MiB, GiB, kB, MB, GB), as in '512MiB'."
         )
-    size = int(float(match.group(1)) * factor)
+    # Fifteen digits are exact, and more than fifteen before the point are beyond any memory.
+    if len(match.group(1).partition(".")[0]) > 15 or (size := int(float(match.group(1)) * factor)) >= 2**63:
+        raise ValueError(f"{text[:40]!r} is more than any machine holds; the most is 2**63 - 1 bytes.")
     if size < 1:
         raise ValueError(f"{text!r} is less than one byte; a budget must be positive.")
     return size

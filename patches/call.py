@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
+from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedFeatureError
 
 __all__ = ["as_autocast", "check_call"]

@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
 
 from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
-from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, stock_logits
+from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
+from kvcompress_hf.patches.implementation import configs_of, set_implementation
 from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
 from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
 from kvcompress_hf.patches.qwen import PagedQwen2Attention, PagedQwen3Attention, PagedQwen3MoeAttention
@@ -45,6 +45,7 @@ def patch(
     recipe: str | Mapping[str, Any] | Recipe | None = None,
     *,
     route: str = "auto",
+    check: bool = True,
     **overrides: Any,
 ) -> Model:
     """Makes a model keep its past in a compressed, paged cache whenever it generates.
@@ -54,8 +55,9 @@ def patch(
     one of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only
     the recipe.
 
-    Before anything is relied on, three tokens are run through the stock and the patched model; if the logits
-    differ, or anything else fails, the model is left exactly as it was.
+    Before anything is relied on, a few tokens are run through the stock and the patched model, and every layer's
+    attention is compared; if one differs by more than rounding, or anything else fails, the model is left exactly as
+    it was.
 
     Args:
         model (`PreTrainedModel`): A decoder-only language model, or a PEFT model around one.
@@ -63,6 +65,9 @@ def patch(
             `"k8v4"`, which keeps every token; with a `budget` it is `"auto"`.
         route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
             goes through transformers' attention interface, `"auto"` takes the first that fits.
+        check (`bool`): Whether to compare with the stock model before the patch is relied on. `False` saves about ten
+            forward passes over a few tokens, and takes models that the comparison refuses; what they then say is on
+            your own account. What the config shows to be unsupported is refused in any case.
         overrides: Parts of the recipe to change, such as `budget=1/8`.
 
     Returns:
@@ -99,10 +104,11 @@ def patch(
     if record is not None:
         unpatch(inner)
     with evaluating(inner):
-        expected = stock_logits(inner)
+        expected = observe_stock(inner) if check else None
         _install(inner, PatchRecord(resolved, route=_choose_route(inner, route)))
         try:
-            check_dry_run(inner, expected)
+            if expected is not None:
+                check_dry_run(inner, expected)
         except BaseException:
             unpatch(inner)
             raise
@@ -141,6 +147,7 @@ def patched(
     recipe: str | Mapping[str, Any] | Recipe | None = None,
     *,
     route: str = "auto",
+    check: bool = True,
     **overrides: Any,
 ) -> Iterator[Model]:
     """[`patch`] for the length of a `with` block; afterwards the model is as before, patched or not.
@@ -149,6 +156,7 @@ def patched(
         model (`PreTrainedModel`): A decoder-only language model.
         recipe (`str`, `Recipe` or `dict`, *optional*): As for [`patch`].
         route (`str`): As for [`patch`].
+        check (`bool`): As for [`patch`].
         overrides: As for [`patch`].
 
     Yields:
@@ -164,14 +172,14 @@ def patched(
     """
     record = record_of(model) if isinstance(model, nn.Module) else None
     before = None if record is None else (record.recipe, record.route)
-    patch(model, recipe, route=route, **overrides)
+    patch(model, recipe, route=route, check=check, **overrides)
     try:
         yield model
     finally:
         if before is None:
             unpatch(model)
         else:
-            patch(model, before[0], route=before[1])
+            patch(model, before[0], route=before[1], check=check)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -217,7 +225,7 @@ def _choose_route(model: PreTrainedModel, route: str) -> str:
 
 def _install(model: PreTrainedModel, record: PatchRecord) -> None:
     """Puts everything in place, or nothing."""
-    before = [(config, config._attn_implementation) for config in _configs(model)]
+    before = [(config, config._attn_implementation) for config in configs_of(model)]
     try:
         _set_implementation(model, record.route)
         record.implementations = [
@@ -237,50 +245,11 @@ def _install(model: PreTrainedModel, record: PatchRecord) -> None:
 
 def _set_implementation(model: PreTrainedModel, route: str) -> None:
     """Sets the attention implementation that the route needs, for the text part only."""
-    text = text_config(model)
-    base = interface.base_implementation(text._attn_implementation)
-    # Flash and flex attention know other masks than ours; the past is read by our own kernels in any case.
-    names: tuple[str, ...] = (base,) if base in interface.BASES else interface.BASES
     if route == "swap":
-        if base in interface.BASES:
-            return
-    else:
-        interface.register()
-        names = tuple(interface.interface_name(name) for name in names)
-    for name in names:
-        try:
-            model.set_attn_implementation(
-                name if text is model.config else {_sub_config_name(model.config, text): name}
-            )
-        except (ValueError, ImportError) as error:
-            refusal: Exception | None = error
-            continue
-        if text._attn_implementation == name:
-            return
-        refusal = None
-    raise UnsupportedModelError(
-        f"{type(model).__name__} is not supported: its attention implementation could not be set to "
-        f"{' or '.join(names)}"
-    ) from refusal
-
-
-def _sub_config_name(config: PreTrainedConfig, text: PreTrainedConfig) -> str:
-    for name in config.sub_configs:
-        if getattr(config, name, None) is text:
-            return name
-    raise UnsupportedModelError(f"{type(config).__name__} hides its text config, so its attention cannot be set.")
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config of a model once, composite ones before their parts."""
-    found: dict[int, PreTrainedConfig] = {}
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop(0)
-        if id(config) not in found:
-            found[id(config)] = config
-            waiting += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
-    return list(found.values())
+        set_implementation(model)
+        return
+    interface.register()
+    set_implementation(model, interface.interface_name)
 
 
 def _is_intact(model: Any, record: PatchRecord) -> bool:

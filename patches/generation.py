@@ -12,12 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import (
+    Cache,
+    CandidateGenerator,
+    PreTrainedConfig,
+    cache_argument,
+    find_cache,
+    fresh_cache_name,
+    generate_argument,
+    move_cache,
+)
+from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates
 from kvcompress_hf.patches.support import text_config, unwrap
@@ -31,6 +40,8 @@ __all__ = ["RECORD", "PatchRecord", "bind_methods", "record_of", "unbind_methods
 RECORD = "_kvcompress_patch"
 
 _OPTION = "kvcompress"
+#: On the config of one call: whether it works on a compressed cache.
+_MARK = "_kvcompress_cache"
 
 
 @dataclass(eq=False)
@@ -45,6 +56,7 @@ class PatchRecord:
             differ.
         replaced (`dict[str, Any]`): Instance attributes of the model that ours took the place of.
         methods (`tuple[str, ...]`): Names of the bound methods.
+        hooks (`list[RemovableHandle]`): Of the hooks that bring a cache to where each part of the model looks for it.
         last_run (`RunReport`, *optional*): Figures of the last cache `generate` worked on.
     """
 
@@ -54,6 +66,7 @@ class PatchRecord:
     implementations: list[tuple[PreTrainedConfig, str | None, str | None]] = field(default_factory=list)
     replaced: dict[str, Any] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
+    hooks: list[RemovableHandle] = field(default_factory=list)
     last_run: RunReport | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,6 +110,17 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
             # generate() reads this signature to tell which arguments the model takes.
             bound.__signature__ = inspect.signature(getattr(model, name))  # type: ignore[attr-defined]
         model.__dict__[name] = bound
+    for part in model.modules():
+        # Not the outermost alone: PEFT and others call a part of the model without going through the whole.
+        if isinstance(part, PreTrainedModel):
+            hook = functools.partial(_bring_cache, cache_argument(part))
+            record.hooks.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _bring_cache(name: str, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook: a compressed cache under any name goes to where this version of transformers looks for it."""
+    moved = move_cache(name, CompressedPagedCache, args, kwargs)
+    return None if moved is kwargs else (args, moved)
 
 
 def unbind_methods(model: nn.Module, record: PatchRecord) -> None:
@@ -110,6 +134,9 @@ def unbind_methods(model: nn.Module, record: PatchRecord) -> None:
         model.__dict__.pop(name, None)
         if name in record.replaced:
             model.__dict__[name] = record.replaced[name]
+    for handle in record.hooks:
+        handle.remove()
+    record.hooks.clear()
 
 
 def _stock(model: PreTrainedModel, name: str) -> Callable[..., Any]:
@@ -126,14 +153,23 @@ def _prepare_generation_config(
 
     The config returned is a copy made for the call, so nothing stays on the model.
     """
-    past = kwargs.get("past_key_values")
-    if past is not None and not isinstance(past, Cache):
-        raise TypeError(
-            f"past_key_values is a {type(past).__name__}; generate() takes a transformers Cache, such as a "
-            "CompressedPagedCache or a DynamicCache."
-        )
+    for name in {generate_argument(), cache_argument(model)}:
+        past = kwargs.get(name)
+        if past is not None and not isinstance(past, Cache):
+            raise TypeError(
+                f"{name} is a {type(past).__name__}; generate() takes a transformers Cache, such as a "
+                "CompressedPagedCache or a DynamicCache."
+            )
     given = _OPTION in kwargs
     option = kwargs.pop(_OPTION, None)
+    if isinstance(option, Cache):
+        if not isinstance(option, CompressedPagedCache):
+            raise TypeError(
+                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache, or a recipe for a new one."
+            )
+        if find_cache([option, *kwargs.values()], CompressedPagedCache) is option:
+            kwargs, given = {**kwargs, generate_argument(): option}, False
+    kwargs = move_cache(generate_argument(), CompressedPagedCache, (), kwargs)
     generation_config, model_kwargs = _stock(model, "_prepare_generation_config")(generation_config, **kwargs)
     if given:
         setattr(generation_config, _OPTION, option)
@@ -148,11 +184,11 @@ def _prepare_cache(
     **kwargs: Any,
 ) -> None:
     """As the stock method; makes a fresh compressed cache where stock would make a `DynamicCache`."""
-    stock = _stock(model, "_prepare_cache_for_generation")
     record = record_of(model)
     option = getattr(generation_config, _OPTION, None)
-    past = model_kwargs.get("past_key_values")
+    past = find_cache(model_kwargs)
     implementation = generation_config.cache_implementation
+    setattr(generation_config, _MARK, isinstance(past, CompressedPagedCache))
     if record is None or past is not None or generation_config.use_cache is False or implementation is not None:
         if option is not None and past is None:
             wish = f"cache_implementation={implementation!r}" if implementation is not None else "use_cache=False"
@@ -162,8 +198,11 @@ def _prepare_cache(
             past.belongs_to(model)
             if record is not None:
                 record.last_run = past.run_report
-        stock(generation_config, model_kwargs, *args, **kwargs)
+        _stock(model, "_prepare_cache_for_generation")(generation_config, model_kwargs, *args, **kwargs)
         return
+    # The class's own method, not one that another library put on the instance: its caches are not ours.
+    make = functools.partial(type(model)._prepare_cache_for_generation, model, generation_config, model_kwargs)
+    name = fresh_cache_name(model, model_kwargs, functools.partial(make, *args, **kwargs))
     cache = CompressedPagedCache(
         model.config,
         list(resolve_rows(option, record.recipe)),
@@ -172,7 +211,8 @@ def _prepare_cache(
     cache.belongs_to(model)
     if generation_config.is_assistant:
         cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
+    model_kwargs[name] = cache
+    setattr(generation_config, _MARK, True)
     record.last_run = cache.run_report
 
 
@@ -184,10 +224,10 @@ def _prefill(
     **kwargs: Any,
 ) -> Any:
     """As the stock method; reads the prompt a second time where the recipe wants it."""
-    cache = model_kwargs.get("past_key_values")
-    before = cache.get_seq_length() if isinstance(cache, CompressedPagedCache) else 0
+    cache = _cache_of_call(model, generation_config, model_kwargs)
+    before = 0 if cache is None else cache.get_seq_length()
     outputs = _stock(model, "_prefill")(input_ids, generation_config, model_kwargs, **kwargs)
-    if isinstance(cache, CompressedPagedCache) and cache.awaits_second_reading:
+    if cache is not None and cache.awaits_second_reading:
         new = cache.get_seq_length() - before
         ids = input_ids[:, -new:] if model_kwargs.get("inputs_embeds") is None else input_ids[:, :0]
         read_again(model, cache, ids, model_kwargs.get("attention_mask"))
@@ -197,11 +237,24 @@ def _prefill(
 def _get_candidate_generator(model: PreTrainedModel, **kwargs: Any) -> CandidateGenerator:
     """As the stock method; keeps drafts within what a compressed cache can verify exactly."""
     inner: CandidateGenerator = _stock(model, "_get_candidate_generator")(**kwargs)
-    cache = kwargs["model_kwargs"].get("past_key_values")
-    if isinstance(cache, CompressedPagedCache) and cache.recipe.changes_slots and not inner.requires_model_outputs:
+    cache = _cache_of_call(model, kwargs["generation_config"], kwargs["model_kwargs"])
+    if cache is not None and cache.recipe.changes_slots and not inner.requires_model_outputs:
         mask = kwargs["model_kwargs"].get("attention_mask")
         return BoundedCandidates(inner, cache, lambda ids: read_again(model, cache, ids, mask))
     return inner
+
+
+def _cache_of_call(
+    model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: Mapping[str, Any]
+) -> CompressedPagedCache | None:
+    """The compressed cache that a call of `generate` works on; an error if it had one and lost it on the way."""
+    cache = find_cache(model_kwargs, CompressedPagedCache)
+    if cache is None and getattr(generation_config, _MARK, False):
+        raise UnsupportedFeatureError(
+            f"generate() of {type(model).__name__} was given a compressed cache and lost it before the model ran, so it "
+            f"would go on without compression; its arguments are now {', '.join(sorted(model_kwargs))}."
+        )
+    return cache
 
 
 def _check_passed_cache(
@@ -213,17 +266,19 @@ def _check_passed_cache(
     layers = text_config(model).num_hidden_layers
     if len(cache) != layers:
         raise ValueError(
-            f"The cache passed as past_key_values was made for {len(cache)} layers, but {type(model).__name__} has "
+            f"The cache passed to generate() was made for {len(cache)} layers, but {type(model).__name__} has "
             f"{layers}; make it with CompressedPagedCache(model.config, ...)."
         )
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
-        raise ValueError("use_cache=False and a cache as past_key_values contradict each other; leave one of them out.")
+        raise ValueError(
+            "use_cache=False and a cache passed to generate() contradict each other; leave one of them out."
+        )
     seen, given = cache.get_seq_length(), _prompt_tokens(generation_config, model_kwargs)
     if seen and given is not None and given <= seen:
         # Stock takes the tokens for the whole text, finds nothing new in it, and fails or reads them a second time.
         raise ValueError(
-            f"The prompt has {given} tokens by its attention mask, but the cache passed as past_key_values already "
+            f"The prompt has {given} tokens by its attention mask, but the cache passed to generate() already "
             f"holds {seen}. Pass the whole text and what is new, or only the new tokens with an attention_mask of all: "
             f"[batch, {seen} + new tokens]."
         )
@@ -233,11 +288,11 @@ def _prompt_tokens(generation_config: GenerationConfig, model_kwargs: Mapping[st
     """Length of the prompt, padding included; generate() drops a mask of ones but notes its length."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
-        return int(mask.shape[-1])
+        return int(mask.shape[-1]) or None
     length = getattr(generation_config, "_mask_length", None)
     if length is None and model_kwargs.get("position_ids") is not None:
         length = model_kwargs["position_ids"].shape[-1]
-    return None if length is None else int(length)
+    return int(length) if length else None
 
 
 def _may_drop_cache(model: PreTrainedModel) -> bool:
@@ -245,16 +300,15 @@ def _may_drop_cache(model: PreTrainedModel) -> bool:
     return text_config(model).model_type in ("phi3", "phimoe", "phi4_multimodal")
 
 
-def _prepare_inputs(
-    model: PreTrainedModel, input_ids: Any, past_key_values: Cache | None = None, **kwargs: Any
-) -> dict[str, Any]:
+def _prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """As the stock method of the long-rope Phis, which drops the cache where its rotary factors change.
 
     The model would go on with a new `DynamicCache`, and compression would end without a word. Emptying the
     cache and filling it again from all tokens is the same computation.
     """
-    inputs = _stock(model, "prepare_inputs_for_generation")(input_ids, past_key_values=past_key_values, **kwargs)
-    if isinstance(past_key_values, CompressedPagedCache) and inputs.get("past_key_values") is None:
-        past_key_values.reset()
-        inputs["past_key_values"] = past_key_values
+    cache = find_cache((*args, *kwargs.values()), CompressedPagedCache)
+    inputs = _stock(model, "prepare_inputs_for_generation")(*args, **kwargs)
+    if cache is not None and find_cache(inputs, CompressedPagedCache) is None:
+        cache.reset()
+        inputs[generate_argument()] = cache
     return inputs

@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvcompress_hf.compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionInterface,
+    AttentionMaskInterface,
+)
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.call import as_autocast, check_call
 
-__all__ = ["BASES", "PREFIX", "base_implementation", "interface_name", "register"]
+__all__ = ["BASES", "PREFIX", "base_implementation", "eager_function", "interface_name", "register"]
 
 PREFIX = "kvcompress|"
 BASES = ("sdpa", "eager")
@@ -69,7 +72,7 @@ def _attention_function(base: str) -> AttentionFunction:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        stock: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager_function(module))
+        stock: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_function(module))
         if getattr(key, "_kvc", None) is None and getattr(value, "_kvc", None) is None:
             return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return _attend(stock, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
@@ -134,8 +137,15 @@ def _sliding_window(module: nn.Module, layer_idx: int, kwargs: dict[str, Any]) -
     return window
 
 
-def _eager_function(module: nn.Module) -> AttentionFunction:
-    """`eager_attention_forward` of the file the attention class, or the nearest parent class, comes from."""
+def eager_function(module: nn.Module) -> AttentionFunction:
+    """The eager attention function of a family.
+
+    Args:
+        module (`nn.Module`): One of its attention modules.
+
+    Returns:
+        `AttentionFunction`: `eager_attention_forward` of the file that its class, or the nearest parent class, is from.
+    """
     for parent in type(module).__mro__:
         function = getattr(sys.modules.get(parent.__module__), "eager_attention_forward", None)
         if function is not None:

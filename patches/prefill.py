@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches.core import patched
 from kvcompress_hf.patches.generation import record_of
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.support import unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.validation import require_int
 
 __all__ = ["prefill"]
 
@@ -29,7 +31,7 @@ def prefill(
     chunk_size: int | None = None,
     **overrides: Any,
 ) -> CompressedPagedCache:
-    """Runs a prompt through a model and returns the filled cache, for `generate(..., past_key_values=cache)`.
+    """Runs a prompt through a model and returns the filled cache, for `generate(..., kvcompress=cache)`.
 
     `generate` needs at least one token beyond the cached ones: pass it the prompt with the question appended,
     or only the new tokens together with the attention mask of all of them.
@@ -60,8 +62,8 @@ def prefill(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be that of input_ids, "
             f"{tuple(input_ids.shape)}."
         )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None.")
+    if chunk_size is not None:
+        require_int("", "chunk_size", chunk_size, 1)
     record = record_of(model)
     rows = resolve_rows(recipe, None if record is None or recipe is not None else record.recipe)
     recipes = [row.with_overrides(**overrides) for row in rows]
@@ -84,8 +86,8 @@ def prefill(
                 input_ids=input_ids[:, start:end],
                 attention_mask=None if attention_mask is None else attention_mask[:, :end],
                 position_ids=positions[:, start:end],
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
                 **extra,
             )
         if cache.awaits_second_reading:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.errors import UnsupportedFeatureError
 
 __all__ = ["read_again"]
@@ -59,7 +60,7 @@ def read_again(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **as_argument(model, cache),
                 **extra,
             )

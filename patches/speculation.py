@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.generation.candidate_generator import CandidateGenerator
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import CandidateGenerator
 
 __all__ = ["BoundedCandidates"]
 

@@ -2,24 +2,25 @@
 
 from typing import Any
 
-import transformers
-from packaging.version import Version
 from transformers import PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
 
+from kvcompress_hf.compat import (
+    TESTED,
+    PreTrainedConfig,
+    installed_version,
+    is_tested,
+    outdated_peft,
+    unreachable_argument,
+)
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
 
 __all__ = [
-    "TRANSFORMERS_BELOW",
-    "TRANSFORMERS_FROM",
     "check_model",
     "check_transformers",
     "_reason_against_heads",
     "text_config",
     "unwrap",
 ]
-
-TRANSFORMERS_FROM, TRANSFORMERS_BELOW = "5.23", "5.25"
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -30,11 +31,10 @@ def check_transformers() -> None:
     Raises:
         UnsupportedFeatureError: If it is older or newer.
     """
-    installed = transformers.__version__
-    if not Version(TRANSFORMERS_FROM) <= Version(installed) < Version(TRANSFORMERS_BELOW):
+    installed = installed_version()
+    if not is_tested(installed):
         raise UnsupportedFeatureError(
-            f"kvcompress_hf works with transformers >={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}, but {installed} is "
-            f'installed; pip install "transformers>={TRANSFORMERS_FROM},<{TRANSFORMERS_BELOW}".'
+            f"kvcompress_hf works with transformers {TESTED[0]} to {TESTED[-1]}, but {installed} is installed."
         )
 
 

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import ALL_ATTENTION_FUNCTIONS, find_cache
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches.call import as_autocast, check_call
 
@@ -143,18 +142,18 @@ class PagedForward(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the stock `forward`.
+        """As the stock `forward`; the cache is whichever argument is a [`CompressedPagedCache`].
 
         Args:
             hidden_states (`Tensor`): `[batch, tokens, hidden]`.
             position_embeddings (`tuple[Tensor, Tensor]`): cos and sin, `[batch, tokens, head_dim]`.
             attention_mask (`Tensor`, *optional*): What transformers made for the new tokens, `[batch, 1, tokens,
                 tokens]`.
-            past_key_values (`Cache`, *optional*): The cache.
-            kwargs: The other arguments of the call.
+            args: The other arguments by position; at most the cache.
+            kwargs: The other arguments by name, the cache among them.
 
         Returns:
             `tuple[Tensor, Tensor | None]`: `[batch, tokens, hidden]`, and the attention weights if the stock path
@@ -162,14 +161,13 @@ class PagedForward(nn.Module):
 
         Raises:
             UnsupportedFeatureError: For arguments the cache does not know, or attention dropout.
-            ValueError: Without position embeddings.
+            ValueError: Without position embeddings, or with two different caches.
         """
-        if not isinstance(past_key_values, CompressedPagedCache):
-            arguments = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
-            return super().forward(hidden_states, **arguments, past_key_values=past_key_values, **kwargs)  # type: ignore[misc]
-        return _paged_attention(
-            self, past_key_values, hidden_states, position_embeddings, attention_mask, self.window(), kwargs
-        )
+        cache = find_cache((*args, *kwargs.values()), CompressedPagedCache)
+        if cache is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        rest = {name: value for name, value in kwargs.items() if value is not cache}
+        return _paged_attention(self, cache, hidden_states, position_embeddings, attention_mask, self.window(), rest)
 
 
 def _paged_attention(

@@ -17,20 +17,21 @@ LEVEL = {
     "presets": 3,
     "runtime": 3,
     "reports": 4,
+    "compat": 4,
     "io": 4,
-    "rotary": 4,
-    "cache": 5,
-    "patches": 6,
-    "perplexity": 7,
-    "cli": 8,
-    "__init__": 9,
+    "rotary": 5,
+    "cache": 6,
+    "patches": 7,
+    "perplexity": 8,
+    "cli": 9,
+    "__init__": 10,
     # Old import paths, for one release; nobody imports them.
     "moved": 0,
-    "attention": 10,
-    "importance": 10,
-    "planning": 10,
+    "attention": 11,
+    "importance": 11,
+    "planning": 11,
 }
-ANYONE = {"errors", "units", "recipe", "bounded_json"}
+ANYONE = {"errors", "units", "recipe", "validation", "bounded_json"}
 BELOW_CACHE = ["kernels", "paging", "observers", "plans", "runtime", "recipe", "presets", "reports", "io"]
 
 

@@ -35,8 +35,8 @@ def right_answers(model, prompts):
     for question, ids in asked:
         out = model.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True)
         right += question.is_right(tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True))
-        if isinstance(out.past_key_values, kvc.CompressedPagedCache):
-            ratios.append(out.past_key_values.memory().ratio)
+        if isinstance(kvc.cache_of(out), kvc.CompressedPagedCache):
+            ratios.append(kvc.cache_of(out).memory().ratio)
     return right, ratios
 
 
@@ -63,7 +63,7 @@ def test_answers_to_questions_that_come_later_are_kept_too(model, prompts):
             assert cache.memory().ratio < 0.075
             later = tokenizer("\nWhat" + later, add_special_tokens=False, return_tensors="pt").input_ids
             ids = torch.cat([ids, later], 1)
-            out = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
+            out = model.generate(ids, kvcompress=cache, max_new_tokens=9, do_sample=False)
             found += question.is_right(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
         return found
 

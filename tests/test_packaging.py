@@ -68,6 +68,21 @@ def test_the_clone_is_one_package_without_being_installed(name):
     assert Path(spec.origin) == ROOT / "kvcompress_hf" / name / "__init__.py"
 
 
+def test_python_started_in_the_clone_finds_the_installed_library():
+    code = """if True:
+        import sys
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+        from kvcompress_hf import kernels, patches
+        from kvcompress_hf.kernels.library import load_library
+        load_library()
+        print(kernels.__file__, patches.__file__, sep="\\n")
+    """
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    parts = [str(ROOT / "kvcompress_hf" / name / "__init__.py") for name in ("kernels", "patches")]
+    assert result.stdout.splitlines()[-2:] == parts
+
+
 def test_sdist_holds_each_file_once_and_the_links_as_links(sdist):
     with tarfile.open(sdist) as archive:
         members = {member.name.split("/", 1)[1]: member for member in archive.getmembers()}

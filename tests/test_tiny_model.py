@@ -36,7 +36,7 @@ def right_answers(model, tokenizer, questions, **kwargs):
         answer = tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         right += question.is_right(answer)
         kept.append(out.sequences[0, ids.shape[1] :].tolist())
-        caches.append(out.past_key_values)
+        caches.append(kvc.cache_of(out))
     return right, kept, caches
 
 

@@ -1,7 +1,8 @@
 """The `kvcompress` command: `demo`, `generate`, `eval`, `presets`, `doctor`, `support`.
 
 It looks at the library from outside: only the public names of `kvcompress_hf` are used, plus the backend's name for
-`doctor`. Nothing in the library imports it.
+`doctor`. Nothing in the library imports it. Torch and transformers are imported by the commands that need them, when
+they run, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def parse_budget(text: str) -> float | int | str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the command, with every subcommand."""
-    from . import demo, evaluate, generate, info, support
+    from . import demo, evaluate, generate, info, support_command
 
     parser = argparse.ArgumentParser(
         prog="kvcompress", description="A compressed, paged, per-head KV cache for Hugging Face transformers."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, generate, evaluate, info, support):
+    for module in (demo, generate, evaluate, info, support_command):
         module.add_commands(commands)
     return parser
 

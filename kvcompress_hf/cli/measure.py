@@ -142,7 +142,7 @@ def run(
     with torch.inference_mode():
         out = model.generate(input_ids, **options)
     growth = peak.growth()
-    cache = out.past_key_values
+    cache: Any = kvc.cache_of(out)
     slots = None
     if isinstance(cache, DynamicCache):
         total = peak_cache = dense_bytes(cache)

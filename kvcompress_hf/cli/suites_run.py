@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches.second_reading import read_again
 
 from .suites import Question
@@ -101,7 +102,8 @@ def forward(model: Any, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
     tokens = torch.tensor([ids], device=model.device)
     positions = torch.arange(start, start + len(ids), device=model.device)[None]
     extra = {"logits_to_keep": keep} if model._supports_logits_to_keep() else {}
-    out = model(tokens, position_ids=positions, past_key_values=cache, use_cache=cache is not None, **extra)
+    past = as_argument(model, cache)
+    out = model(tokens, position_ids=positions, use_cache=cache is not None, **past, **extra)
     return out.logits[0, -keep:].float()
 
 

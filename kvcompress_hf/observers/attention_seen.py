@@ -212,6 +212,7 @@ def pool_in_order(scores: torch.Tensor, order: torch.Tensor, width: int) -> torc
     """
     if width == 1 or not scores.shape[-1]:
         return scores
+    width = min(width, 2 * scores.shape[-1] - 1)  # a wider one reaches no further
     order = order[:, :, None].expand_as(scores)
     ordered = scores.gather(-1, order)
     pooled = F.max_pool1d(ordered.flatten(0, 1), width, stride=1, padding=width // 2)

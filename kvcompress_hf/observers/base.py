@@ -1,6 +1,7 @@
 """What an observer is: a typed part of a recipe that says which statistics to keep and how they rank slots."""
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -199,4 +200,6 @@ def queries_that_saw(slots: Slots, observing: int, fading: float = 1.0) -> torch
     if fading == 1:
         return (in_prompt + decoded).clamp(min=1).float()
     steps = max(slots.seen - slots.prompt, 0)
-    return (in_prompt * fading**steps + (1 - fading ** decoded.float()) / (1 - fading)).clamp(min=1)
+    # The sum of fading**i over the decode steps; by expm1, because fading may differ from 1 by less than float32 sees.
+    faded = torch.expm1(decoded.float() * math.log(fading)) / (fading - 1)
+    return (in_prompt * fading**steps + faded).clamp(min=1)

@@ -7,7 +7,7 @@ import torch
 from kvcompress_hf.observers.attention_seen import write_field_of_all
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.slots import Slots
-from kvcompress_hf.recipe import require_int
+from kvcompress_hf.validation import check_flags, require_int
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class ExpectedAttention(Observer):
 
     def __post_init__(self) -> None:
         require_int("ExpectedAttention", "queries", self.queries, 1)
-        for name in ("covariance", "value"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"ExpectedAttention.{name} is {getattr(self, name)!r}; it must be True or False.")
+        check_flags(self, "covariance", "value")
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from kvcompress_hf.observers.attention_seen import attention_seen
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.observers.running import RunningScores
 from kvcompress_hf.paging.slots import Slots
-from kvcompress_hf.recipe import require_int
+from kvcompress_hf.validation import check_choice, require_int
 
 Judge = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
@@ -78,8 +78,7 @@ class PersistenceScores(Observer):
 
     def __post_init__(self) -> None:
         require_int("PersistenceScores", "window", self.window, 1)
-        if self.count not in ("below", "above"):
-            raise ValueError(f"PersistenceScores.count is {self.count!r}; it must be 'below' or 'above'.")
+        check_choice(self, "count", ("below", "above"))
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from kvcompress_hf.observers.attention_seen import attention_seen
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.observers.window import equalise_layers
 from kvcompress_hf.paging.slots import Slots
-from kvcompress_hf.recipe import require_int
+from kvcompress_hf.validation import check_choice, check_flags, require_int
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,8 @@ class ReconstructionScores(Observer):
 
     def __post_init__(self) -> None:
         require_int("ReconstructionScores", "chunk", self.chunk, 16)
-        if self.score not in ("max", "square"):
-            raise ValueError(f"ReconstructionScores.score is {self.score!r}; it must be 'max' or 'square'.")
-        for name in ("value", "equalise"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"ReconstructionScores.{name} is {getattr(self, name)!r}; it must be True or False.")
+        check_choice(self, "score", ("max", "square"))
+        check_flags(self, "value", "equalise")
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import torch
 from kvcompress_hf.observers.attention_seen import attention_seen, attention_seen_both
 from kvcompress_hf.observers.base import Chunk, Observer, queries_that_saw
 from kvcompress_hf.paging.slots import Slots
+from kvcompress_hf.validation import check_choice, check_flags
 
 _SCORES = ("mean", "sum", "last")
 
@@ -31,10 +32,8 @@ class RunningScores(Observer):
     std: bool = False
 
     def __post_init__(self) -> None:
-        if self.score not in _SCORES:
-            raise ValueError(f"RunningScores.score is {self.score!r}; it must be one of {', '.join(_SCORES)}.")
-        if not isinstance(self.std, bool):
-            raise ValueError(f"RunningScores.std is {self.std!r}; it must be True or False.")
+        check_choice(self, "score", _SCORES)
+        check_flags(self, "std")
         if self.std and self.score == "last":
             raise ValueError("RunningScores(score='last', std=True): the last query alone has no spread.")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.slots import Slots
-from kvcompress_hf.recipe import require_int
+from kvcompress_hf.validation import require_int
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Chance(Observer):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_int("Chance", "seed", self.seed, 0, 2**31 - 1)
+        require_int("Chance", "seed", self.seed, 0)
 
     @property
     def fields(self) -> tuple[str, ...]:

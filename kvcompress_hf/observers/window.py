@@ -9,7 +9,7 @@ from kvcompress_hf.observers.base import Chunk, Observer, queries_that_saw
 from kvcompress_hf.observers.non_causal import non_causal_scores
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.waiting import on_host
-from kvcompress_hf.recipe import require_int
+from kvcompress_hf.validation import check_choice, check_flags, check_ints, require_int
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,18 @@ class WindowScores(Observer):
     half_life: int | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None:
-            require_int("WindowScores", "window", self.window, 1)
+        check_ints(self, "window", "half_life", low=1)
         require_int("WindowScores", "power", self.power, 1, 2)
         require_int("WindowScores", "pool", self.pool, 1)
         require_int("WindowScores", "exclude", self.exclude, 0)
         if self.pool % 2 == 0:
             raise ValueError(f"WindowScores.pool is {self.pool}; it must be odd, so that it is centred on the slot.")
-        if self.group not in ("sum", "max"):
-            raise ValueError(f"WindowScores.group is {self.group!r}; it must be 'sum' or 'max'.")
-        for name in ("mean", "value", "equalise", "decode", "non_causal"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"WindowScores.{name} is {getattr(self, name)!r}; it must be True or False.")
+        check_choice(self, "group", ("sum", "max"))
+        check_flags(self, "mean", "value", "equalise", "decode", "non_causal")
         if self.non_causal and self.power != 2:
             raise ValueError(f"WindowScores(non_causal=True, power={self.power}): squares only; give power=2.")
-        if self.half_life is not None:
-            require_int("WindowScores", "half_life", self.half_life, 1)
-            if not self.decode:
-                raise ValueError("WindowScores(half_life=..., decode=False): nothing fades where nothing is added.")
+        if self.half_life is not None and not self.decode:
+            raise ValueError("WindowScores(half_life=..., decode=False): nothing fades where nothing is added.")
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -1,8 +1,21 @@
-"""The page pool of one device: slabs of equal pages, a reference count per page, and nothing else."""
+"""The page pool of one device: slabs of equal pages and a reference count per page, shared by the forks of a cache.
 
+Forks may run in threads of their own, so three rules hold. What changes slabs, references or page tables happens under
+`Arena.lock`, as a whole ([`changes_pages`]): if it breaks off, references are counted anew from what owners hold, and
+pages that nobody holds are free again. Whoever lets a kernel read pages without that lock holds the lock that
+[`Arena.register`] gave it; pages move and slabs go only while none of those is held. Finalizers, which may run in the
+middle of anything, take no lock: they leave word ([`Arena.abandon`]), and the next change acts on it.
+"""
+
+import contextlib
+import functools
+import threading
+import time
 import weakref
-from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -14,6 +27,9 @@ from kvcompress_hf.units import format_bytes
 _SLAB_BYTES = 4 * 2**20  # an empty slab goes back to the allocator, so smaller slabs give memory back sooner
 _COPIED_BYTES = 2**20  # a slab up to this size grows in place of a further one
 _GROWTH = 32  # a growing arena allocates 1/32 of its live pages ahead at most
+_PATIENCE = 0.005  # seconds that giving memory back waits for the kernels of other threads; else it is put off
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class PageOwner(Protocol):
@@ -24,6 +40,57 @@ class PageOwner(Protocol):
 
     def slabs_changed(self) -> None:
         """Forgets what it derived from slab addresses."""
+
+    def live_ids(self) -> torch.Tensor:
+        """The page ids it holds, `int32` `[n]`, one per reference."""
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """The memory of an arena at one moment.
+
+    Args:
+        slabs (`list[torch.Tensor]`): Each `uint8` `[pages, page_bytes]`; one given back has none. Not to be changed.
+        addresses (`torch.Tensor`): Of their first bytes, `int64` `[slabs]`, on the arena's device.
+        sizes (`torch.Tensor`): Pages of each, `int32` `[slabs]`, on the host.
+    """
+
+    slabs: list[torch.Tensor]
+    addresses: torch.Tensor
+    sizes: torch.Tensor
+
+    @classmethod
+    def of(cls, slabs: Sequence[torch.Tensor], device: torch.device) -> "Slabs":
+        """The slabs with their addresses and sizes."""
+        addresses = torch.tensor([slab.data_ptr() if slab.shape[0] else 0 for slab in slabs], dtype=torch.int64)
+        sizes = torch.tensor([slab.shape[0] for slab in slabs], dtype=torch.int32)
+        return cls(list(slabs), to_device(addresses, device), sizes)
+
+
+def changes_pages(method: _Method) -> _Method:
+    """For methods of an arena, or of an owner with an `arena`, that change references, page tables or slabs.
+
+    They run one at a time. When the outermost of them raises, references are counted anew, so it must leave the tables
+    and lengths of its owner in a state that says what is held.
+    """
+
+    @functools.wraps(method)
+    def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arena: Arena = self if isinstance(self, Arena) else self.arena
+        with arena.lock:
+            if arena.section.locked():  # called by another such method of this thread
+                return method(self, *args, **kwargs)
+            with arena.section:
+                arena.begin_change()
+                try:
+                    result = method(self, *args, **kwargs)
+                except BaseException:
+                    arena.recount()
+                    raise
+                arena.broken = False
+                return result
+
+    return whole  # type: ignore[return-value]
 
 
 class Arena:
@@ -44,22 +111,87 @@ class Arena:
         self.max_bytes = max_bytes
         pages = max(_SLAB_BYTES // page_bytes, 16)
         self.slab_shift = pages.bit_length() - 1
-        self.slabs: list[torch.Tensor] = []  # uint8 [pages, page_bytes]; a slab given back has no pages
         with torch.inference_mode(False):
-            self.slab_addresses = torch.zeros(0, dtype=torch.int64, device=device)
+            self.pool = Slabs.of((), device)  # replaced as a whole, so that a reader never sees half a change
             # References per page id; -1 where the id has no page behind it.
             self.references = torch.zeros(0, dtype=torch.int32, device=device)
-        self.live = 0  # pages with at least one reference
         self.shared = False  # whether any page may have more than one reference
-        self._owners: weakref.WeakSet[PageOwner] = weakref.WeakSet()
+        self.lock = threading.RLock()
+        self.section = threading.Lock()  # taken inside `lock` by the outermost of nested changes
+        self.broken = False  # a change has begun and not ended
+        self._live = 0  # pages with at least one reference
+        self._owners: dict[int, tuple[weakref.ref[PageOwner], threading.RLock]] = {}  # type: ignore[valid-type]
+        self._abandoned: deque[PageOwner] = deque()
 
-    def register(self, owner: PageOwner) -> None:
+    def register(self, owner: PageOwner) -> Any:
         """Adds an owner of pages, held weakly.
 
         Args:
             owner (`PageOwner`): Called back on relocation and on slab changes.
+
+        Returns:
+            `threading.RLock`: To be held while kernels read the owner's pages outside of a change. Who holds it must
+            not begin a change.
         """
-        self._owners.add(owner)
+        with self.lock:
+            key, reading = id(owner), threading.RLock()
+            self._owners[key] = weakref.ref(owner, lambda _: self._owners.pop(key, None)), reading
+            return reading
+
+    def unregister(self, owner: PageOwner) -> None:
+        """Forgets an owner that holds no pages any more.
+
+        Args:
+            owner (`PageOwner`): The owner.
+        """
+        self._owners.pop(id(owner), None)
+
+    def abandon(self, owner: PageOwner) -> None:
+        """Leaves word that an owner is gone, so that the next change releases its pages; for finalizers.
+
+        Args:
+            owner (`PageOwner`): An owner that nobody uses any more; kept until then.
+        """
+        self._abandoned.append(owner)
+        if self.lock.acquire(blocking=False):  # mostly; a finalizer must not wait
+            try:
+                if not self.section.locked():  # else this thread is in the middle of a change
+                    self._settle()
+            finally:
+                self.lock.release()
+
+    def forget_abandoned(self) -> None:
+        """Drops what finalizers have left; for the last owner of all, which takes the pages with it."""
+        self._abandoned.clear()
+
+    def _alive(self) -> list[PageOwner]:
+        owners = (ref() for ref, _ in list(self._owners.values()))
+        return [owner for owner in owners if owner is not None]
+
+    def begin_change(self) -> None:
+        """Puts right what an interrupted change and finalizers have left; see [`changes_pages`]."""
+        if self.broken:
+            self.recount()
+        self.broken = True
+        while self._abandoned:
+            owner = self._abandoned[0]
+            self.release(owner.live_ids())
+            self.unregister(owner)
+            self._abandoned.popleft()
+
+    def recount(self) -> None:
+        """Counts references from what owners hold, after a change broke off."""
+        while self._abandoned:
+            self.unregister(self._abandoned.popleft())
+        with torch.inference_mode(False):
+            counts = torch.zeros_like(self.references)
+            for owner in self._alive():
+                ids = owner.live_ids()
+                counts.index_add_(0, ids, torch.ones_like(ids))
+            counts[self.references < 0] = -1
+        self.references, self._live = counts, int((counts > 0).sum())
+        self.shared = bool((counts > 1).any())
+        self.broken = False
 
     def has_other_owners(self, mine: Container[int]) -> bool:
         """Whether anyone else takes pages from here.
@@ -70,17 +202,44 @@ class Arena:
         Returns:
             `bool`: True if there is another owner alive.
         """
-        return any(id(owner) not in mine for owner in self._owners)
+        gone = {id(owner) for owner in list(self._abandoned)}
+        return any(owner not in mine and owner not in gone for owner in list(self._owners))
+
+    @property
+    def slabs(self) -> list[torch.Tensor]:
+        """`list[torch.Tensor]`: `uint8` `[pages, page_bytes]` each, not to be changed; one given back has no pages."""
+        return self.pool.slabs
+
+    @property
+    def slab_addresses(self) -> torch.Tensor:
+        """`torch.Tensor`: `int64` `[slabs]`, the address of each slab's first byte."""
+        return self.pool.addresses
+
+    @property
+    def live(self) -> int:
+        """`int`: Pages with at least one reference."""
+        if self._abandoned:
+            self._settle()
+        return self._live
 
     @property
     def pages(self) -> int:
         """`int`: Pages allocated, live or free."""
-        return sum(slab.shape[0] for slab in self.slabs)
+        return sum(slab.shape[0] for slab in self.pool.slabs)
 
     @property
     def nbytes(self) -> int:
         """`int`: Bytes allocated for slabs."""
         return self.pages * self.page_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """`int`: Bytes of reference counts and of what is known of slabs."""
+        return self.references.nbytes + self.pool.addresses.nbytes + self.pool.sizes.nbytes
+
+    @changes_pages
+    def _settle(self) -> None:
+        """Releases what finalizers have left."""
 
     def allocate(self, count: int) -> torch.Tensor:
         """Takes pages, those with the lowest ids first, so that live pages stay together.
@@ -94,23 +253,24 @@ class Arena:
         Raises:
             CacheMemoryError: If the arena would grow beyond `max_bytes`; nothing has changed then.
         """
-        missing = count - (self.pages - self.live)
-        if missing > 0:
-            self._grow(missing)
-        # By a prefix sum, because the device need not be asked how many are free.
-        free = (self.references == 0).cumsum(0, dtype=torch.int32)
-        ids = torch.searchsorted(
-            free, torch.arange(1, count + 1, dtype=torch.int32, device=free.device), out_int32=True
-        )
-        self.references[ids] = 1
-        self.live += count
-        if self.device.type == "cpu":
-            # A file of this cache must not hold, in the unused ends of its pages, what others had stored there. A GPU
-            # would have to be asked which slabs these are.
-            inner = (ids & ((1 << self.slab_shift) - 1)).long()
-            for index in torch.unique(ids >> self.slab_shift).tolist():
-                self.slabs[index][inner[(ids >> self.slab_shift) == index]] = 0
-        return ids
+        with self.lock:
+            missing = count - (self.pages - self._live)
+            if missing > 0:
+                self._grow(missing)
+            # By a prefix sum, because the device need not be asked how many are free.
+            free = (self.references == 0).cumsum(0, dtype=torch.int32)
+            ids = torch.searchsorted(
+                free, torch.arange(1, count + 1, dtype=torch.int32, device=free.device), out_int32=True
+            )
+            if self.device.type == "cpu":
+                # A file of this cache must not hold, in the unused ends of its pages, what others had stored there. A
+                # GPU would have to be asked which slabs these are.
+                inner = (ids & ((1 << self.slab_shift) - 1)).long()
+                for index in torch.unique(ids >> self.slab_shift).tolist():
+                    self.slabs[index][inner[(ids >> self.slab_shift) == index]] = 0
+            self.references[ids] = 1
+            self._live += count
+            return ids
 
     def retain(self, ids: torch.Tensor) -> None:
         """Adds one reference per occurrence of a page.
@@ -119,8 +279,9 @@ class Arena:
             ids (`torch.Tensor`): Page ids, `int32` `[n]`, with repeats.
         """
         if ids.numel():
-            self.references.index_add_(0, ids, torch.ones_like(ids))
-            self.shared = True
+            with self.lock:
+                self.references.index_add_(0, ids, torch.ones_like(ids))
+                self.shared = True
 
     def release(self, ids: torch.Tensor) -> None:
         """Drops one reference per occurrence of a page; a page without references is free.
@@ -130,9 +291,10 @@ class Arena:
         """
         if not ids.numel():
             return
-        held = self.references > 0 if self.shared else None
-        self.references.index_add_(0, ids, torch.full_like(ids, -1))
-        self.live -= ids.numel() if held is None else int((held & (self.references == 0)).sum())
+        with self.lock:
+            held = self.references > 0 if self.shared else None
+            self.references.index_add_(0, ids, torch.full_like(ids, -1))
+            self._live -= ids.numel() if held is None else int((held & (self.references == 0)).sum())
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Copies the bytes of pages.
@@ -180,19 +342,22 @@ class Arena:
         Raises:
             CacheMemoryError: If the arena would grow beyond `max_bytes`; nothing has changed then.
         """
-        self._check_limit(sum(slab.shape[0] for slab in slabs))
-        ids = []
-        with torch.inference_mode(False):
+        with self.lock, torch.inference_mode(False):
+            self._check_limit(sum(slab.shape[0] for slab in slabs))
+            mine, counts = list(self.slabs), self.references
+            ids = [torch.zeros(0, dtype=torch.int64, device=self.device)]
             for slab in slabs:
-                index = self._insert(slab)
-                ids.append(self._slab_ids(index))
-            taken = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device=self.device)
-            self.references[taken] = references.to(device=self.device, dtype=torch.int32)
-        self.live += int((references > 0).sum())
-        self.shared = self.shared or bool((references > 1).any())
-        self._slabs_changed()
+                counts = self._insert(mine, counts, slab)
+                ids.append(self._slab_ids(mine, _place_of(mine, slab)))
+            taken = torch.cat(ids)
+            counts = counts.clone()
+            counts[taken] = references.to(device=self.device, dtype=torch.int32)
+            self._commit(mine, counts)
+            self._live += int((references > 0).sum())
+            self.shared = self.shared or bool((references > 1).any())
         return taken.to(torch.int32)
 
+    @changes_pages
     def trim(self, room: int | None = None) -> None:
         """Gives memory back: gathers live pages in as few slabs as they need, drops the others, shortens one.
 
@@ -200,54 +365,87 @@ class Arena:
             room (`int`, *optional*): Most bytes of free pages to keep for what comes next; a small share of the live
                 ones in any case.
         """
-        keep = self.live // _GROWTH
+        keep = self._live // _GROWTH
         if room is not None:
             keep = min(keep, room // self.page_bytes)
-        if self.live and self.pages - self.live <= keep:
+        if self._live and self.pages - self._live <= keep:
             return
-        sizes = [slab.shape[0] for slab in self.slabs]
         state = on_host(self.references.clamp(max=1).to(torch.int8))  # -1: no page, 0: free, 1: live
+        cut = self._cut(state, keep)
+        if not cut:
+            return
+        with self._standstill() as still:
+            if not still:  # other threads read pages, and this can wait until the next packing
+                return
+            try:
+                with torch.inference_mode(False):
+                    self._cut_off(state, cut)
+            except (MemoryError, torch.OutOfMemoryError):
+                # A shorter slab is made before the longer one goes. Pages that have moved already are where owners say.
+                self.recount()
+
+    def _cut(self, state: torch.Tensor, keep: int) -> dict[int, int]:
+        """Which slabs are to be shortened, and how many pages each is left with, so that `keep` free pages stay."""
+        sizes = [slab.shape[0] for slab in self.slabs]
         live = self._live_per_slab(state)
         kept: dict[int, int] = {}  # slab: pages it keeps
         pages = 0
         # First slabs first: page ids, and so the reference counts, reach no further than the last slab kept.
         for index, size in enumerate(sizes):
-            if pages >= self.live:
+            if pages >= self._live:
                 break
             kept[index] = size
             pages += size
         for index in sorted(kept, key=lambda i: sizes[i]):
-            if pages - sizes[index] >= self.live:
+            if pages - sizes[index] >= self._live:
                 pages -= kept.pop(index)
-        spare = pages - self.live
+        spare = pages - self._live
         if kept and spare > keep:
             # Every slab left is larger than what is spare, or it would be gone.
             kept[min(kept, key=lambda i: live[i])] -= spare - keep
-        cut = [i for i, size in enumerate(sizes) if size and kept.get(i, 0) < size]
-        if not cut:
-            return
-        self._gather(state, {index: kept.get(index, 0) for index in cut})
-        for index in cut:
-            pages, first = kept.get(index, 0), index << self.slab_shift
-            self.references[first + pages : first + sizes[index]] = -1
-            with torch.inference_mode(False):
-                shorter = self.new_slab(pages)
-                self.slabs[index] = shorter.copy_(self.slabs[index][:pages])
-        while self.slabs and not self.slabs[-1].shape[0]:
-            self.slabs.pop()
-        with torch.inference_mode(False):
-            self.references = self.references[: self._ids()].clone()
-        self._slabs_changed()
+        return {i: kept.get(i, 0) for i, size in enumerate(sizes) if size and kept.get(i, 0) < size}
 
-    def _gather(self, state: torch.Tensor, kept: Mapping[int, int]) -> None:
-        """Moves live pages out of what will be cut off: all but the first `kept[slab]` pages of each named slab."""
+    def _cut_off(self, state: torch.Tensor, cut: Mapping[int, int]) -> None:
+        """Shortens slabs. Everything that may fail comes before anything is given up."""
+        slabs, shorter = list(self.slabs), {index: self.new_slab(pages) for index, pages in cut.items()}
+        references = self._gather(state, cut)
+        for index, slab in shorter.items():
+            first = index << self.slab_shift
+            references[first + slab.shape[0] : first + slabs[index].shape[0]] = -1
+            slabs[index] = slab.copy_(slabs[index][: slab.shape[0]])
+        while slabs and not slabs[-1].shape[0]:
+            slabs.pop()
+        self._commit(slabs, references[: self._ids(slabs)].clone())
+
+    @contextlib.contextmanager
+    def _standstill(self, patience: float = _PATIENCE) -> Iterator[bool]:
+        """Whether no other thread's kernel reads pages; none begins to while this lasts."""
+        until = time.monotonic() + patience
+        with contextlib.ExitStack() as held:
+            for _, reading in list(self._owners.values()):
+                if not reading.acquire(timeout=max(0.0, until - time.monotonic())):
+                    yield False
+                    return
+                held.callback(reading.release)
+            yield True
+
+    def _gather(self, state: torch.Tensor, kept: Mapping[int, int]) -> torch.Tensor:
+        """Moves live pages out of what will be cut off: all but the first `kept[slab]` pages of each named slab.
+
+        Pages are copied, then owners are told. Until the slabs are cut both copies are there, so it may break off
+        anywhere.
+
+        Returns:
+            `torch.Tensor`: The references as they are to be, `int32` `[page ids]`.
+        """
         leaving = torch.zeros_like(state, dtype=torch.bool)
         for index, pages in kept.items():
             first = index << self.slab_shift
             leaving[first + pages : first + self.slabs[index].shape[0]] = True
+        references = self.references.clone()
         sources = torch.nonzero(leaving & (state > 0)).flatten()
         if not sources.numel():
-            return
+            return references
         targets = torch.nonzero(~leaving & (state == 0)).flatten()[: sources.numel()]
         for index in kept:
             chosen = (sources >> self.slab_shift) == index
@@ -255,9 +453,10 @@ class Arena:
         moved = torch.arange(state.numel(), dtype=torch.int32)
         moved[sources] = targets.to(torch.int32)
         sources, targets, moved = (to_device(each, self.device) for each in (sources, targets, moved))
-        self.references[targets] = self.references[sources]
-        for owner in self._owners:
+        references[targets] = references[sources]
+        for owner in self._alive():
             owner.relocate(moved)
+        return references
 
     def copy_pages(self, ids: torch.Tensor) -> torch.Tensor:
         """Makes private copies of pages.
@@ -271,20 +470,25 @@ class Arena:
         Raises:
             CacheMemoryError: If there is no room for the copies.
         """
-        copies = self.allocate(ids.numel())
-        here, there = on_host(ids), on_host(copies)
-        for index in torch.unique(here >> self.slab_shift).tolist():
-            chosen = (here >> self.slab_shift) == index
-            self.write(there[chosen], self.read(here[chosen]))
-        return copies
+        with self.lock:
+            copies = self.allocate(ids.numel())
+            try:
+                here, there = on_host(ids), on_host(copies)
+                for index in torch.unique(here >> self.slab_shift).tolist():
+                    chosen = (here >> self.slab_shift) == index
+                    self.write(there[chosen], self.read(here[chosen]))
+            except BaseException:
+                self.release(copies)
+                raise
+            return copies
 
-    def _slab_ids(self, index: int) -> torch.Tensor:
+    def _slab_ids(self, slabs: Sequence[torch.Tensor], index: int) -> torch.Tensor:
         first = index << self.slab_shift
-        return torch.arange(first, first + self.slabs[index].shape[0], device=self.device)
+        return torch.arange(first, first + slabs[index].shape[0], device=self.device)
 
-    def _ids(self) -> int:
+    def _ids(self, slabs: Sequence[torch.Tensor]) -> int:
         """Page ids in use or not, up to the last page of the last slab."""
-        return ((len(self.slabs) - 1) << self.slab_shift) + self.slabs[-1].shape[0] if self.slabs else 0
+        return ((len(slabs) - 1) << self.slab_shift) + slabs[-1].shape[0] if slabs else 0
 
     def _live_per_slab(self, state: torch.Tensor) -> list[int]:
         if not self.slabs:
@@ -295,14 +499,22 @@ class Arena:
 
     def _grow(self, missing: int) -> None:
         # Ahead by a fraction of what lives, so that a long decode does not allocate at every packing.
-        pages = max(missing, min(self.live // _GROWTH, 1 << self.slab_shift))
+        pages = max(missing, min(self._live // _GROWTH, 1 << self.slab_shift))
         if self.max_bytes is not None and (self.pages + pages) * self.page_bytes > self.max_bytes:
             pages = missing
             self._check_limit(pages)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self._standstill(0.0) as still:
+            slabs, references = list(self.slabs), self.references
+            if still and self._may_lengthen(slabs):
+                added = min(pages, (1 << self.slab_shift) - slabs[-1].shape[0])
+                references = self._lengthen(slabs, references, added)
+                pages -= added
             while pages > 0:
-                pages -= self._lengthen(pages) or self._add(pages)
-        self._slabs_changed()
+                slab = self.new_slab(min(pages, 1 << self.slab_shift))
+                references = self._insert(slabs, references, slab).clone()
+                references[self._slab_ids(slabs, _place_of(slabs, slab))] = 0
+                pages -= slab.shape[0]
+            self._commit(slabs, references)
 
     def _check_limit(self, more: int) -> None:
         size = (self.pages + more) * self.page_bytes
@@ -312,42 +524,40 @@ class Arena:
                 f"{format_bytes(self.max_bytes)}; raise max_bytes, lower the budget, or shorten the input."
             )
 
-    def _insert(self, slab: torch.Tensor) -> int:
-        """Puts a slab in the first free place; the references of its pages are still to be set."""
-        index = next((i for i, old in enumerate(self.slabs) if not old.shape[0]), len(self.slabs))
-        if index < len(self.slabs):
-            self.slabs[index] = slab
-        else:
-            self.slabs.append(slab)
-        self._cover_ids()
-        return index
+    def _insert(self, slabs: list[torch.Tensor], references: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
+        """Puts a slab in the first free place, and returns the references with room for its pages."""
+        index = next((i for i, old in enumerate(slabs) if not old.shape[0]), len(slabs))
+        slabs[index : index + 1] = [slab]
+        return self._cover(slabs, references)
 
-    def _cover_ids(self) -> None:
-        absent = max(0, self._ids() - self.references.numel())
-        self.references = torch.nn.functional.pad(self.references, (0, absent), value=-1)
+    def _cover(self, slabs: Sequence[torch.Tensor], references: torch.Tensor) -> torch.Tensor:
+        absent = max(0, self._ids(slabs) - references.numel())
+        return torch.nn.functional.pad(references, (0, absent), value=-1)
 
-    def _add(self, pages: int) -> int:
-        """Adds a slab of at most that many pages, and returns how many it has."""
-        count = min(pages, 1 << self.slab_shift)
-        index = self._insert(self.new_slab(count))  # this replaces self.references, so it comes first
-        self.references[self._slab_ids(index)] = 0
-        return count
-
-    def _lengthen(self, pages: int) -> int:
-        """Copies a small last slab into a longer one, and returns how many pages it has more.
+    def _may_lengthen(self, slabs: Sequence[torch.Tensor]) -> bool:
+        """Whether the last slab is so small that it is rather copied than followed by another.
 
         Page ids count up to the end of a slab, so many short slabs would make long tables.
         """
-        old = self.slabs[-1].shape[0] if self.slabs else 0
-        added = min(pages, (1 << self.slab_shift) - old)
-        if not old or old * self.page_bytes > _COPIED_BYTES or not added:
-            return 0
+        old = slabs[-1].shape[0] if slabs else 0
+        return 0 < old < 1 << self.slab_shift and old * self.page_bytes <= _COPIED_BYTES
+
+    def _lengthen(self, slabs: list[torch.Tensor], references: torch.Tensor, added: int) -> torch.Tensor:
+        """Copies the last slab into a longer one, and returns the references with room for its pages."""
+        old = slabs[-1].shape[0]
         slab = self.new_slab(old + added)
-        slab[:old] = self.slabs[-1]
-        self.slabs[-1] = slab
-        self._cover_ids()
-        self.references[self._slab_ids(len(self.slabs) - 1)[old:]] = 0
-        return added
+        slab[:old] = slabs[-1]
+        slabs[-1] = slab
+        references = self._cover(slabs, references).clone()
+        references[self._slab_ids(slabs, len(slabs) - 1)[old:]] = 0
+        return references
+
+    def _commit(self, slabs: Sequence[torch.Tensor], references: torch.Tensor) -> None:
+        """Takes over slabs and the references to their pages; what may fail has been done before."""
+        pool, owners = Slabs.of(slabs, self.device), self._alive()
+        self.pool, self.references = pool, references
+        for owner in owners:
+            owner.slabs_changed()
 
     def new_slab(self, pages: int) -> torch.Tensor:
         """Memory for a slab, not yet part of the arena.
@@ -362,9 +572,6 @@ class Arena:
             return page_memory(pages, self.page_bytes)
         return torch.zeros((pages, self.page_bytes), dtype=torch.uint8, device=self.device)
 
-    def _slabs_changed(self) -> None:
-        with torch.inference_mode(False):
-            addresses = [slab.data_ptr() if slab.shape[0] else 0 for slab in self.slabs]
-            self.slab_addresses = to_device(torch.tensor(addresses, dtype=torch.int64), self.device)
-        for owner in self._owners:
-            owner.slabs_changed()
+
+def _place_of(slabs: Sequence[torch.Tensor], slab: torch.Tensor) -> int:
+    return next(i for i, each in enumerate(slabs) if each is slab)

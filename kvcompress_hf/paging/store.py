@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail, page_section
-from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.arena import Arena, changes_pages
 from kvcompress_hf.paging.key_shift import steady_mean
 from kvcompress_hf.paging.key_turn import turn_keys
 from kvcompress_hf.paging.waiting import known_as, moves_into_holes, on_host, pick, places, to_device
@@ -104,7 +104,7 @@ class PagedStore:
         self._known: torch.Tensor | None = None
         if geometry.device.type != "cpu":
             self._known = torch.zeros((len(layout.tiers), rows), dtype=torch.int32)
-        arena.register(self)
+        self.reading = arena.register(self)  # held while kernels read pages outside of a change
 
     def _int32(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.geometry.device)
@@ -128,13 +128,15 @@ class PagedStore:
             layer (`int`, *optional*): Index of the layer; all layers when left out.
 
         Returns:
-            `Rows`: Views of tables and lengths; valid until `version` changes.
+            `Rows`: Views of tables and lengths; valid until `version` changes, which other threads may cause unless
+            `reading` is held.
         """
-        part = self._slice(layer)
+        part, pool = self._slice(layer), self.arena.pool
         return Rows(
             layout=self.layout,
-            slabs=self.arena.slabs,
-            slab_addresses=self.arena.slab_addresses,
+            slabs=pool.slabs,
+            slab_addresses=pool.addresses,
+            slab_pages=pool.sizes,
             slab_shift=self.arena.slab_shift,
             tables=[table[part] for table in self.tables],
             lengths=[length[part] for length in self.lengths],
@@ -216,12 +218,14 @@ class PagedStore:
         Returns:
             `Snapshot`: Copies of the lengths.
         """
-        sums = None if self._sums is None or self._summed is None else (self._sums.clone(), self._summed.clone())
-        lengths = self.lengths.clone()
+        with torch.inference_mode(False):
+            sums = None if self._sums is None or self._summed is None else (self._sums.clone(), self._summed.clone())
+            lengths, tail_lengths = self.lengths.clone(), self.tail_lengths.clone()
         if self._known is not None:
             known_as(lengths, self._known.clone())
-        return Snapshot(lengths, self.tail_lengths.clone(), sums)
+        return Snapshot(lengths, tail_lengths, sums)
 
+    @changes_pages
     def restore(self, snapshot: "Snapshot | None") -> None:
         """Takes back what was added since; what was packed from the tail is still in the tail's memory.
 
@@ -322,6 +326,7 @@ class PagedStore:
             self._tail_shared = False
             self.version += 1
 
+    @changes_pages
     def pack_tail(
         self,
         tier: int,
@@ -365,7 +370,8 @@ class PagedStore:
             fields.update(self.describe(describe, keys, values, real, layer))
         self.pack(tier, keys, values, counts, None, fields, layer)
         if self._tail_shared:
-            self.tail_lengths = self.tail_lengths.clone()
+            with torch.inference_mode(False):
+                self.tail_lengths = self.tail_lengths.clone()
         self.tail_lengths[part] = 0
 
     def crop_tail(self, position: int) -> None:
@@ -422,6 +428,7 @@ class PagedStore:
 
     # -- packed slots ----------------------------------------------------------------------------------------------
 
+    @changes_pages
     def pack(
         self,
         tier: int,
@@ -551,6 +558,7 @@ class PagedStore:
             self.tables[tier][row[foreign], column[foreign]] = self.arena.copy_pages(ids)
             self.arena.release(ids)
 
+    @changes_pages
     def own_all(self) -> None:
         """Makes every page private, for recipes that write statistics into slots at each decode step."""
         if not self.arena.shared:
@@ -564,6 +572,7 @@ class PagedStore:
         columns = torch.arange(self.tables[tier].shape[1], device=self.geometry.device)
         return columns < self._pages(tier, self.lengths[tier])[:, None]
 
+    @changes_pages
     def live_ids(self) -> torch.Tensor:
         """Page ids in use, with repeats where rows share a page.
 
@@ -575,6 +584,7 @@ class PagedStore:
             ids.append(table[places(self._live(tier), int(self._pages(tier, lengths).sum()))])
         return torch.cat(ids)
 
+    @changes_pages
     def read_field(self, tier: int, field: str, width: int | None = None) -> torch.Tensor:
         """A field of every packed slot of all layers.
 
@@ -590,6 +600,7 @@ class PagedStore:
             width = self.width(tier)
         return self.backend.read_field(self.rows(), tier, field, width)
 
+    @changes_pages
     def positions(self) -> list[torch.Tensor] | None:
         """Logical positions of what each row keeps, packed or in the tail.
 
@@ -611,6 +622,7 @@ class PagedStore:
             result.append(torch.cat(parts).long().sort().values)
         return result
 
+    @changes_pages
     def clear_field(self, field: str, layer: int) -> None:
         """Sets a float field of every slot of a layer to zero, in pages and tail.
 
@@ -627,6 +639,7 @@ class PagedStore:
         if self.tail_fields is not None:
             self.tail_fields[layer, self.layout.fields.index(field)] = 0
 
+    @changes_pages
     def scale_field(self, field: str, factor: float) -> None:
         """Multiplies a float field of every packed slot of all layers.
 
@@ -639,6 +652,7 @@ class PagedStore:
             if self.width(tier):
                 self.backend.write_field(self.rows(), tier, field, self.read_field(tier, field) * factor)
 
+    @changes_pages
     def evict(
         self, tier: int, keep: torch.Tensor, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -678,6 +692,7 @@ class PagedStore:
             self.truncate(tier, kept)
         return moved
 
+    @changes_pages
     def own(self, tier: int, chosen: torch.Tensor) -> None:
         """Makes the pages of some slots private, so that they can be written to.
 
@@ -692,6 +707,7 @@ class PagedStore:
             row, column = torch.nonzero(self._by_page(tier, chosen).any(-1), as_tuple=True)
             self._own_pages(tier, row, column)
 
+    @changes_pages
     def turn_keys(self, tier: int, by: torch.Tensor, seed: torch.Tensor, inv_freq: torch.Tensor) -> None:
         """Rotates stored keys on, so that they look newer; see [`paging.key_turn.turn_keys`].
 
@@ -725,6 +741,7 @@ class PagedStore:
         padded = torch.nn.functional.pad(values, (0, pages * slots - values.shape[1]))
         return padded.view(-1, pages, slots)
 
+    @changes_pages
     def demote(self, tier: int, lower: int, chosen: torch.Tensor, counts: torch.Tensor | None = None) -> None:
         """Copies slots into a lower tier, re-quantised from what is stored; [`PagedStore.evict`] then drops them here.
 
@@ -753,6 +770,7 @@ class PagedStore:
             self._known[lower] += here
         self.evicted = True
 
+    @changes_pages
     def truncate(self, tier: int, lengths: torch.Tensor) -> None:
         """Shortens rows and frees the pages behind.
 
@@ -777,6 +795,7 @@ class PagedStore:
 
     # -- sequences -------------------------------------------------------------------------------------------------
 
+    @changes_pages
     def select(self, index: torch.Tensor) -> None:
         """Makes sequence `i` what sequence `index[i]` was; shared pages are counted, not copied.
 
@@ -812,6 +831,7 @@ class PagedStore:
         self.arena.release(old)
         self.version += 1
 
+    @changes_pages
     def fork(self) -> "PagedStore":
         """A second owner of the same pages and tail; whoever writes first copies what it writes to.
 
@@ -819,32 +839,44 @@ class PagedStore:
             `PagedStore`: The copy.
         """
         other = PagedStore(self.geometry, self.layers, self.batch, self.layout, self.arena, self.backend)
-        with torch.inference_mode(False):
-            other.tables = [table.clone() for table in self.tables]
-            other.lengths = self.lengths.clone()
-            other.tail_lengths = self.tail_lengths.clone()
-        other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
-        other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
-        other.evicted, other.key_shift = self.evicted, self.key_shift
-        other._known = None if self._known is None else self._known.clone()
-        if self._sums is not None and self._summed is not None:
-            other._sums, other._summed = self._sums.clone(), self._summed.clone()
-        self._tail_shared = other._tail_shared = self.tail_keys is not None
-        self.arena.retain(other.live_ids())
+        try:
+            with torch.inference_mode(False):  # what is changed in place later, in whatever mode
+                tables, lengths = [table.clone() for table in self.tables], self.lengths.clone()
+                other.tail_lengths = self.tail_lengths.clone()
+                if self._sums is not None and self._summed is not None:
+                    other._sums, other._summed = self._sums.clone(), self._summed.clone()
+            other.tail_keys, other.tail_values = self.tail_keys, self.tail_values
+            other.tail_positions, other.tail_fields = self.tail_positions, self.tail_fields
+            other.evicted, other.key_shift = self.evicted, self.key_shift
+            other._known = None if self._known is None else self._known.clone()
+            self._tail_shared = other._tail_shared = self.tail_keys is not None
+            other.tables, other.lengths = tables, lengths
+            self.arena.retain(other.live_ids())
+        except BaseException:
+            self.arena.unregister(other)
+            raise
         return other
 
+    @changes_pages
     def close(self) -> None:
         """Gives every page back and empties the rows."""
         self.arena.release(self.live_ids())
         self.lengths.zero_()
         self._known = None if self._known is None else torch.zeros_like(self._known)
-        self.tail_lengths = torch.zeros_like(self.tail_lengths)
+        with torch.inference_mode(False):
+            self.tail_lengths = torch.zeros_like(self.tail_lengths)
         self.evicted = False
         self._sums = self._summed = self.key_shift = None
         self.drop_tail()
 
+    def abandon(self) -> None:
+        """Gives every page back soon, without waiting for anybody; for finalizers."""
+        self.drop_tail()
+        self.arena.abandon(self)
+
     # -- to a file and back ----------------------------------------------------------------------------------------
 
+    @changes_pages
     def state(self, layers: int) -> dict[str, torch.Tensor]:
         """Everything the store holds but its pages; the inverse of [`PagedStore.load_state`].
 
@@ -876,6 +908,7 @@ class PagedStore:
             state["key_shift"] = self.key_shift[:layers]
         return state
 
+    @changes_pages
     def load_state(self, state: Mapping[str, torch.Tensor], evicted: bool) -> None:
         """Fills an empty store of as many layers as the state has; nothing is checked here.
 
@@ -919,6 +952,7 @@ class PagedStore:
         owned = [*self.tables, self.lengths, self.tail_lengths, *(t for t in tail if t is not None)]
         return sum(t.nbytes for t in owned)
 
+    @changes_pages
     def usage(self) -> Usage:
         """Where the bytes of this store go; pages that forks share are counted in each.
 

@@ -44,7 +44,8 @@ def measure_distortion(
     for real in sorted(set(counts) - {0}):  # a sequence is measured as if it came alone
         alike = to_device(torch.tensor([i for i, count in enumerate(counts) if count == real]), keys.device)
         q, k, v = (x[alike, :, -real:] for x in (query, keys, values))
-        result[alike] = _measure(q, k, v, scale, tiers)
+        # Where numbers leave their range, storing is as bad as evicting; NaN is for what has not been measured.
+        result[alike] = _measure(q, k, v, scale, tiers).nan_to_num(nan=1.0, posinf=1.0)
     return result
 
 

@@ -25,8 +25,9 @@ def bins_below_top(scores: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `int32` `[batch, rows, slots]`, 0 for the highest, `BINS - 1` for zeros and all too low.
     """
-    # Adding zero makes -0.0 positive: its bits would come out highest.
-    bits = (scores + 0.0).contiguous().view(torch.int32)
+    # Whatever a poisoned sequence brings, bits must be those of a finite number that is not negative: NaN and below
+    # zero count as zero. Adding zero makes -0.0 positive.
+    bits = (scores.nan_to_num(nan=0.0).clamp(min=0.0) + 0.0).contiguous().view(torch.int32)
     return ((bits.amax((1, 2), keepdim=True) - bits) >> _SHIFT).clamp_(max=BINS - 1)
 
 

@@ -9,6 +9,7 @@ from kvcompress_hf.plans.base import EVICT, Plan, PlanView, require_single_tier
 from kvcompress_hf.plans.lowest import FlatRows, lowest
 from kvcompress_hf.plans.pages import plan_pages
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.validation import check_flags, check_numbers, finite, shown
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,20 @@ class PagePlan(Plan):
     bias: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not 0 <= self.floor < 1:
-            raise ValueError(f"PagePlan.floor is {self.floor!r}; it must lie in [0, 1).")
-        if not isinstance(self.normalise, bool):
-            raise ValueError(f"PagePlan.normalise is {self.normalise!r}; it must be True or False.")
-        if self.bias is None:
-            return
-        try:
-            object.__setattr__(self, "bias", tuple(tuple(float(x) for x in heads) for heads in self.bias))
-        except TypeError:
-            raise ValueError(f"PagePlan.bias is {self.bias!r}; it must be nested, [layers][kv_heads].") from None
+        check_numbers(self, "floor", low=0, high=1, without=(1,))
+        check_flags(self, "normalise")
+        if self.bias is not None:
+            object.__setattr__(self, "bias", self._nested(self.bias))
+
+    @staticmethod
+    def _nested(bias: object) -> tuple[tuple[float, ...], ...]:
+        kinds = (list, tuple)
+        if not isinstance(bias, kinds) or not all(isinstance(heads, kinds) for heads in bias):
+            raise ValueError(f"PagePlan.bias is {shown(bias)}; it must be nested, [layers][kv_heads].")
+        numbers = tuple(tuple(finite(x) for x in heads) for heads in bias)
+        if any(x is None for heads in numbers for x in heads):
+            raise ValueError(f"PagePlan.bias is {shown(bias)}; every one must be a finite number.")
+        return tuple(tuple(x for x in heads if x is not None) for heads in numbers)
 
     def check(self, recipe: Recipe) -> None:
         """Needs a budget and one tier; see [`Plan.check`]."""

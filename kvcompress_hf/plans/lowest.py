@@ -7,7 +7,8 @@ import torch
 from kvcompress_hf.paging.waiting import on_host, to_device
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView, require_single_tier
 from kvcompress_hf.plans.pages import plan_pages
-from kvcompress_hf.recipe import Recipe, require_int
+from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.validation import check_choice, check_numbers, require_int
 
 _SCOPES = ("head", "layer", "sequence")
 
@@ -36,13 +37,9 @@ class LowestPlan(Plan):
     pyramid: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scope not in _SCOPES:
-            raise ValueError(f"LowestPlan.scope is {self.scope!r}; it must be one of {', '.join(_SCOPES)}.")
+        check_choice(self, "scope", _SCOPES)
         require_int("LowestPlan", "protect_unsettled", self.protect_unsettled, 0)
-        for name in ("floor", "pyramid"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ValueError(f"LowestPlan.{name} is {value!r}; it must lie in [0, 1).")
+        check_numbers(self, "floor", "pyramid", low=0, high=1, without=(1,))
         if self.floor and self.scope == "head":
             raise ValueError("LowestPlan.floor only means something when heads share: use scope='layer' or 'sequence'.")
 

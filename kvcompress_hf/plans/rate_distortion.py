@@ -16,6 +16,7 @@ from kvcompress_hf.paging.waiting import known, on_host
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
 from kvcompress_hf.plans.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.validation import check_numbers, require_int
 
 _WORST = 0.99  # storing a slot is never worse than evicting it, so there is always a tier to store it in
 
@@ -42,14 +43,10 @@ class RateDistortion(Plan):
     headroom: float = 1 / 32
 
     def __post_init__(self) -> None:
-        if isinstance(self.kappa, bool) or not isinstance(self.kappa, (int, float)) or not 0 < self.kappa <= 1:
-            raise ValueError(f"RateDistortion.kappa is {self.kappa!r}; it must lie in (0, 1].")
-        if isinstance(self.small, bool) or not isinstance(self.small, (int, float)) or not 0 <= self.small <= 1:
-            raise ValueError(f"RateDistortion.small is {self.small!r}; it must lie in [0, 1].")
-        if self.small_tiers not in (1, 2, 3, 4):
-            raise ValueError(f"RateDistortion.small_tiers is {self.small_tiers!r}; it must be 1, 2, 3 or 4.")
-        if isinstance(self.headroom, bool) or not isinstance(self.headroom, (int, float)) or not 0 <= self.headroom < 1:
-            raise ValueError(f"RateDistortion.headroom is {self.headroom!r}; it must lie in [0, 1).")
+        check_numbers(self, "kappa", low=0, high=1, without=(0,))
+        check_numbers(self, "small", low=0, high=1)
+        require_int("RateDistortion", "small_tiers", self.small_tiers, 1, 4)
+        check_numbers(self, "headroom", low=0, high=1, without=(1,))
 
     @property
     def needs_distortion(self) -> bool:

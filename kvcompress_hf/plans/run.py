@@ -12,6 +12,7 @@ from kvcompress_hf.plans.base import ENTRY_BYTES, PlanView, ragged_entries
 from kvcompress_hf.plans.budget import RowGroup, allowed_bytes
 from kvcompress_hf.recipe import Recipe
 
+_MOST_IMPORTANCE = 1e20  # beyond what any observer makes of finite keys and values in 16 bits
 _TABLE_BYTES = ENTRY_BYTES + 4  # of a page: its id in the page table and its reference count
 
 
@@ -180,6 +181,8 @@ def make_view(
         else:
             # Every row gets the same bytes, in whole pages: a started page would cost as much as a full one.
             share = allowed[:, None] // page_bytes.numel() // page_bytes * limits.slots_per_page[:, 0]
+    # One NaN or infinity would make sums over its head, and comparisons with them, senseless.
+    importance = importance.nan_to_num(nan=-_MOST_IMPORTANCE).clamp(-_MOST_IMPORTANCE, _MOST_IMPORTANCE)
     losses = torch.zeros((tokens.numel(), len(recipe.tiers)))
     if distortion:
         losses = torch.cat(list(distortion), dim=1).nanmedian(1).values.nan_to_num(0.0)

@@ -6,6 +6,7 @@ import torch
 
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
 from kvcompress_hf.recipe import Recipe
+from kvcompress_hf.validation import MOST_TOKENS, check_numbers
 
 _STEPS = 24  # halvings of the multiplier's range; bytes move by less than a page long before
 
@@ -30,10 +31,7 @@ class ThresholdPlan(Plan):
     alpha_low: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("alpha_high", "alpha_low"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"ThresholdPlan.{name} is {value!r}; it must be a number of at least 0.")
+        check_numbers(self, "alpha_high", "alpha_low", low=0, high=MOST_TOKENS)
         if self.alpha_low > self.alpha_high:
             raise ValueError(f"ThresholdPlan.alpha_low is {self.alpha_low}, above alpha_high {self.alpha_high}.")
 

@@ -368,35 +368,36 @@ class PagedAttention:
                 store.own_all()
             if observer is not None and observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
                 store.clear_field(str(sum_field), layer.index)
-        plan_key = (
-            store.version,
-            new.query.shape[1],
-            new.scaling,
-            new.softcap,
-            new.window,
-            None if new.sinks is None else new.sinks.data_ptr(),
-            sum_field,
-            square_field,
-        )
-        if layer.plan is None or layer.plan_key != plan_key:
-            layer.plan = store.backend.plan_decode(
-                store.rows(layer.index),
-                replace(store.tail(layer.index), used=layer.tail_used),
-                scale=new.scaling,
-                softcap=new.softcap,
-                window=new.window,
-                sinks=new.sink_logits(),
-                sum_field=sum_field,
-                square_field=square_field,
-                q_heads=new.query.shape[1],
-            )
-            layer.plan_key = plan_key
         fields: dict[str, torch.Tensor] = {}
         if observer is not None and observer.observes_steps and not self._holds:
-            fields = self._observe(observer, layer, store, new.detached())
+            fields = self._observe(observer, layer, store, new.detached())  # may copy pages, so before the plan is made
         before = store.tail_lengths[layer.index].clone() if fields else None
         valid = new.valid
-        output = layer.plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
+        with store.reading:  # pages and tables stay where they are
+            plan_key = (
+                store.version,
+                new.query.shape[1],
+                new.scaling,
+                new.softcap,
+                new.window,
+                None if new.sinks is None else new.sinks.data_ptr(),
+                sum_field,
+                square_field,
+            )
+            if layer.plan is None or layer.plan_key != plan_key:
+                layer.plan = store.backend.plan_decode(
+                    store.rows(layer.index),
+                    replace(store.tail(layer.index), used=layer.tail_used),
+                    scale=new.scaling,
+                    softcap=new.softcap,
+                    window=new.window,
+                    sinks=new.sink_logits(),
+                    sum_field=sum_field,
+                    square_field=square_field,
+                    q_heads=new.query.shape[1],
+                )
+                layer.plan_key = plan_key
+            output = layer.plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None:
             self._write_fields(store, layer, before, valid, fields)
         layer.grows(1, valid)
@@ -426,10 +427,11 @@ class PagedAttention:
             inv_freq=self.inv_freq,
         )
         fields: dict[str, torch.Tensor] = {}
-        if self._reading_again:
-            observer.observe_again(chunk)
-        else:
-            fields = observer.observe(chunk)
+        with store.reading:
+            if self._reading_again:
+                observer.observe_again(chunk)
+            else:
+                fields = observer.observe(chunk)
         self.statistics.seconds_planning += time.perf_counter() - started
         return fields
 
@@ -903,6 +905,8 @@ class PagedAttention:
             self._note_room(ruled, held)
             return
         slots = gather_slots(parts, observer.fields, self.seen, self._prompt)
+        if not slots.filled.shape[-1]:  # so far everything was padding
+            return
         importance, spread = observer.importance(slots), observer.spread(slots)
         views = [
             make_view(
@@ -961,7 +965,7 @@ class PagedAttention:
         means = 8 * geometry.head_dim if self._describe is not None else 0
         shift = 0 if store.key_shift is None else store.key_shift.nbytes // self.batch
         positions = 4 * store.layers * (self.recipe.when.every + 1)  # of the tail, and how many it holds
-        slab = 8  # its address
+        slab = 12  # its address and size
         return rows * (self.recipe.when.every * slot + 4 * len(store.layout.tiers) + means) + positions + shift + slab
 
     def _note_peak(self) -> None:
@@ -1204,10 +1208,14 @@ class PagedAttention:
                 layer.uneven = True  # for all we know
         self._note_peak()
 
-    def close(self) -> None:
-        """Drops this cache's references to pages that forks may go on using."""
+    def abandon(self) -> None:
+        """Drops this cache's references to pages that forks may go on using; for finalizers, it waits for nobody."""
+        forked = self.has_forks
         for owned in self._stores.values():
-            owned.store.close()
+            if forked:
+                owned.store.abandon()
+            else:
+                owned.store.arena.forget_abandoned()
 
     # -- looking inside --------------------------------------------------------------------------------------------
 
@@ -1255,7 +1263,7 @@ class PagedAttention:
     @property
     def nbytes(self) -> int:
         """`int`: Bytes allocated for slabs, tables and tails."""
-        pools = sum(a.nbytes + a.references.nbytes + a.slab_addresses.nbytes for a in self._arenas.values())
+        pools = sum(a.nbytes + a.table_bytes for a in self._arenas.values())
         return pools + sum(owned.store.own_bytes for owned in self._stores.values())
 
     def slots_per_head(self) -> list[torch.Tensor]:

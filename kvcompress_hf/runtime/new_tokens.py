@@ -105,21 +105,22 @@ class NewTokens:
             `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
         """
         allowed, bias = split_mask(mask)
-        attended = store.backend.chunk_attention(
-            self.query,
-            self.key,
-            self.value,
-            store.rows(layer),
-            tail,
-            position=position,
-            key_position=key_position,
-            scale=self.scaling,
-            softcap=self.softcap,
-            window=self.window,
-            sinks=self.sink_logits(),
-            allowed=allowed,
-            bias=bias,
-        )
+        with store.reading:  # pages and tables stay where they are
+            attended = store.backend.chunk_attention(
+                self.query,
+                self.key,
+                self.value,
+                store.rows(layer),
+                tail,
+                position=position,
+                key_position=key_position,
+                scale=self.scaling,
+                softcap=self.softcap,
+                window=self.window,
+                sinks=self.sink_logits(),
+                allowed=allowed,
+                bias=bias,
+            )
         return cast(torch.Tensor, attended)  # without return_lse it is the output alone
 
 

@@ -276,5 +276,5 @@ def test_padded_rows_are_compressed_as_if_alone(model):
         for row, prompt in enumerate((short, long)):
             alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **generate)
             assert torch.equal(both.sequences[row, 260:], alone.sequences[0, prompt.shape[1] :])
-            for mine, theirs in zip(both.past_key_values.slots(), alone.past_key_values.slots(), strict=True):
+            for mine, theirs in zip(kvc.cache_of(both).slots(), kvc.cache_of(alone).slots(), strict=True):
                 assert torch.equal(mine[row], theirs[0])

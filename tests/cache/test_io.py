@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import find_cache
 from kvcompress_hf.kernels import CpuBackend
 from kvcompress_hf.patches.second_reading import read_again
 
@@ -401,7 +402,7 @@ def test_saving_between_steps_of_generate_changes_nothing(model, tmp_path):
     files = []
 
     def save(input_ids, scores, **kwargs):
-        cache = kwargs.get("past_key_values") or caches[0]
+        cache = find_cache(kwargs) or caches[0]
         files.append(tmp_path / f"step{len(files)}")
         cache.save(files[-1])
         return torch.zeros(2, dtype=torch.bool)
@@ -411,13 +412,13 @@ def test_saving_between_steps_of_generate_changes_nothing(model, tmp_path):
         ids,
         max_new_tokens=50,
         do_sample=False,
-        past_key_values=caches[0],
+        kvcompress=caches[0],
         stopping_criteria=transformers.StoppingCriteriaList([save]),
     )
     assert torch.equal(out, plain)
     loaded = kvc.CompressedPagedCache.load(files[24], model)
     resumed = model.generate(
-        plain[:, : loaded.get_seq_length() + 1], max_new_tokens=25, do_sample=False, past_key_values=loaded
+        plain[:, : loaded.get_seq_length() + 1], max_new_tokens=25, do_sample=False, kvcompress=loaded
     )
     assert torch.equal(resumed, plain)
 
@@ -509,7 +510,7 @@ def test_a_new_process_goes_on_with_the_same_tokens(model, tmp_path):
     cache.save(tmp_path / "cache")
     model.save_pretrained(tmp_path / "model")
     question = torch.cat([ids, tokens(1, 6, seed=2)], dim=1)
-    expected = model.generate(question, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    expected = model.generate(question, kvcompress=cache, max_new_tokens=20, do_sample=False)
     code = (
         "import sys, torch, transformers, kvcompress_hf as kvc\n"
         "torch.set_num_threads(1)\n"
@@ -517,7 +518,7 @@ def test_a_new_process_goes_on_with_the_same_tokens(model, tmp_path):
         "model = kvc.patch(transformers.LlamaForCausalLM.from_pretrained(folder + '/model'))\n"
         "cache = kvc.CompressedPagedCache.load(folder + '/cache', model)\n"
         "ids = torch.tensor([[int(i) for i in ids]])\n"
-        "print(*model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)[0].tolist())\n"
+        "print(*model.generate(ids, kvcompress=cache, max_new_tokens=20, do_sample=False)[0].tolist())\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), *map(str, question[0].tolist())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)

@@ -67,13 +67,13 @@ def test_many_questions_leave_the_parent_as_it_was(model, tokenizer, context, re
         ids = question(tokenizer, text)
         whole = torch.cat([context, ids], dim=1)
         counted.clear()
-        answer = model.generate(whole, past_key_values=cache.fork(), max_new_tokens=6, do_sample=False)
+        answer = model.generate(whole, kvcompress=cache.fork(), max_new_tokens=6, do_sample=False)
         assert sum(counted) == ids.shape[1] + 5  # the context is not read again
         # Only the question, with the mask of everything.
         short = model.generate(
             ids,
             attention_mask=torch.ones_like(whole),
-            past_key_values=copy.deepcopy(cache),
+            kvcompress=copy.deepcopy(cache),
             max_new_tokens=6,
             do_sample=False,
         )
@@ -93,12 +93,12 @@ def test_questions_on_a_padded_batch_of_contexts(model, tokenizer):
     ids = question(tokenizer, QUESTIONS[0]).expand(2, -1)
     mask = torch.cat([batch.attention_mask, torch.ones_like(ids)], dim=1)
     arguments = {"max_new_tokens": 8, "do_sample": False}
-    both = model.generate(ids, attention_mask=mask, past_key_values=cache.fork(), **arguments)
+    both = model.generate(ids, attention_mask=mask, kvcompress=cache.fork(), **arguments)
     for row, text in enumerate(texts):
         alone = tokenizer(text, return_tensors="pt").input_ids
         one = kvc.prefill(model, alone, "auto")
         whole = torch.cat([alone, ids[:1]], dim=1)
-        expected = model.generate(whole, past_key_values=one, **arguments)
+        expected = model.generate(whole, kvcompress=one, **arguments)
         assert torch.equal(both[row, ids.shape[1] :], expected[0, whole.shape[1] :])
 
 
@@ -106,7 +106,7 @@ def test_a_prompt_that_the_cache_already_holds_is_refused(model, tokenizer, cont
     cache = kvc.prefill(model, context, "k8v4")
     for ids in (question(tokenizer, QUESTIONS[0]), context):
         with pytest.raises(ValueError, match=rf"holds {context.shape[1]}.*only the new tokens with an attention_mask"):
-            model.generate(ids, past_key_values=cache.fork(), max_new_tokens=4)
+            model.generate(ids, kvcompress=cache.fork(), max_new_tokens=4)
 
 
 @pytest.mark.parametrize("recipe", ["k8v4", "kv-compress"])
@@ -151,7 +151,7 @@ def test_a_chat_through_generate_reads_only_what_is_new(model, tokenizer, counte
         assert sum(counted) == ids.shape[1] + 4
         seen = cache.get_seq_length()
         counted.clear()
-        ids = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        ids = model.generate(ids, kvcompress=cache, max_new_tokens=5, do_sample=False)
         assert torch.equal(ids, expected)
         # The last token of an answer goes in with the next turn.
         assert sum(counted) == new.shape[1] + (seen > 0) + 4
@@ -166,7 +166,7 @@ def test_a_chat_through_a_pipeline_reads_only_what_is_new(model, tokenizer, coun
         text += turn
         tokens = len(tokenizer(text).input_ids)
         counted.clear()
-        answer = pipe(text, past_key_values=cache, max_new_tokens=5, do_sample=False)[0]["generated_text"]
+        answer = pipe(text, kvcompress=cache, max_new_tokens=5, do_sample=False)[0]["generated_text"]
         assert sum(counted) == tokens - before + 4
         assert answer == pipe(text, max_new_tokens=5, do_sample=False)[0]["generated_text"]
         text, before = answer, cache.get_seq_length()
@@ -185,6 +185,6 @@ def test_a_chat_goes_on_after_save_and_load_in_every_turn(model, tokenizer, cont
         ids = torch.cat([ids, question(tokenizer, turn)], dim=1)
         stored.save(tmp_path / "chat")
         stored = kvc.CompressedPagedCache.load(tmp_path / "chat", model)
-        again = model.generate(ids, past_key_values=stored, max_new_tokens=9, do_sample=False)
-        ids = model.generate(ids, past_key_values=kept, max_new_tokens=9, do_sample=False)
+        again = model.generate(ids, kvcompress=stored, max_new_tokens=9, do_sample=False)
+        ids = model.generate(ids, kvcompress=kept, max_new_tokens=9, do_sample=False)
         assert torch.equal(again, ids)

@@ -65,7 +65,7 @@ def test_lossless_gives_the_tokens_of_the_stock_model(build_model, on_shim, dtyp
     with kvc.patched(model, "lossless"):
         result = generate(model, **options)
     assert torch.equal(result.sequences, stock)
-    assert all(store.backend is on_shim for store in result.past_key_values._attention.stores)
+    assert all(store.backend is on_shim for store in kvc.cache_of(result)._attention.stores)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim,
             results.append(generate(model))
     got, wanted = results
     assert torch.equal(got.sequences, wanted.sequences)
-    assert got.past_key_values.memory() == wanted.past_key_values.memory()
+    assert kvc.cache_of(got).memory() == kvc.cache_of(wanted).memory()
 
 
 @pytest.mark.parametrize("preset, changes", [("lossless", {}), ("k4v2", {}), ("kv-compress", {"budget": 0.5})])

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 
 TOKENS, LEAD = 70, 8
 
@@ -41,12 +42,13 @@ def recipe(score="max", chunk=32, **changes):
 @torch.no_grad()
 def dense_scores(model, ids, score, chunk):
     """Per layer `[kv_heads, tokens]`, from the attention matrices of every chunk read after the whole prompt."""
-    past = model(ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+    past = kvc.cache_of(model(ids, use_cache=True, **as_argument(model, DynamicCache())))
     result = [torch.zeros(2, TOKENS) for _ in range(2)]
     for start in range(0, TOKENS, chunk):
         part = ids[:, max(0, start - LEAD) : start + chunk]
         positions = torch.arange(TOKENS, TOKENS + part.shape[1])[None]
-        out = model(part, past_key_values=copy.deepcopy(past), position_ids=positions, output_attentions=True)
+        again = as_argument(model, copy.deepcopy(past))
+        out = model(part, position_ids=positions, output_attentions=True, **again)
         for layer, p in enumerate(out.attentions):
             p = p[0, :, :, :TOKENS].unflatten(0, (2, 2))  # kv head, group, query, key
             if score == "max":
@@ -97,7 +99,7 @@ def test_generate_reads_again_before_it_compresses(model, preset):
         out = model.generate(ids, **arguments, return_dict_in_generate=True)
         stored_alone = kvc.prefill(model, ids[:1], preset, budget=0.4)
         alone = model.generate(ids[:1], **arguments)
-    cache = out.past_key_values
+    cache = kvc.cache_of(out)
     assert not cache.awaits_second_reading and cache.run_report.statistics.evicted_slots
     assert stored_alone.run_report.statistics.evicted_slots
     assert torch.equal(out.sequences[:1], alone)

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches import is_patched, prefill
 
 WINDOW = 24
@@ -225,10 +226,11 @@ def _continued(only_new: bool) -> Callable[..., Any]:
         cache: Any = DynamicCache(config=model.config) if only_new else None
         if is_patched(model):
             cache = CompressedPagedCache(model.config, "lossless")
-        first = model.generate(prompt_ids(tokens=30), past_key_values=cache, **(arguments | {"max_new_tokens": 5}))
+        past = as_argument(model, cache)
+        first = model.generate(prompt_ids(tokens=30), **past, **(arguments | {"max_new_tokens": 5}))
         whole = torch.cat([first, prompt_ids(tokens=7, seed=3)], 1)
         new = whole[:, cache.get_seq_length() :] if only_new else whole
-        out = model.generate(new, attention_mask=torch.ones_like(whole), past_key_values=cache, **arguments)
+        out = model.generate(new, attention_mask=torch.ones_like(whole), **past, **arguments)
         return out[:, new.shape[1] :]
 
     return run
@@ -240,7 +242,7 @@ def _prefix_for_beams(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
     if is_patched(model):
         cache = prefill(model, ids[:, :25])
         cache.batch_repeat_interleave(3)
-    return model.generate(ids, num_beams=3, num_return_sequences=2, past_key_values=cache, **arguments)
+    return model.generate(ids, num_beams=3, num_return_sequences=2, **as_argument(model, cache), **arguments)
 
 
 #: Every way of generating, as a function of the model and of further arguments for `generate`.

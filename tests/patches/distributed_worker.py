@@ -10,6 +10,7 @@ from transformers.distributed import DistributedConfig
 
 from kvcompress_hf import patch
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import cache_of
 
 
 def split_prompts(folder: str) -> None:
@@ -42,7 +43,7 @@ def main(folder: str, split: str) -> None:
     for route in ("auto", "interface"):
         patch(model, "lossless", route=route)
         out = model.generate(**saved["inputs"], **saved["arguments"], return_dict_in_generate=True)
-        assert isinstance(out.past_key_values, CompressedPagedCache)
+        assert isinstance(cache_of(out), CompressedPagedCache)
         assert torch.equal(out.sequences, saved["tokens"]), f"{split}, {route}: other tokens than in one process"
         patch(model, "kv-compress", budget=0.5)
         tokens = model.generate(**saved["inputs"], **saved["arguments"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import cache_of
 from kvcompress_hf.patches import patch, unpatch
 
 accelerate = pytest.importorskip("accelerate")
@@ -29,7 +30,7 @@ DEVICE_MAP = {
 def dispatch(tmp_path):
     def place(model):
         return accelerate.dispatch_model(
-            model, DEVICE_MAP, main_device="cpu", offload_dir=tmp_path, skip_keys="past_key_values"
+            model, DEVICE_MAP, main_device="cpu", offload_dir=tmp_path, skip_keys=model._skip_keys_device_placement
         )
 
     return place
@@ -37,7 +38,7 @@ def dispatch(tmp_path):
 
 def _check(model, run_generate, expected):
     out = run_generate(model, "padded", 24, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert isinstance(cache_of(out), CompressedPagedCache)
     assert torch.equal(out.sequences, expected)
 
 
@@ -132,11 +133,11 @@ def test_prepared_by_an_accelerator(family, route, patched_first, mixed_precisio
     else:
         model = patch(accelerator.prepare(model), "lossless", route=route)
     out = run_generate(model, "padded", 12, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert isinstance(cache_of(out), CompressedPagedCache)
     if mixed_precision == "no":
         assert torch.equal(out.sequences, expected)
     else:  # the cache holds what autocast made of keys and values, and rounds elsewhere
-        assert out.past_key_values.dtypes == {torch.bfloat16}
+        assert cache_of(out).dtypes == {torch.bfloat16}
         assert torch.equal(out.sequences[:, :42], expected[:, :42])
     assert torch.equal(run_generate(unpatch(model), "padded", 12), expected)
 
@@ -159,7 +160,7 @@ def test_device_map_of_a_folder(family, route, build_model, run_generate, tmp_pa
     assert not hasattr(CompressedPagedCache, "to")
     out = run_generate(model, "padded", 16, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
-    assert {arena.device.type for arena in out.past_key_values._attention.arenas} == {"cpu"}
+    assert {arena.device.type for arena in cache_of(out)._attention.arenas} == {"cpu"}
     unpatch(model)
     assert torch.equal(run_generate(model, "padded", 16), expected)
 

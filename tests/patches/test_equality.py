@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument, cache_of, find_cache
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.patches import patch, patched
 
@@ -131,12 +132,12 @@ def test_logits_within_1e_4(family, route, build_model, padded):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             out = [
-                model(padded["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+                model(padded["input_ids"], attention_mask=mask, position_ids=positions, **as_argument(model, cache)).logits
             ]
             for step in steps:
                 mask = torch.cat([mask, torch.ones_like(step)], 1)
                 positions = (mask.cumsum(-1) - 1)[:, -step.shape[1] :]
-                out.append(model(step, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+                out.append(model(step, attention_mask=mask, position_ids=positions, **as_argument(model, cache)).logits)
         # What the padding itself would say is nobody's business.
         return torch.cat([out[0][:, -1:], *out[1:]], 1)
 
@@ -155,8 +156,8 @@ def test_half_precision_logits(family, route, dtype, build_model, prompt):
 
     def logits(cache):
         with torch.no_grad():
-            model(ids[:, :32], past_key_values=cache)
-            return torch.cat([model(ids[:, i : i + 4], past_key_values=cache).logits for i in range(32, 48, 4)], 1)
+            model(ids[:, :32], **as_argument(model, cache))
+            return torch.cat([model(ids[:, i : i + 4], **as_argument(model, cache)).logits for i in range(32, 48, 4)], 1)
 
     expected = logits(DynamicCache(config=model.config)).float()
     with patched(model, "lossless", route=route):
@@ -239,10 +240,11 @@ def test_a_wrong_position_is_noticed(family, mode, lossless, stock, run_generate
     model = lossless(family, "auto")
     forward = type(model).forward
 
-    def shifted(*args, position_ids=None, past_key_values=None, **kwargs):
-        if past_key_values is not None and past_key_values.get_seq_length():
+    def shifted(*args, position_ids=None, **kwargs):
+        cache = find_cache(kwargs)
+        if cache is not None and cache.get_seq_length():
             position_ids = position_ids + 5
-        return forward(model, *args, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+        return forward(model, *args, position_ids=position_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", shifted)
     assert _differs(model, mode, stock(family, mode, 12), run_generate)
@@ -269,8 +271,8 @@ def test_a_method_that_does_nothing_is_noticed(family, method, mode, lossless, s
 def test_long_rope_keeps_its_compressed_cache(lossless, run_generate):
     """Phi-3 drops its cache where the rotary factors change; ours must be there, and full, afterwards."""
     out = run_generate(lossless("phi3-longrope", "auto"), "greedy", 32, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert isinstance(cache_of(out), CompressedPagedCache)
+    assert cache_of(out).get_seq_length() == out.sequences.shape[1] - 1
 
 
 @pytest.mark.parametrize("implementation", ("eager", "sdpa"))

@@ -43,7 +43,7 @@ def test_a_padded_batch_equals_each_sequence_alone(preset, model, prompt):
         for row, pads in enumerate(PADS):
             alone = model.generate(input_ids=ids[row : row + 1, pads:], **arguments)
             assert torch.equal(both.sequences[row, pads:], alone.sequences[0])
-            assert rows_of(both.past_key_values, row, pads) == rows_of(alone.past_key_values, 0, 0)
+            assert rows_of(kvc.cache_of(both), row, pads) == rows_of(kvc.cache_of(alone), 0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from kvcompress_hf import get_preset, report
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument, cache_argument, cache_of
 from kvcompress_hf.patches import is_patched, last_run_report, patch, patched, prefill, unpatch
 
 
@@ -21,7 +22,7 @@ def _cache(model, prompt, new_tokens=4, tokens=80, **kwargs):
     out = model.generate(
         prompt(tokens=tokens), max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **kwargs
     )
-    return out.past_key_values
+    return cache_of(out)
 
 
 def test_a_fresh_cache_per_call(model, prompt):
@@ -40,7 +41,7 @@ def test_options_per_call(model, prompt):
     assert half == evicting.with_overrides(budget=0.5)
     config = GenerationConfig(kvcompress={"tiers": "k4v2"}, max_new_tokens=2)
     out = model.generate(prompt(), generation_config=config, return_dict_in_generate=True)
-    assert out.past_key_values.recipe.tiers == ("k4v2",)
+    assert cache_of(out).recipe.tiers == ("k4v2",)
     # None, and no word at all, mean the recipe of the patch; nothing of a call stays.
     assert _cache(model, prompt, kvcompress=None).recipe == get_preset("lossless")
     assert _cache(model, prompt).recipe == get_preset("lossless")
@@ -122,11 +123,11 @@ def test_settings_per_row(model, arguments, prompt):
     kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, **arguments}
     together = model.generate(ids, kvcompress=settings, **kwargs)
     answers = together.sequences.view(3, -1, together.sequences.shape[1])
-    kept = [layer.view(3, -1, layer.shape[1]) for layer in together.past_key_values.slots()]
+    kept = [layer.view(3, -1, layer.shape[1]) for layer in cache_of(together).slots()]
     for row, setting in enumerate(settings):
         alone = model.generate(ids[row : row + 1], kvcompress=setting, **kwargs)
         assert torch.equal(alone.sequences, answers[row])
-        for mine, theirs in zip(alone.past_key_values.slots(), kept, strict=True):
+        for mine, theirs in zip(cache_of(alone).slots(), kept, strict=True):
             assert torch.equal(mine.sum(1), theirs[row].sum(1))
     sizes = [sum(int(layer[row].sum()) for layer in kept) for row in range(3)]
     assert sizes[0] > 1.3 * sizes[2] and sizes[2] > 1.2 * sizes[1]
@@ -140,9 +141,9 @@ def test_option_is_unknown_to_an_unpatched_model(model, prompt):
 
 def test_a_cache_passed_in_wins(model, prompt):
     mine = CompressedPagedCache(model.config, "k8v8")
-    assert _cache(model, prompt, past_key_values=mine) is mine
+    assert _cache(model, prompt, kvcompress=mine) is mine
     mine = CompressedPagedCache(model.config, "k8v8")
-    assert _cache(model, prompt, past_key_values=mine, kvcompress="k4v4") is mine
+    assert _cache(model, prompt, kvcompress="k4v4", **as_argument(model, mine)) is mine
     assert mine.recipe == get_preset("k8v8")
     assert last_run_report(model) is mine.run_report
 
@@ -151,19 +152,19 @@ def test_a_passed_cache_that_does_not_fit(model, prompt, build_model, run_genera
     expected = run_generate(model, "greedy", 8)
     config = build_model("llama", num_hidden_layers=1).config
     with pytest.raises(ValueError, match="1 layers"):
-        model.generate(prompt(), max_new_tokens=2, past_key_values=CompressedPagedCache(config, "lossless"))
+        model.generate(prompt(), max_new_tokens=2, kvcompress=CompressedPagedCache(config, "lossless"))
     mine = CompressedPagedCache(model.config, "lossless")
     with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(prompt(), max_new_tokens=2, past_key_values=mine, use_cache=False)
+        model.generate(prompt(), max_new_tokens=2, kvcompress=mine, use_cache=False)
     assert mine.get_seq_length() == 0
     # A batch of another size: the cache stays what it was, and so does everything else.
     torch.manual_seed(0)
-    first = model.generate(prompt(), max_new_tokens=4, do_sample=False, past_key_values=mine)
+    first = model.generate(prompt(), max_new_tokens=4, do_sample=False, kvcompress=mine)
     slots = [layer.tolist() for layer in mine.slots()]
     with pytest.raises(ValueError, match="sequences"):
-        model.generate(prompt(2, 60), max_new_tokens=2, past_key_values=mine)
+        model.generate(prompt(2, 60), max_new_tokens=2, kvcompress=mine)
     assert [layer.tolist() for layer in mine.slots()] == slots
-    more = model.generate(first, max_new_tokens=4, do_sample=False, past_key_values=mine)
+    more = model.generate(first, max_new_tokens=4, do_sample=False, kvcompress=mine)
     assert torch.equal(more, model.generate(first, max_new_tokens=4, do_sample=False))
     assert torch.equal(run_generate(model, "greedy", 8), expected)
 
@@ -172,7 +173,7 @@ def test_a_passed_cache_that_does_not_fit(model, prompt, build_model, run_genera
 def test_past_of_no_known_kind(model, past, prompt, run_generate):
     expected = run_generate(model, "greedy", 8)
     with pytest.raises(TypeError, match=type(past).__name__):
-        model.generate(prompt(), max_new_tokens=2, past_key_values=past)
+        model.generate(prompt(), max_new_tokens=2, **{cache_argument(model): past})
     assert torch.equal(run_generate(model, "greedy", 8), expected)
 
 
@@ -184,16 +185,16 @@ def test_conversation_in_one_cache(model, prompt):
         whole = torch.cat([opening, second], 1)
         expected = model.generate(whole, max_new_tokens=12, do_sample=False)
     cache = CompressedPagedCache(model.config, "lossless")
-    assert torch.equal(model.generate(first, max_new_tokens=12, do_sample=False, past_key_values=cache), opening)
+    assert torch.equal(model.generate(first, max_new_tokens=12, do_sample=False, kvcompress=cache), opening)
     branch = cache.fork()
-    assert torch.equal(model.generate(whole, max_new_tokens=12, do_sample=False, past_key_values=cache), expected)
+    assert torch.equal(model.generate(whole, max_new_tokens=12, do_sample=False, kvcompress=cache), expected)
     new = whole[:, branch.get_seq_length() :]
     out = model.generate(
         new,
         attention_mask=torch.ones_like(whole),
         max_new_tokens=12,
         do_sample=False,
-        past_key_values=branch,
+        kvcompress=branch,
     )
     assert torch.equal(out[:, new.shape[1] :], expected[:, whole.shape[1] :])
 
@@ -208,7 +209,7 @@ def test_prefill_once_use_often(model, padded, chunk_size):
     cache = prefill(model, padded["input_ids"], attention_mask=padded["attention_mask"], chunk_size=chunk_size)
     assert cache.get_seq_length() == padded["input_ids"].shape[1] and cache.recipe == get_preset("lossless")
     for _ in range(2):
-        assert torch.equal(model.generate(ids, past_key_values=cache.fork(), **arguments), expected)
+        assert torch.equal(model.generate(ids, kvcompress=cache.fork(), **arguments), expected)
 
 
 def test_prefill_of_an_unpatched_model(model, prompt, snapshot):
@@ -253,7 +254,7 @@ def test_report_of_the_last_run(model, prompt, padded):
     out = model.generate(**padded, max_new_tokens=8, do_sample=False, kvcompress="k4v4", return_dict_in_generate=True)
     assert last_run_report(model).recipe == get_preset("k4v4")
     assert (report(model).tokens, report(model).batch) == (47, 3)
-    assert report(model).memory.total == out.past_key_values.memory().total > 0
+    assert report(model).memory.total == cache_of(out).memory().total > 0
     unpatch(model)
     with pytest.raises(ValueError, match="not patched"):
         report(model)
@@ -291,7 +292,7 @@ def test_threads(model, prompt):
 
 def test_attentions_are_not_returned(model, prompt):
     out = model.generate(prompt(), max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert isinstance(cache_of(out), CompressedPagedCache)
     assert all(len(step) == 0 for step in out.attentions)
 
 

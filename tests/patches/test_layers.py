@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kvcompress_hf.cache import CompressedPagedCache, layer_sharing
+from kvcompress_hf.compat import cache_of
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches import patch, prefill
 
@@ -72,7 +73,7 @@ def test_sharing_layers_with_recipes_that_lose(family, preset, build_model, run_
     for mode in ("chunked", "lookup"):
         first, second = (run_generate(model, mode, 20, return_dict_in_generate=True) for _ in range(2))
         assert torch.equal(first.sequences, second.sequences)
-        assert first.past_key_values.slots()[2].numel() == 0
+        assert cache_of(first).slots()[2].numel() == 0
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -101,8 +102,8 @@ def test_sharing_layers_in_a_saved_cache(family, build_model, prompt, tmp_path):
     cache = prefill(model, ids[:, :40])
     cache.save(tmp_path / "cache.safetensors")
     loaded = CompressedPagedCache.load(tmp_path / "cache.safetensors", model)
-    expected = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)
-    assert torch.equal(model.generate(ids, past_key_values=loaded, max_new_tokens=12, do_sample=False), expected)
+    expected = model.generate(ids, kvcompress=cache, max_new_tokens=12, do_sample=False)
+    assert torch.equal(model.generate(ids, kvcompress=loaded, max_new_tokens=12, do_sample=False), expected)
 
 
 def test_keys_attended_to_twice_are_refused_where_nobody_shares(build_model):

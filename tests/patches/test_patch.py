@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from kvcompress_hf import Recipe, get_preset
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument, cache_of, find_cache
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import core, is_patched, patch, patched, unpatch
 from kvcompress_hf.patches.generation import record_of
@@ -150,7 +151,7 @@ def test_deepcopy_is_a_patched_model_of_its_own(route, build_model, run_generate
         model.lm_head.weight.zero_()
     out = run_generate(twin, "padded", 16, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert isinstance(cache_of(out), CompressedPagedCache)
     assert record_of(twin).last_run.tokens > 0
     unpatch(twin)
     assert all(type(layer.self_attn) is LlamaAttention for layer in twin.model.layers)
@@ -166,7 +167,7 @@ def test_pickled_model_stays_patched(route, build_model, run_generate):
     expected = run_generate(model, "padded", 16)
     again = pickle.loads(pickle.dumps(model))
     out = run_generate(again, "padded", 16, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert isinstance(cache_of(out), CompressedPagedCache)
     assert torch.equal(out.sequences, expected)
 
 
@@ -249,7 +250,7 @@ def test_user_changing_the_attention_implementation(build_model, run_generate):
     model.set_attn_implementation("eager")
     patch(model, "lossless")
     out = run_generate(model, "padded", 16, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache) and torch.equal(out.sequences, expected)
+    assert isinstance(cache_of(out), CompressedPagedCache) and torch.equal(out.sequences, expected)
     assert model.config._attn_implementation == "kvcompress|eager"
     model.set_attn_implementation("sdpa")
     unpatch(model)
@@ -261,11 +262,8 @@ def test_other_implementations_are_put_back(build_model, run_generate):
     for family, inside in (("llama", "sdpa"), ("phi3", "kvcompress|sdpa")):
         model = build_model(family)
         model.config._attn_implementation_internal = "flex_attention"
-        with pytest.MonkeyPatch.context() as context:
-            # flex attention itself needs a compiler here; only the bookkeeping is of interest.
-            context.setattr(core, "stock_logits", lambda model: [])
-            context.setattr(core, "check_dry_run", lambda model, expected: None)
-            patch(model, "lossless")
+        # flex attention itself needs a compiler here; only the bookkeeping is of interest.
+        patch(model, "lossless", check=False)
         assert model.config._attn_implementation == inside
         unpatch(model)
         assert model.config._attn_implementation == "flex_attention"
@@ -278,7 +276,7 @@ def test_failed_dry_run_undoes_everything(family, route, build_model, run_genera
     attend = CompressedPagedCache.attend
     with monkeypatch.context() as context:
         context.setattr(CompressedPagedCache, "attend", lambda *args, **kwargs: attend(*args, **kwargs) + 1)
-        with pytest.raises(UnsupportedModelError, match="logits differ"):
+        with pytest.raises(UnsupportedModelError, match="does not get the same"):
             patch(model, route=route)
     assert snapshot(model) == before
     with monkeypatch.context() as context:
@@ -335,14 +333,13 @@ def test_other_caches_go_the_stock_way(family, route, build_model, run_generate,
     with torch.no_grad():
         logits = model(prompt(3)).logits
     patch(model, "k2v2", route=route)
-    out = run_generate(
-        model, "greedy", 24, past_key_values=DynamicCache(config=model.config), return_dict_in_generate=True
-    )
-    assert type(out.past_key_values) is DynamicCache
+    theirs = as_argument(model, DynamicCache(config=model.config))
+    out = run_generate(model, "greedy", 24, return_dict_in_generate=True, **theirs)
+    assert type(cache_of(out)) is DynamicCache
     assert torch.equal(out.sequences, expected)
     for arguments in ({"cache_implementation": "static"}, {"use_cache": False}, {"cache_implementation": "dynamic"}):
         out = run_generate(model, "greedy", 24, return_dict_in_generate=True, **arguments)
-        assert not isinstance(out.past_key_values, CompressedPagedCache)
+        assert find_cache(out, CompressedPagedCache) is None
         assert torch.equal(out.sequences, expected)
     with torch.no_grad():
         torch.testing.assert_close(model(prompt(3)).logits, logits)
@@ -380,7 +377,7 @@ def test_text_part_of_a_composite_model(kind, snapshot, padded):
     assert record_of(model).route == ("swap" if kind == "llava" else "interface")
     assert config.vision_config._attn_implementation == "sdpa"
     out = model.generate(**padded, **arguments, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache) and torch.equal(out.sequences, expected)
+    assert isinstance(cache_of(out), CompressedPagedCache) and torch.equal(out.sequences, expected)
     unpatch(model)
     assert snapshot(model) == before
 

@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.patches import interface, is_patched, patch, support
 from kvcompress_hf.patches.call import check_call
@@ -61,7 +62,6 @@ _LLAMA4 = _SMALL | {
 # Name: model class, config class, config, what the message must say.
 UNSUPPORTED = {
     "falcon": ("FalconForCausalLM", "FalconConfig", _SMALL, "AttentionInterface"),
-    "gptj": ("GPTJForCausalLM", "GPTJConfig", _GPTJ, "AttentionInterface"),
     "bloom": ("BloomForCausalLM", "BloomConfig", _BLOOM, "AttentionInterface"),
     "mpt": ("MptForCausalLM", "MptConfig", _MPT, "AttentionInterface"),
     "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _DEEPSEEK, "MLA"),
@@ -72,6 +72,10 @@ UNSUPPORTED = {
     "bert": ("BertForSequenceClassification", "BertConfig", _SMALL, "generate"),
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4, "chunk"),
 }
+
+
+if not transformers.GPTJForCausalLM._can_set_attn_implementation():  # rewritten in 5.24
+    UNSUPPORTED["gptj"] = ("GPTJForCausalLM", "GPTJConfig", _GPTJ, "AttentionInterface")
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -155,7 +159,7 @@ def test_page_size_too_small(build_model, prompt, run_generate):
 def test_transformers_version(version, build_model, snapshot, monkeypatch):
     model = build_model("llama")
     before = snapshot(model)
-    monkeypatch.setattr(support.transformers, "__version__", version)
+    monkeypatch.setattr(transformers, "__version__", version)
     with pytest.raises(UnsupportedFeatureError, match=version):
         patch(model)
     assert snapshot(model) == before
@@ -163,7 +167,7 @@ def test_transformers_version(version, build_model, snapshot, monkeypatch):
 
 @pytest.mark.parametrize("version", ("5.23.0", "5.23.4", "5.24.1"))
 def test_supported_transformers_version(version, monkeypatch):
-    monkeypatch.setattr(support.transformers, "__version__", version)
+    monkeypatch.setattr(transformers, "__version__", version)
     support.check_transformers()
 
 
@@ -190,7 +194,7 @@ def test_mask_of_another_width(family, route, build_model, prompt):
 def test_cache_on_an_unpatched_model(family, build_model, prompt):
     model = build_model(family)
     with pytest.raises(UnsupportedFeatureError, match="patch"):
-        model.generate(prompt(), max_new_tokens=4, past_key_values=CompressedPagedCache(model.config, "lossless"))
+        model.generate(prompt(), max_new_tokens=4, **as_argument(model, CompressedPagedCache(model.config, "lossless")))
 
 
 @pytest.mark.parametrize(("family", "route"), [("llama", "swap"), ("llama", "interface")])

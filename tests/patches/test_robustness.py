@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvcompress_hf import get_preset, presets
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import as_argument, cache_of
 from kvcompress_hf.patches import last_run_report, patch, patched, prefill, unpatch
 
 #: Presets that evict. `random` draws once for the whole batch, so a row depends on its neighbours by design.
@@ -44,10 +45,10 @@ def test_a_padded_row_is_what_it_is_alone(preset, plain, prompt):
         for row, alone in enumerate(prompts):
             out = plain.generate(alone, attention_mask=torch.ones_like(alone), **arguments)
             assert torch.equal(together.sequences[row, 200:], out.sequences[0, alone.shape[1] :])
-            for mine, theirs in zip(together.past_key_values.slots(), out.past_key_values.slots(), strict=True):
+            for mine, theirs in zip(cache_of(together).slots(), cache_of(out).slots(), strict=True):
                 assert torch.equal(mine[row], theirs[0])
     if get_preset(preset).budget is not None:
-        assert sum(int(layer[0].sum()) for layer in together.past_key_values.slots()) < 4 * 219
+        assert sum(int(layer[0].sum()) for layer in cache_of(together).slots()) < 4 * 219
 
 
 def test_padding_is_never_stored(plain, prompt):
@@ -61,7 +62,7 @@ def test_padding_is_never_stored(plain, prompt):
                 return_dict_in_generate=True,
                 prefill_chunk_size=chunk_size,
             )
-            for layer in out.past_key_values.slots():
+            for layer in cache_of(out).slots():
                 assert layer.tolist() == [[124, 124], [34, 34], [7, 7]]
 
 
@@ -74,7 +75,7 @@ def test_every_chunk_is_compressed(preset, plain, prompt):
     ids, chunk, seen = prompt(tokens=600), 100, []
 
     def note(module, arguments, kwargs, output):
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(output)
         if not isinstance(cache, CompressedPagedCache):  # the check of the patch
             return
         seen.append((cache.get_seq_length(), _mean(cache)))
@@ -117,8 +118,8 @@ def test_a_cache_goes_from_one_patched_copy_to_another(routes, preset, plain, pr
 
     def two_turns(one, two):
         cache = CompressedPagedCache(one.config, preset)
-        opening = one.generate(prompt(tokens=80), past_key_values=cache, **arguments)
-        return two.generate(torch.cat([opening, turn], 1), past_key_values=cache, **arguments)
+        opening = one.generate(prompt(tokens=80), kvcompress=cache, **arguments)
+        return two.generate(torch.cat([opening, turn], 1), kvcompress=cache, **arguments)
 
     assert torch.equal(two_turns(first, second), two_turns(first, first))
 
@@ -132,7 +133,7 @@ def test_four_threads_with_recipes_of_their_own(family, route, build_model, prom
     def work(i):
         ids = prompt(1 + i % 2, 60 + 9 * i, seed=i)
         cache = prefill(model, ids[:, :40], recipes[i])
-        said = model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False)
+        said = model.generate(ids, kvcompress=cache, max_new_tokens=16, do_sample=False)
         fresh = model.generate(ids, kvcompress=recipes[i], max_new_tokens=16, do_sample=False)
         return torch.cat([said, fresh], 1)
 
@@ -155,7 +156,7 @@ def test_crop_leaves_the_right_length(family, route, preset, build_model, prompt
     model = patch(build_model(family), preset, route=route)
     for decoded in (3, 20, 70):
         cache = CompressedPagedCache(model.config, preset)
-        ids = model.generate(prompt(), past_key_values=cache, max_new_tokens=decoded + 1, do_sample=False)
+        ids = model.generate(prompt(), kvcompress=cache, max_new_tokens=decoded + 1, do_sample=False)
         length = cache.get_seq_length()
         assert length == 40 + decoded
         cache.crop(-4)
@@ -164,7 +165,7 @@ def test_crop_leaves_the_right_length(family, route, preset, build_model, prompt
         assert cache.get_mask_sizes(3, 0) == (3, length - 4)
         rest = ids[:, : length - 3]
         again = model.generate(
-            rest, attention_mask=torch.ones_like(rest), past_key_values=cache, max_new_tokens=4, do_sample=False
+            rest, attention_mask=torch.ones_like(rest), kvcompress=cache, max_new_tokens=4, do_sample=False
         )
         if preset == "lossless":
             assert torch.equal(again, ids[:, : length + 1])
@@ -185,7 +186,7 @@ def test_unpatch_is_bit_identical(family, build_model, padded):
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
-            past_key_values=DynamicCache(config=model.config),
+            **as_argument(model, DynamicCache(config=model.config)),
         )
         return torch.stack(out.logits)
 

@@ -7,6 +7,7 @@ import torch
 
 from kvcompress_hf import presets
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import cache_of
 from kvcompress_hf.patches import patch
 from kvcompress_hf.patches.speculation import BoundedCandidates
 
@@ -33,7 +34,7 @@ def _run(model, ids, **kwargs):
     out = model.generate(
         ids, max_new_tokens=70, do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs
     )
-    return out.sequences, out.past_key_values, torch.cat(out.logits)
+    return out.sequences, cache_of(out), torch.cat(out.logits)
 
 
 def _state(cache, seen):

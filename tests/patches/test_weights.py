@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcompress_hf.cache import CompressedPagedCache
+from kvcompress_hf.compat import cache_of
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import is_patched, last_run_report, patch, prefill, unpatch
 
@@ -13,7 +14,7 @@ ROUTES = [("llama", "swap"), ("llama", "interface"), ("qwen3", "interface")]
 
 def _check(model, run_generate, expected, new_tokens=16):
     out = run_generate(model, "padded", new_tokens, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, CompressedPagedCache)
+    assert isinstance(cache_of(out), CompressedPagedCache)
     assert torch.equal(out.sequences, expected)
 
 
@@ -141,7 +142,7 @@ def test_half_precision_from_a_folder(family, route, dtype, build_model, run_gen
     expected = run_generate(model, "greedy", 6)
     patch(model, "lossless", route=route)
     out = run_generate(model, "greedy", 6, return_dict_in_generate=True)
-    assert out.past_key_values.dtypes == {dtype}
+    assert cache_of(out).dtypes == {dtype}
     # Both round differently; that logits agree within half precision is tested elsewhere.
     assert (out.sequences == expected).float().mean() > 0.9
 
