@@ -479,7 +479,7 @@ class CompressedPagedCache(Cache):
         raise TypeError(
             "A CompressedPagedCache is not pickled: its pages lie in memory of their own, which copies share. Write it "
             "to a file with cache.save(path) and read it with CompressedPagedCache.load(path, model), in another "
-            "process too; to pickle what generate() returned, take the cache out first (output.past_key_values = None)."
+            "process too. Of what generate() returned, pickle the other parts, such as output.sequences, by themselves."
         )
 
     def __del__(self) -> None:

@@ -132,7 +132,9 @@ def test_logits_within_1e_4(family, route, build_model, padded):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             out = [
-                model(padded["input_ids"], attention_mask=mask, position_ids=positions, **as_argument(model, cache)).logits
+                model(
+                    padded["input_ids"], attention_mask=mask, position_ids=positions, **as_argument(model, cache)
+                ).logits
             ]
             for step in steps:
                 mask = torch.cat([mask, torch.ones_like(step)], 1)
@@ -157,7 +159,9 @@ def test_half_precision_logits(family, route, dtype, build_model, prompt):
     def logits(cache):
         with torch.no_grad():
             model(ids[:, :32], **as_argument(model, cache))
-            return torch.cat([model(ids[:, i : i + 4], **as_argument(model, cache)).logits for i in range(32, 48, 4)], 1)
+            return torch.cat(
+                [model(ids[:, i : i + 4], **as_argument(model, cache)).logits for i in range(32, 48, 4)], 1
+            )
 
     expected = logits(DynamicCache(config=model.config)).float()
     with patched(model, "lossless", route=route):
