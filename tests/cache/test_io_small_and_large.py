@@ -1,6 +1,7 @@
 """Numbers in a file that ask for memory or time the file does not answer for, measured in a process of their own."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -65,6 +66,7 @@ ATTACKS = {
     "40 MB of padding": "large('padding')",
     "40 MB of checksums": "large('checksums')",
     "rows of the most recipes": "recipes(50_000)",
+    "100,000 sequences that share their pages": "shared(100_000)",
 }
 
 
@@ -96,6 +98,14 @@ def costs(tmp_path_factory):
             changed.state["recipes"] = [{{"name": str(i)}} for i in range(count // 2)]
             return changed.together()
 
+        def shared(batch):  # an honest file, in which tables are nearly everything
+            cache = child.kvc.CompressedPagedCache(child.model.config, "k8v4")
+            cache.belongs_to(child.model)
+            child.feed(cache, child.tokens(1, 90))
+            cache.batch_repeat_interleave(batch)
+            cache.save(child.path)
+            return child.path.read_bytes()
+
         for name, make in json.loads(sys.argv[2]).items():
             data = eval(make)
             outcome, cost = child.load(data)
@@ -104,7 +114,9 @@ def costs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacks")
     (folder / "good").touch()
     command = [sys.executable, "-c", textwrap.dedent(code), str(folder), json.dumps(ATTACKS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    # Large blocks go back to the system at once, so that the peak of one load does not hide in what is free.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}
 
@@ -113,5 +125,5 @@ def costs(tmp_path_factory):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_costs_no_more_than_its_file(costs, name):
     outcome, seconds, extra, _ = costs[name]
-    assert outcome == "refused"
+    assert outcome == ("loaded" if "share" in name else "refused")
     assert seconds < 1 and extra < 64 * 2**20

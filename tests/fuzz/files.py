@@ -36,6 +36,9 @@ from mutations import mutate  # noqa: E402
 MOST_BYTES = 64 * 2**20  # beyond the file's size
 MOST_SECONDS = 1.0
 SILENCE = 60  # seconds after which a child counts as hanging; five times as many while it starts
+# Large blocks come from the system and go back to it at once, so that the peak of one load does not hide in what an
+# earlier one has freed.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
 # What using a hostile but harmless cache may raise: its pages are damaged, or it does not fit the model's keys.
 CLEAR = ("CacheFormatError", "CacheMemoryError", "UnsupportedFeatureError", "ValueError")
 SANITIZED = ROOT / "build" / "sanitize"
@@ -255,7 +258,7 @@ def run_children(seed, first, count, sanitized, batch, folder, report):
         size = min(batch, first + count - index)
         command = [sys.executable, __file__, "--child", str(where), "--seed", str(seed), "--first", str(index)]
         command += ["--count", str(size), *(["--sanitize"] if sanitized else [])]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
+        environment = os.environ | ENVIRONMENT | {"TMPDIR": str(folder)}
         if sanitized:
             environment |= {"LD_PRELOAD": sanitizer_libraries(), "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16"}
         errors = Path(folder) / "errors"
