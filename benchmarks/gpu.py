@@ -31,6 +31,7 @@ import transformers
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.kernels import Rows, Tail, get_backend, page_layout
 from kvcompress_hf.units import parse_bytes
 
@@ -246,8 +247,8 @@ def model_table(args: argparse.Namespace, model: LlamaForCausalLM, context: int,
     for name in ("DynamicCache", *RECIPES):
         try:
             cache = new_cache(model, None if name == "DynamicCache" else kvc.get_preset(name))
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ms = clock({name: partial(model, ids[:, :1], past_key_values=cache, use_cache=True)}, args.device, 5)
+            model(ids, **as_argument(model, cache), use_cache=True, logits_to_keep=1)
+            ms = clock({name: partial(model, ids[:, :1], **as_argument(model, cache), use_cache=True)}, args.device, 5)
             dense = batch * context * dense_token(config, args.dtype)
             size = dense if name == "DynamicCache" else cache.memory().total
             results.append(dict(context=context, batch=batch, cache=name, ms=ms[name], bytes=size))
@@ -286,17 +287,17 @@ def throughput_table(args: argparse.Namespace, model: LlamaForCausalLM) -> list[
             if recipe is not None:  # what one sequence takes when it is decoded from, and its share of new tokens
                 cache = new_cache(model, recipe)
                 for tokens in (args.prompt, 1):
-                    model(torch.full((1, tokens), 4, device=args.device), past_key_values=cache, logits_to_keep=1)
+                    model(torch.full((1, tokens), 4, device=args.device), **as_argument(model, cache), logits_to_keep=1)
                 each = cache.memory().total * length // args.prompt
             batch = max(1, min(args.most_sequences, args.kv_memory // each))
             ids = torch.randint(4, model.config.vocab_size, (batch, args.prompt), device=args.device)
             cache = new_cache(model, recipe)
             start = time.perf_counter()
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **as_argument(model, cache), logits_to_keep=1)
             prefill = seconds(start, args.device)
             start = time.perf_counter()
             for _ in range(args.new):
-                model(ids[:, :1], past_key_values=cache)
+                model(ids[:, :1], **as_argument(model, cache))
             decode = seconds(start, args.device)
             row = dict(setting=name, batch=batch, prefill_s=prefill, decode_s=decode)
             row |= dict(tokens_per_s=batch * args.new / (prefill + decode), decoded_per_s=batch * args.new / decode)

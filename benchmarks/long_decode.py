@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 
 MARK = 256  # tokens between notes
 
@@ -38,12 +39,12 @@ def run(model: LlamaForCausalLM, recipe: kvc.Recipe, prompt: int, tokens: int) -
     sizes, rates = [], []
     with kvc.patched(model, recipe):
         cache = kvc.prefill(model, ids[:, :-1], recipe, chunk_size=256)
-        logits = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        logits = model(ids[:, -1:], **as_argument(model, cache), use_cache=True).logits
         statistics = cache.run_report.statistics
         observing = statistics.seconds_planning
         started, plans = time.perf_counter(), statistics.plans
         for step in tqdm(range(1, tokens + 1), desc=recipe.name, leave=False):
-            logits = model(logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True).logits
+            logits = model(logits[:, -1:].argmax(-1), **as_argument(model, cache), use_cache=True).logits
             if statistics.plans > plans or (recipe.plan is None and step % MARK == 0):
                 plans = statistics.plans
                 sizes.append(cache.memory().total)

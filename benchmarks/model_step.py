@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.kernels.library import load_library
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny"
@@ -123,7 +124,7 @@ def measure(model, recipes: list[str], context: int, batch: int, seconds: float)
                     kernel.lap()
                     watches[name].lap()
                     started = time.perf_counter()
-                    runner(token, past_key_values=cache, use_cache=True)
+                    runner(token, **as_argument(model, cache), use_cache=True)
                     whole = time.perf_counter() - started
                     times[name].append((whole, kernel.lap(), watches[name].lap()))
                 progress.update()

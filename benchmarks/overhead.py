@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny"
 RECIPES = ["lossless", "k8v4", "auto", "kv-compress", "snapkv", "leankv", "h2o", "tova", "roco", "streaming", "keydiff"]
@@ -52,12 +53,12 @@ def measure(model, recipe: str, ids: torch.Tensor, chunk: int, steps: int) -> di
     spent = cache.run_report.statistics
     started = time.perf_counter()
     for part in ids.split(chunk, dim=1):
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(part, **as_argument(model, cache), use_cache=True, logits_to_keep=1)
     prefill = time.perf_counter() - started
     packing, planning = spent.seconds_packing, spent.seconds_planning
     started = time.perf_counter()
     for _ in range(steps):
-        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        model(ids[:, :1], **as_argument(model, cache), use_cache=True)
     decode = time.perf_counter() - started
     return {
         "prefill": prefill,

@@ -21,6 +21,7 @@ from model_step import random_llama
 from transformers import DynamicCache
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 
 RECIPES = {"lossless": "lossless", "window": "snapkv", "h2o": "h2o", "roco": "roco"}
 
@@ -39,7 +40,7 @@ def measure(model, context: int, rounds: int) -> dict[str, dict[str, float]]:
                 runner = patched
                 cache = kvc.CompressedPagedCache(model.config, RECIPES[name], prompt_tokens=context)
             started = time.perf_counter()
-            runner(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            runner(ids, **as_argument(model, cache), use_cache=True, logits_to_keep=1)
             times[name].append(time.perf_counter() - started)
     figures = {name: {"median_s": statistics.median(t[1:]), "min_s": min(t[1:])} for name, t in times.items()}
     stock = figures["stock"]

@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.kernels.quantize import TWO_BIT_SHRINK, dequantize, hadamard, quantize
 from kvcompress_hf.paging.key_shift import steady_mean
 
@@ -239,7 +240,7 @@ def real(folder: Path, text: Path, tokens: int, queries: int = 64) -> Heads:
     ids = tokenizer(text.read_text(encoding="utf-8", errors="replace")[5000 : 5000 + 12 * tokens]).input_ids[:tokens]
     cache = _Watch(model.config, "lossless")
     with kvc.patched(model, "lossless"):
-        model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor([ids]), **as_argument(model, cache), use_cache=True, logits_to_keep=1)
     group = model.config.num_attention_heads // model.config.num_key_value_heads
     keys = torch.cat([key for _, key, _ in cache.seen])
     values = torch.cat([value for _, _, value in cache.seen])

@@ -76,10 +76,11 @@ def make_document(tokenizer, tokens):
 
 def ask(model, ids, new_tokens, cache=None):
     """The new tokens, the bytes of all caches alive (forks of one share pages), and how long it took."""
+    past = {} if cache is None else {"kvcompress": cache}
     began = time.perf_counter()
     out = model.generate(
         ids,
-        kvcompress=cache,
+        **past,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,

@@ -34,7 +34,8 @@ _SNAPKV = WindowScores(window=32, power=1, pool=7, decode=False)
 _PRESETS: dict[str, tuple[Recipe, str]] = {
     "lossless": (
         Recipe(name="lossless"),
-        "paged storage in the model's own dtype, nothing lost: the same tokens as the stock cache",
+        "paged storage in the model's own dtype, nothing dropped: in float32 the stock model's tokens, in 16 bits the "
+        "same arithmetic within rounding",
     ),
     **{tier: (Recipe(name=tier, tiers=(tier,)), text) for tier, text in _TIER_TEXT.items()},
     "auto": (

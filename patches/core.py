@@ -8,22 +8,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.cache import layer_windows
+from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import interface
-from kvcompress_hf.patches.dry_run import check_dry_run, evaluating, observe_stock
+from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
+from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
 from kvcompress_hf.patches.implementation import configs_of, set_implementation
 from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
 from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
 from kvcompress_hf.patches.qwen import PagedQwen2Attention, PagedQwen3Attention, PagedQwen3MoeAttention
-from kvcompress_hf.patches.support import check_model, check_transformers, text_config, unwrap
+from kvcompress_hf.patches.support import check_model, text_config, unwrap
 from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
 from kvcompress_hf.rotary import key_frequencies
 
-__all__ = ["is_patched", "last_run_report", "patch", "patched", "unpatch"]
+__all__ = ["contract_results", "is_patched", "last_run_report", "patch", "patched", "unpatch"]
+
+logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -51,9 +55,9 @@ def patch(
     """Makes a model keep its past in a compressed, paged cache whenever it generates.
 
     Everything else about the model stays: weights, class, config, placement. `generate`, `pipeline` and chat
-    make a fresh [`CompressedPagedCache`] per call; a cache passed as `past_key_values` is used instead, and
-    one of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only
-    the recipe.
+    make a fresh [`CompressedPagedCache`] per call; one passed as `kvcompress=cache` is used instead, and a cache
+    of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only the
+    recipe.
 
     Before anything is relied on, a few tokens are run through the stock and the patched model, and every layer's
     attention is compared; if one differs by more than rounding, or anything else fails, the model is left exactly as
@@ -64,7 +68,7 @@ def patch(
         recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts. Left out, it is
             `"k8v4"`, which keeps every token; with a `budget` it is `"auto"`.
         route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
-            goes through transformers' attention interface, `"auto"` takes the first that fits.
+            goes through transformers' attention interface, `"auto"` takes the first that fits and passes its check.
         check (`bool`): Whether to compare with the stock model before the patch is relied on. `False` saves about ten
             forward passes over a few tokens, and takes models that the comparison refuses; what they then say is on
             your own account. What the config shows to be unsupported is refused in any case.
@@ -77,8 +81,8 @@ def patch(
         TypeError: If `model` is no transformers model or `recipe` of no known type.
         ValueError: If the recipe, an override or the route is not allowed.
         UnsupportedModelError: If the model cannot be patched; the message says why.
-        UnsupportedFeatureError: If the installed transformers version is not supported, or positions are to be
-            re-indexed and the model's rotary embedding does not allow it.
+        UnsupportedFeatureError: If the installed transformers lacks something that is needed of it, or positions are
+            to be re-indexed and the model's rotary embedding does not allow it.
 
     Example:
 
@@ -89,7 +93,7 @@ def patch(
 
     ```
     """
-    check_transformers()
+    check_transformers(_install_lossless, tuple(_SWAPPED))
     resolved = resolve_recipe(recipe, **overrides)
     if route not in ("auto", "swap", "interface"):
         raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
@@ -103,15 +107,20 @@ def patch(
     key_frequencies(inner.config, resolved, layer_windows(inner.config))  # refuses now what a cache would refuse later
     if record is not None:
         unpatch(inner)
+    chosen = _choose_route(inner, route)
     with evaluating(inner):
         expected = observe_stock(inner) if check else None
-        _install(inner, PatchRecord(resolved, route=_choose_route(inner, route)))
         try:
-            if expected is not None:
-                check_dry_run(inner, expected)
-        except BaseException:
-            unpatch(inner)
-            raise
+            _install_checked(inner, PatchRecord(resolved, route=chosen), expected)
+        except Exception as error:
+            if route != "auto" or chosen == "interface":
+                raise
+            # The interface needs less of transformers than the swapped modules do.
+            _install_checked(inner, PatchRecord(resolved, route="interface"), expected)
+            logger.warning_once(
+                f"{type(inner).__name__} goes by the attention interface, because its attention modules could not be "
+                f"swapped ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            )
     return model
 
 
@@ -212,6 +221,25 @@ def last_run_report(model: nn.Module) -> RunReport | None:
     return record.last_run
 
 
+def contract_results(items: tuple[Item, ...] = CONTRACT) -> list[tuple[str, bool, str]]:
+    """Checks on the installed transformers whatever this package needs of it.
+
+    Args:
+        items (`tuple[Item, ...]`): What to check; everything when left out.
+
+    Returns:
+        `list[tuple[str, bool, str]]`: Per item its name, whether it holds, and a few words or what is wrong.
+    """
+    return check_contract(_install_lossless, tuple(_SWAPPED), items)
+
+
+def _install_lossless(model: PreTrainedModel, route: str) -> PreTrainedModel:
+    """`patch` for the contract, which is what `patch` itself may be waiting for."""
+    with evaluating(model):
+        _install_checked(model, PatchRecord(resolve_recipe("lossless"), route=route), observe_stock(model))
+    return model
+
+
 def _choose_route(model: PreTrainedModel, route: str) -> str:
     swappable = sum(type(module) in _SWAPPED for module in model.modules())
     if route == "swap" and not swappable:
@@ -221,6 +249,17 @@ def _choose_route(model: PreTrainedModel, route: str) -> str:
         return route
     # A model with some layers of another kind, or with layers on other ranks, is the interface's.
     return "swap" if swappable == text_config(model).num_hidden_layers else "interface"
+
+
+def _install_checked(model: PreTrainedModel, record: PatchRecord, expected: StockNotes | None) -> None:
+    """Puts everything in place and compares it with the stock model if asked to; if that fails, all is as it was."""
+    _install(model, record)
+    try:
+        if expected is not None:
+            check_dry_run(model, expected)
+    except BaseException:
+        unpatch(model)
+        raise
 
 
 def _install(model: PreTrainedModel, record: PatchRecord) -> None:

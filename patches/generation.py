@@ -29,7 +29,7 @@ from kvcompress_hf.compat import (
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates
-from kvcompress_hf.patches.support import text_config, unwrap
+from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
@@ -153,6 +153,10 @@ def _prepare_generation_config(
 
     The config returned is a copy made for the call, so nothing stays on the model.
     """
+    # PEFT lends the model inside its own method for the length of a call; it may have come after the patch.
+    lender = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    if lender is not model:
+        check_adapters(lender)
     for name in {generate_argument(), cache_argument(model)}:
         past = kwargs.get(name)
         if past is not None and not isinstance(past, Cache):
@@ -165,7 +169,7 @@ def _prepare_generation_config(
     if isinstance(option, Cache):
         if not isinstance(option, CompressedPagedCache):
             raise TypeError(
-                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache, or a recipe for a new one."
+                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache or a recipe."
             )
         if find_cache([option, *kwargs.values()], CompressedPagedCache) is option:
             kwargs, given = {**kwargs, generate_argument(): option}, False
@@ -251,7 +255,7 @@ def _cache_of_call(
     cache = find_cache(model_kwargs, CompressedPagedCache)
     if cache is None and getattr(generation_config, _MARK, False):
         raise UnsupportedFeatureError(
-            f"generate() of {type(model).__name__} was given a compressed cache and lost it before the model ran, so it "
+            f"generate() of {type(model).__name__} had a compressed cache and lost it before the model ran, so it "
             f"would go on without compression; its arguments are now {', '.join(sorted(model_kwargs))}."
         )
     return cache
@@ -271,9 +275,7 @@ def _check_passed_cache(
         )
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
-        raise ValueError(
-            "use_cache=False and a cache passed to generate() contradict each other; leave one of them out."
-        )
+        raise ValueError("use_cache=False contradicts the cache passed to generate(); leave one of them out.")
     seen, given = cache.get_seq_length(), _prompt_tokens(generation_config, model_kwargs)
     if seen and given is not None and given <= seen:
         # Stock takes the tokens for the whole text, finds nothing new in it, and fails or reads them a second time.

@@ -1,41 +1,27 @@
-"""What is checked before a model is touched: the transformers version, and everything the config tells."""
+"""What is checked before a model is touched: everything that the config and the classes tell."""
 
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import (
-    TESTED,
     PreTrainedConfig,
+    generate_argument,
     installed_version,
-    is_tested,
     outdated_peft,
     unreachable_argument,
 )
-from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.errors import UnsupportedModelError
 
 __all__ = [
+    "check_adapters",
     "check_model",
-    "check_transformers",
     "_reason_against_heads",
     "text_config",
     "unwrap",
 ]
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-
-
-def check_transformers() -> None:
-    """Checks that the installed transformers is one this package was made for.
-
-    Raises:
-        UnsupportedFeatureError: If it is older or newer.
-    """
-    installed = installed_version()
-    if not is_tested(installed):
-        raise UnsupportedFeatureError(
-            f"kvcompress_hf works with transformers {TESTED[0]} to {TESTED[-1]}, but {installed} is installed."
-        )
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -64,13 +50,33 @@ def unwrap(model: Any) -> Any:
     """
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
-    for name, config in getattr(model, "peft_config", {}).items():
-        if getattr(config, "peft_type", None) == "PREFIX_TUNING":
-            raise UnsupportedModelError(
-                f"The adapter {name!r} is a prefix tuning, which fills the cache with keys and values of its own "
-                "before the prompt; adapters that change weights (LoRA and its kin) or embeddings are supported."
-            )
+    check_adapters(model)
     return model.get_base_model()
+
+
+def check_adapters(model: Any) -> None:
+    """Refuses PEFT models whose adapters a compressed cache, or the installed peft, gets wrong.
+
+    Args:
+        model (`Any`): A PEFT model.
+
+    Raises:
+        UnsupportedModelError: If an adapter brings keys and values of its own (prefix tuning), or puts virtual tokens
+            before the prompt and peft is too old for the installed transformers.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "peft_type", None) in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise UnsupportedModelError(
+                f"The adapter {name!r} is a prefix tuning or of its kind, which fills the cache with keys and values "
+                "of its own before the prompt; adapters that change weights (LoRA and its kin) or embeddings are fine."
+            )
+        outdated = outdated_peft() if getattr(config, "is_prompt_learning", False) else None
+        if outdated is not None:
+            raise UnsupportedModelError(
+                f"The adapter {name!r} puts virtual tokens before the prompt, and {outdated} would put them before "
+                "every new token too, on the stock model as well: wrong tokens without an error. Install a newer peft "
+                "or an older transformers; adapters that change weights (LoRA and its kin) are not affected."
+            )
 
 
 def check_model(model: Any) -> None:
@@ -115,6 +121,13 @@ def _reason_against(model: Any) -> str | None:
         return "it adds ALiBi position biases to the attention scores, which need every key in its place"
     if getattr(text, "is_causal", True) is False:
         return "its attention is not causal"
+    own_name = unreachable_argument(model)
+    if own_name is not None:
+        return (
+            f"its forward takes the cache as {own_name}, but generate() of transformers {installed_version()} hands it "
+            f"over as {generate_argument()}, so that it would be lost and every new token made without a past, on the "
+            "stock model too; rename that parameter of forward()"
+        )
     # In a composite model only the part that writes text matters; a vision tower may have any attention.
     writers = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
     if not all(part._can_set_attn_implementation() for part in writers or [model]):

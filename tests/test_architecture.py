@@ -76,6 +76,21 @@ def test_imports_follow_the_arrows(path):
         assert LEVEL[target] < LEVEL[room], f"{path.relative_to(ROOT)} imports {name}, against the arrows"
 
 
+# The stock attention classes beside the paged ones, and how models of all families are built for the census.
+MAY_IMPORT_INSIDES = {"kvcompress_hf/compat.py", "kvcompress_hf/cli/tiny_models.py"}
+MAY_IMPORT_INSIDES |= {f"patches/{name}.py" for name in ("llama", "mistral", "qwen")}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_module_knows_the_inside_of_transformers(path):
+    """Only names that `transformers` itself exports are imported elsewhere, and no other file spells the cache."""
+    if str(path.relative_to(ROOT)) in MAY_IMPORT_INSIDES:
+        return
+    inside = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in inside if (name or "").startswith("transformers.")]
+    assert "past_key_values" not in path.read_text()
+
+
 def test_no_room_is_left_out():
     rooms = {room_of(path) for path in sources()}
     assert {"kernels", "paging", "observers", "plans", "runtime", "cache", "patches", "cli"} <= rooms

@@ -52,7 +52,8 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, A
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+
+    from kvcompress_hf.compat import logging
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")

@@ -18,6 +18,9 @@ def add_commands(commands: Any) -> None:
     presets.add_argument("--debug", action="store_true", help="show the traceback of an error")
     presets.set_defaults(run=run_presets)
     doctor = commands.add_parser("doctor", help="show versions, and which backend is used and why")
+    doctor.add_argument(
+        "--transformers", action="store_true", help="check that the installed transformers has all that is needed of it"
+    )
     doctor.add_argument("--debug", action="store_true", help="show the traceback of an error")
     doctor.set_defaults(run=run_doctor)
 
@@ -45,8 +48,11 @@ def version_of(distribution: str) -> str:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print versions, what the CUDA kernels depend on, and per device the backend and the reason it was chosen."""
+    if args.transformers:
+        return run_contract()
     import torch
 
+    from kvcompress_hf.compat import TESTED
     from kvcompress_hf.kernels import cuda, get_backend
 
     rows = [
@@ -66,7 +72,9 @@ def run_doctor(args: argparse.Namespace) -> int:
         "numpy",
         "matplotlib",
     ):
-        note = f"   (supported: {needs.removeprefix('transformers')})" if name == "transformers" and needs else ""
+        note = ""
+        if name == "transformers":
+            note = f"   (required: {needs.removeprefix('transformers')}, tested: {TESTED[0]} to {TESTED[-1]})"
         rows.append([name, version_of(name) + note])
     rows.append(["torch threads", str(torch.get_num_threads())])
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -83,3 +91,16 @@ def run_doctor(args: argparse.Namespace) -> int:
         rows.append([f"backend on cuda:{index}", f"{backend.name}: {backend.reason}"])
     print(columns(rows))
     return 0
+
+
+def run_contract() -> int:
+    """Print one line per item that the package needs of transformers; 1 if any does not hold."""
+    from kvcompress_hf.compat import TESTED, installed_version, is_tested
+    from kvcompress_hf.patches.core import contract_results
+
+    version, results = installed_version(), contract_results()
+    print(columns([["ok" if holds else "BROKEN", name, what] for name, holds, what in results]))
+    broken = sum(not holds for _, holds, _ in results)
+    tested = "tested" if is_tested(version) else f"not tested (tested: {TESTED[0]} to {TESTED[-1]})"
+    print(f"transformers {version}, {tested}: " + (f"{broken} items broken" if broken else "the contract holds"))
+    return 1 if broken else 0

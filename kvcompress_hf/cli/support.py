@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedModelError
 
 from .tiny_models import VOCABULARY, families, tiny_model

@@ -8,6 +8,6 @@ the stock layer's output, so that rounding never adds up from layer to layer: a 
 is judged like any other.
 """
 
-from kvcompress_hf.patches.dry_run.check import check_dry_run, evaluating, observe_stock
+from kvcompress_hf.patches.dry_run.check import StockNotes, check_dry_run, evaluating, observe_stock
 
-__all__ = ["check_dry_run", "evaluating", "observe_stock"]
+__all__ = ["StockNotes", "check_dry_run", "evaluating", "observe_stock"]

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress_hf.attention import PagedAttention
 from kvcompress_hf.cache import CompressedPagedCache, layer_sharing
 from kvcompress_hf.compat import PreTrainedConfig
 from kvcompress_hf.patches.dry_run.compare import limit, of_vectors
@@ -14,6 +13,7 @@ from kvcompress_hf.patches.dry_run.made_up import MadeUp, make_up
 from kvcompress_hf.patches.dry_run.stock import Notes, Observed, Place
 from kvcompress_hf.patches.dry_run.trial import LONGEST_PAST
 from kvcompress_hf.presets import get_preset
+from kvcompress_hf.runtime.attention import PagedAttention
 
 __all__ = ["ProbeCache"]
 

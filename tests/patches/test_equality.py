@@ -128,18 +128,14 @@ def test_logits_within_1e_4(family, route, build_model, padded):
     steps = [more[:, :1], more[:, 1:6], more[:, 6:7], more[:, 7:12]]
 
     def logits(cache):
-        mask = padded["attention_mask"]
+        mask, past = padded["attention_mask"], as_argument(model, cache)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
-            out = [
-                model(
-                    padded["input_ids"], attention_mask=mask, position_ids=positions, **as_argument(model, cache)
-                ).logits
-            ]
+            out = [model(padded["input_ids"], attention_mask=mask, position_ids=positions, **past).logits]
             for step in steps:
                 mask = torch.cat([mask, torch.ones_like(step)], 1)
                 positions = (mask.cumsum(-1) - 1)[:, -step.shape[1] :]
-                out.append(model(step, attention_mask=mask, position_ids=positions, **as_argument(model, cache)).logits)
+                out.append(model(step, attention_mask=mask, position_ids=positions, **past).logits)
         # What the padding itself would say is nobody's business.
         return torch.cat([out[0][:, -1:], *out[1:]], 1)
 
@@ -158,10 +154,9 @@ def test_half_precision_logits(family, route, dtype, build_model, prompt):
 
     def logits(cache):
         with torch.no_grad():
-            model(ids[:, :32], **as_argument(model, cache))
-            return torch.cat(
-                [model(ids[:, i : i + 4], **as_argument(model, cache)).logits for i in range(32, 48, 4)], 1
-            )
+            past = as_argument(model, cache)
+            model(ids[:, :32], **past)
+            return torch.cat([model(ids[:, i : i + 4], **past).logits for i in range(32, 48, 4)], 1)
 
     expected = logits(DynamicCache(config=model.config)).float()
     with patched(model, "lossless", route=route):

@@ -8,7 +8,7 @@ from torch import nn
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import as_argument
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
-from kvcompress_hf.patches import interface, is_patched, patch, support
+from kvcompress_hf.patches import interface, is_patched, patch
 from kvcompress_hf.patches.call import check_call
 
 _SMALL = {
@@ -153,22 +153,6 @@ def test_page_size_too_small(build_model, prompt, run_generate):
     with pytest.raises(ValueError, match="page"):
         model.generate(prompt(), max_new_tokens=2, kvcompress={"tiers": "k8v4", "page_bytes": 64})
     assert torch.equal(run_generate(model, "greedy", 8), expected)
-
-
-@pytest.mark.parametrize("version", ("5.22.1", "5.25.0", "4.57.0", "6.0.0"))
-def test_transformers_version(version, build_model, snapshot, monkeypatch):
-    model = build_model("llama")
-    before = snapshot(model)
-    monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(UnsupportedFeatureError, match=version):
-        patch(model)
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize("version", ("5.23.0", "5.23.4", "5.24.1"))
-def test_supported_transformers_version(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
-    support.check_transformers()
 
 
 @pytest.mark.parametrize(("family", "route"), [("llama", "swap"), ("llama", "interface"), ("qwen3", "interface")])

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.compat import cache_of
+from kvcompress_hf.compat import cache_of, outdated_peft
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import is_patched, last_run_report, patch, prefill, unpatch
 
@@ -71,6 +71,40 @@ def test_prefix_tuning_is_refused(build_model):
     model = peft.get_peft_model(build_model("llama"), config)
     with pytest.raises(UnsupportedModelError, match="prefix tuning"):
         patch(model)
+
+
+def test_prefix_tuning_on_a_patched_model_is_refused(build_model, prompt):
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(patch(build_model("llama"), "lossless"), config)
+    with pytest.raises(UnsupportedModelError, match="prefix tuning"):
+        model.generate(input_ids=prompt(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("first", ("patch", "adapter"))
+@pytest.mark.parametrize("route", ("swap", "interface"))
+def test_prompt_tuning(route, first, build_model, prompt):
+    """As a loop without any cache, or refused where the installed peft gets it wrong on the stock model too."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    torch.manual_seed(3)
+    base = build_model("llama")
+    model = peft.get_peft_model(base, config).eval()
+    expected = prompt()
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(expected, attention_mask=torch.ones_like(expected), use_cache=False).logits
+            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
+    outdated = outdated_peft()
+    if outdated is None:
+        patch(base if first == "patch" else model, "lossless", route=route)
+        assert torch.equal(model.generate(input_ids=prompt(), max_new_tokens=6, do_sample=False), expected)
+        return
+    with pytest.raises(UnsupportedModelError, match=f"virtual tokens.*{outdated.split(' (')[0]}"):
+        patch(base if first == "patch" else model, "lossless", route=route)
+        model.generate(input_ids=prompt(), max_new_tokens=6, do_sample=False)
+    assert is_patched(base) == (first == "patch")
+    assert base.generate(prompt(), max_new_tokens=6, do_sample=False).shape == expected.shape  # the base is unharmed
 
 
 # -- quantised weights -------------------------------------------------------------------------------------------------
