@@ -31,8 +31,10 @@ def parse_json(text: str | bytes, *, most_bytes: int, most_values: int, most_dep
     if len(text) > most_bytes:
         raise ValueError(f"it is {len(text):,} bytes long, more than {most_bytes:,}")
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    # Without escapes every other piece between quotes lies outside of strings.
-    bare = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 4 * most_values:  # each value may have a key
+        raise ValueError(f"it has more than {2 * most_values:,} texts")
+    bare = b"".join(plain.split(b'"')[::2])  # every other piece between quotes lies outside of strings
     brackets = bare.translate(_TO_SQUARE, _NO_BRACKETS)
     values = 1 + bare.count(b",") + len(brackets) // 2
     if values > most_values:

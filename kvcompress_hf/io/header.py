@@ -21,7 +21,8 @@ from kvcompress_hf.units import parse_bytes
 
 __all__ = ["Header", "StoreValues"]
 
-_MOST = 2**31 - 1  # positions and lengths are int32
+_MOST = 2**31 - 1  # lengths and page numbers are int32
+_MOST_SEEN = 2**30  # so are positions, and there must be some left for tokens to come
 _MOST_PAGE_BYTES = 2**24
 _MOST_BYTES = 2**60
 _MOST_REASON = 500  # characters of a message that quote the file
@@ -165,7 +166,7 @@ class Header:
             CacheFormatError: If something is missing or out of range.
         """
         values, file = self._values, self.file
-        seen = self._int(values, "seen", 0, _MOST)
+        seen = self._int(values, "seen", 0, _MOST_SEEN)
         batch = self._batch()
         if (seen > 0) != bool(self.stores):
             raise file.error(f"it says {seen} tokens, but has {len(self.stores)} stores")
