@@ -1,6 +1,7 @@
 # make demo   makes .venv, installs, runs the demonstration
 # make test   the same .venv, lint and the whole test suite
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs cmake)
+# make fuzz   100,000 cache files made wrong on purpose, then 10,000 more under AddressSanitizer (needs cmake)
 #
 # Variables:
 #   PYTHON=python3.12     the interpreter .venv is made with (3.10 or newer)
@@ -16,7 +17,7 @@ TORCH_INDEX ?=
 TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
 NATIVE := $(wildcard CMakeLists.txt kernels/CMakeLists.txt kernels/include/* kernels/cpu/*)
 
-.PHONY: demo test lint sanitize install clean
+.PHONY: demo test lint sanitize fuzz install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvcompress demo
@@ -36,6 +37,11 @@ sanitize: $(VENV)/.installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
 		tests/kernels -q $(PYTEST_ARGS)
+
+# What came of it is kept in benchmarks/results/fuzz_files.json; a failure names its number, to be run again by itself.
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/files.py --count 100000 --seed 0 --output benchmarks/results/fuzz_files.json
+	$(BIN)/python tests/fuzz/files.py --count 10000 --seed 1 --sanitize --output benchmarks/results/fuzz_files.json
 
 install: $(VENV)/.installed
 
