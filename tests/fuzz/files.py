@@ -35,7 +35,7 @@ from mutations import mutate  # noqa: E402
 
 MOST_BYTES = 64 * 2**20  # beyond the file's size
 MOST_SECONDS = 1.0
-SILENCE = 60  # seconds after which a child counts as hanging; five times as many while it starts
+SILENCE = 60  # seconds of processor time without an answer after which a child counts as hanging
 # Large blocks come from the system and go back to it at once, so that the peak of one load does not hide in what an
 # earlier one has freed.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -267,7 +267,7 @@ def run_children(seed, first, count, sanitized, batch, folder, report):
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=environment) as child,
         ):
             done = 0
-            while select.select([child.stdout], [], [], SILENCE * (1 if done else 5))[0]:
+            while answers(child):
                 line = child.stdout.readline()
                 if not line:
                     break
@@ -288,6 +288,25 @@ def run_children(seed, first, count, sanitized, batch, folder, report):
         if index < first + count:
             report(tally.result(time.perf_counter() - started), final=False)
     return tally.result(time.perf_counter() - started)
+
+
+def answers(child):
+    """Waits for the next line of a child; False if it hangs. On a busy machine it may get no processor for a while."""
+    before = processor_seconds(child)
+    for _ in range(60):
+        if select.select([child.stdout], [], [], SILENCE)[0]:
+            return True
+        if processor_seconds(child) - before > SILENCE:
+            return False
+    return False
+
+
+def processor_seconds(child):
+    """What a child has used so far."""
+    with contextlib.suppress(OSError):
+        ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def sanitizer_libraries():
