@@ -6,6 +6,7 @@
 #             your index has no CPU-only build of it)
 # make lock   renews constraints.txt: the newest of everything but torch, which is TORCH
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make fuzz   100,000 cache files made wrong on purpose, then 10,000 more under AddressSanitizer
 # make soak   long runs: decodes, requests, parked caches, the state machine (about an hour; SOAK=0.05 for minutes)
 #
 # Variables:
@@ -33,7 +34,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfi
 # What another transformers or torch could break: the contract, the patches, the cache's face.
 CONTRACT := tests/patches tests/cache
 
-.PHONY: demo test lint sanitize soak install lock test-transformers test-torch contract clean
+.PHONY: demo test lint sanitize fuzz soak install lock test-transformers test-torch contract clean
 
 demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
@@ -67,6 +68,11 @@ sanitize: $(VENV)/.dev-$(KIND)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
 		tests/kernels -q $(PYTEST_ARGS)
+
+# What came of it is kept in benchmarks/results/fuzz_files.json; a failure names its number, to be run again by itself.
+fuzz: $(VENV)/.dev-$(KIND)
+	$(BIN)/python tests/fuzz/files.py --count 100000 --seed 0 --output benchmarks/results/fuzz_files.json
+	$(BIN)/python tests/fuzz/files.py --count 10000 --seed 1 --sanitize --output benchmarks/results/fuzz_files.json
 
 soak: $(VENV)/.dev-$(KIND)
 	mkdir -p build/soak

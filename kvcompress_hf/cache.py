@@ -14,9 +14,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import Cache, CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
-from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError, UnsupportedModelError
 from kvcompress_hf.gradients import GradientGuard
-from kvcompress_hf.io import UnreadPages, layer_devices, load_cache, model_identity, save_cache
+from kvcompress_hf.io import (
+    UnreadPages,
+    differing_weights,
+    layer_devices,
+    load_cache,
+    model_identity,
+    save_cache,
+    weights_fingerprint,
+)
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
@@ -142,6 +150,7 @@ class CompressedPagedCache(Cache):
     def _take_over(self, attention: PagedAttention, config: PreTrainedConfig) -> None:
         self._attention, self._config = attention, config
         self._model: weakref.ref[nn.Module] | None = None
+        self._weights: tuple[int, ...] = ()  # fingerprint of the model's, once it is known
         self._unread: UnreadPages | None = None  # pages of a file that nobody has read yet
         self._recorded_from = attention.seen  # while recording: tokens that are there to stay
         self._pending = [0] * attention.num_layers  # new tokens handed out by update() that attention has not taken
@@ -516,12 +525,24 @@ class CompressedPagedCache(Cache):
         other = CompressedPagedCache.__new__(type(self))
         other.recipe = self.recipe
         other._take_over(self._attention.fork(), self._config)
-        other._model, other._unread, other._factors = self._model, self._unread, self._factors
-        other._recorded_from, other._gradients = self._recorded_from, self._gradients.copy()
+        other._model, other._weights, other._unread = self._model, self._weights, self._unread
+        other._factors, other._recorded_from = self._factors, self._recorded_from
+        other._gradients = self._gradients.copy()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedPagedCache":
         return self.fork()
+
+    def __copy__(self) -> "CompressedPagedCache":
+        # Two objects over one inside would each give the same pages back.
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A CompressedPagedCache is not pickled: its pages lie in memory of their own, which copies share. Write it "
+            "to a file with cache.save(path) and read it with CompressedPagedCache.load(path, model), in another "
+            "process too. Of what generate() returned, pickle the other parts, such as output.sequences, by themselves."
+        )
 
     def __del__(self) -> None:
         attention = getattr(self, "_attention", None)
@@ -535,14 +556,24 @@ class CompressedPagedCache(Cache):
     # -- to a file and back ----------------------------------------------------------------------------------------
 
     def belongs_to(self, model: nn.Module) -> None:
-        """Notes whose keys and values these are, so that a file of this cache can tell models of one shape apart.
+        """Notes whose keys and values these are, so that the cache and its files are not used with another model.
 
         `generate` and `prefill` call it.
 
         Args:
             model (`nn.Module`): The model; held weakly.
+
+        Raises:
+            ValueError: If what the cache holds was made with other weights. A sample of a few weights is compared.
         """
-        self._model = weakref.ref(model)
+        weights = weights_fingerprint(model)
+        if self._attention.seen and self._weights and differing_weights(self._weights, weights):
+            raise ValueError(
+                f"This cache holds {self._attention.seen} tokens that were read with other weights than those of the "
+                f"{type(model).__name__} given now (another checkpoint, a fine-tuned or merged one, an adapter?), so "
+                "its keys and values mean nothing to it. Use a fresh cache, or prefill again with this model."
+            )
+        self._model, self._weights = weakref.ref(model), weights
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether [`CompressedPagedCache.belongs_to`] was last called with this very model.
@@ -559,14 +590,18 @@ class CompressedPagedCache(Cache):
         """Writes the cache to one safetensors file: packed pages as they are, tail, tables, recipe, model.
 
         The cache can be used on afterwards. What is not needed to go on (the prompt's tokens) is not written. The file
-        appears under its name when it is whole; until then a file that was there stays.
+        appears under its name when it is whole, on disk and has been checked; until then a file that was there stays.
+        Its permissions are kept. A symbolic link is followed: what it points to is replaced.
 
         Args:
             path (`str` or `os.PathLike`): Where.
 
         Raises:
+            IsADirectoryError: If there is a folder of that name.
+            FileExistsError: If there is a device, pipe or socket of that name.
             OSError: If the file cannot be written; nothing is left behind then.
-            RuntimeError: If called in the middle of a forward pass, or while recorded tokens wait for `crop`.
+            RuntimeError: If called in the middle of a forward pass, while recorded tokens wait for `crop`, or if the
+                file could not be loaded again.
 
         Example:
 
@@ -624,7 +659,10 @@ class CompressedPagedCache(Cache):
             limit,
             layer_sharing(model.config),
         )
-        loaded.attention.inv_freq = key_frequencies(model.config, loaded.attention.recipe, windows)
+        try:
+            loaded.attention.inv_freq = key_frequencies(model.config, loaded.attention.recipe, windows)
+        except UnsupportedFeatureError as error:
+            raise CacheFormatError(f"{os.fspath(path)} cannot be used with this model: {error}") from error
         cache = cls.__new__(cls)
         cache.recipe = loaded.attention.recipe
         cache._take_over(loaded.attention, model.config)

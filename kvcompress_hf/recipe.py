@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from kvcompress_hf.bounded_json import parse_json
 from kvcompress_hf.units import parse_bytes
 from kvcompress_hf.validation import MOST_TOKENS, check_flags, check_ints, require_int, shown
 
@@ -32,6 +33,11 @@ MOST_PAGE_BYTES = 2**24
 
 #: How far what is kept looks from the next query: as far as it was in the text, or as if nothing had been between.
 POSITIONS = ("absolute", "reindexed")
+
+# Of a recipe's JSON, which may come from a stranger. The longest preset takes 1 kB, 30 values and a depth of 2.
+_MOST_BYTES = 64 * 1024
+_MOST_VALUES = 1000
+_MOST_DEPTH = 8
 
 
 #: Where the kinds that come with the package are defined; imported when one is first asked for by name.
@@ -373,12 +379,12 @@ class Recipe:
             `Recipe`: The recipe.
 
         Raises:
-            ValueError: If the text is not a JSON object of allowed parts.
+            ValueError: If the text is not a JSON object of allowed parts, or larger than any recipe is.
         """
         try:
-            values = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("The text is nested far deeper than any recipe.") from error
+            values = parse_json(text, most_bytes=_MOST_BYTES, most_values=_MOST_VALUES, most_depth=_MOST_DEPTH)
+        except ValueError as error:
+            raise ValueError(f"This is not the JSON of a recipe: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"A recipe is a JSON object, got {type(values).__name__}.")
         return cls.from_dict(values)
@@ -389,6 +395,8 @@ def _part(name: str, current: Any, value: Any) -> Any:
     parts = [f.name for f in dataclasses.fields(Recipe)]
     if name not in parts:
         raise ValueError(f"Unknown recipe part {name!r}; the parts are {', '.join(parts)}.")
+    if _is_deeper(value, _MOST_DEPTH):
+        raise ValueError(f"Recipe.{name} holds lists or dicts nested more than {_MOST_DEPTH} deep; no part does.")
     if name == "tiers":
         return (value,) if isinstance(value, str) else tuple(value)
     if name == "budget" and isinstance(value, (int, float, str)):
@@ -400,6 +408,14 @@ def _part(name: str, current: Any, value: Any) -> Any:
     if name in _PARTS and isinstance(value, Mapping):
         return _construct(name, _PARTS[name], value if current is None else {**_arguments(current), **value})
     return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and dicts are nested deeper than that."""
+    if not isinstance(value, (Mapping, list, tuple)):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return depth == 0 or any(_is_deeper(each, depth - 1) for each in inner)
 
 
 def _arguments(part: Any) -> dict[str, Any]:

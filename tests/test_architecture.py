@@ -31,7 +31,7 @@ LEVEL = {
     "importance": 11,
     "planning": 11,
 }
-ANYONE = {"errors", "units", "recipe", "validation"}
+ANYONE = {"errors", "units", "recipe", "validation", "bounded_json"}
 BELOW_CACHE = ["kernels", "paging", "observers", "plans", "runtime", "recipe", "presets", "reports", "io"]
 
 

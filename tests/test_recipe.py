@@ -104,3 +104,33 @@ def test_bad_recipes_are_refused_with_the_reason(spec, overrides, error, words):
 def test_json_that_is_no_recipe_is_refused():
     with pytest.raises(ValueError, match="JSON object"):
         Recipe.from_json("[1]")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "brackets do not match, or are nested more than 8 deep"),
+        ('{"observer":' * 50_000 + "0" + "}" * 50_000, "bytes long, more than 65,536"),
+        ('{"observer":' * 20 + "0" + "}" * 20, "nested more than 8 deep"),
+        ('{"tiers": [' + '"native",' * 2000 + '"native"]}', "values, more than 1,000|texts"),
+        ('{"name": "a", "name": "b"}', "a name comes twice"),
+        ('{"page_bytes": ' + "9" * 5000 + "}", "does not fit 64 bits"),
+        ("[]", "A recipe is a JSON object, got list"),
+        ("{", "not the JSON of a recipe"),
+    ],
+)
+def test_json_that_is_no_recipe_is_refused_in_words(text, message):
+    with pytest.raises(ValueError, match=message):
+        kvc.Recipe.from_json(text)
+
+
+def test_a_dict_that_is_nested_far_deeper_than_any_recipe_is_refused():
+    deep = 0
+    for _ in range(100_000):
+        deep = {"kind": deep}
+    for make in (
+        lambda: kvc.Recipe.from_dict({"observer": deep}),
+        lambda: kvc.get_preset("auto").with_overrides(when=deep),
+    ):
+        with pytest.raises(ValueError, match="nested more than 8 deep"):
+            make()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
+from .disk_cache import KernelCache
 from .nvrtc import CHUNK_ROWS, RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
 
 __all__ = [
@@ -101,11 +101,6 @@ def shipped_architectures() -> list[str]:
     return [arch for arch in ARCHITECTURES.values() if all(shipped(unit, arch) is not None for unit in SOURCES)]
 
 
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "kvcompress_hf"
-
-
 def device_code(unit: str, arch: str, *, use_shipped: bool = True) -> tuple[bytes, str]:
     """Device code of a translation unit.
 
@@ -125,17 +120,10 @@ def device_code(unit: str, arch: str, *, use_shipped: bool = True) -> tuple[byte
         return code, f"shipped cubins for {arch}"
     version = ".".join(map(str, nvrtc_version()))
     origin = f"compiled on this machine for {arch} by NVRTC {version}"
-    path = _cache_dir() / f"{unit}.{arch}.{version}.{source_hash()[:16]}.cubin"
-    try:
-        return path.read_bytes(), origin
-    except OSError:
-        pass
-    code = compile_source(unit, arch).cubin
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(code)
-        unfinished.replace(path)
-    except OSError:
-        pass  # a folder that cannot be written to costs time at the next start, nothing else
+    kept = KernelCache.of_user()
+    key = f"{unit}.{arch}.{version}.{source_hash()[:16]}"
+    code = kept.read(key)
+    if code is None:
+        code = compile_source(unit, arch).cubin
+        kept.write(key, code)
     return code, origin

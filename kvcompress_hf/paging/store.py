@@ -103,7 +103,8 @@ class PagedStore(StoredRows):
         here = (on_host(self.tail_lengths) if tails is None else tails)[part].flatten()
         if not bool(here.any()):
             return
-        used = int(here.max())  # sums over tokens must not round by the room there happens to be (a file keeps none)
+        # Not more than is used: sums over tokens must not round by the room there happens to be (a file keeps none).
+        used = int(here.max())
         keys, values = (x[part, :, :, :used].flatten(0, 1) for x in (self.tail_keys, self.tail_values))
         lengths = self.tail_lengths[part].flatten()
         counts = lengths[:, None].expand(-1, self.geometry.kv_heads)
