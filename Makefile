@@ -6,6 +6,7 @@
 #             your index has no CPU-only build of it)
 # make lock   renews constraints.txt: the newest of everything but torch, which is TORCH
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make tsan   the native code in eight threads under ThreadSanitizer
 # make fuzz   100,000 cache files made wrong on purpose, then 10,000 more under AddressSanitizer
 # make soak   long runs: decodes, requests, parked caches, the state machine (about an hour; SOAK=0.05 for minutes)
 #
@@ -34,7 +35,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfi
 # What another transformers or torch could break: the contract, the patches, the cache's face.
 CONTRACT := tests/patches tests/cache
 
-.PHONY: demo test lint sanitize fuzz soak install lock test-transformers test-torch contract clean
+.PHONY: demo test lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
 
 demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
@@ -68,6 +69,15 @@ sanitize: $(VENV)/.dev-$(KIND)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
 		tests/kernels -q $(PYTEST_ARGS)
+
+# Forks at work in eight threads, on the native code under ThreadSanitizer. Without OpenMP, whose runtime it cannot see.
+TSAN_SOURCES := kernels/cpu/layout.cpp kernels/cpu/dispatch.cpp kernels/cpu/pack.cpp $(wildcard kernels/cpu/attention_*.cpp)
+tsan:
+	mkdir -p build/tsan
+	$(CXX) -std=gnu++17 -O1 -g1 -fno-math-errno -ffp-contract=off -fsanitize=thread -pthread -Wall -Wno-psabi \
+		-Wno-unknown-pragmas -DKVC_ISA=scalar -DKVC_ISA_scalar=1 -DKVC_HAS_scalar=1 -Ikernels/include -Ikernels/cpu \
+		$(TSAN_SOURCES) tests/native/threads.cpp -o build/tsan/threads
+	build/tsan/threads 100
 
 # What came of it is kept in benchmarks/results/fuzz_files.json; a failure names its number, to be run again by itself.
 fuzz: $(VENV)/.dev-$(KIND)

@@ -14,6 +14,7 @@ from kvcompress_hf.runtime.compression import Compression
 from kvcompress_hf.runtime.padding import runs_of, with_runs
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import AttentionState, CacheState, StoreLayers
+from kvcompress_hf.validation import MOST_TOKENS
 
 _Self = TypeVar("_Self", bound="Past")
 
@@ -58,6 +59,11 @@ class Past(CacheState):
         real = None if mask is None else self._read_mask(mask).real_tokens(mask.shape[-2], tokens, key.shape[0])
         padding = None if real is None else (~real).sum(1)
         seen = self.seen
+        if seen + tokens > MOST_TOKENS:
+            raise ValueError(
+                f"The cache has seen {seen} tokens, and {tokens} more are beyond what positions of 32 bits count, "
+                f"{MOST_TOKENS}; begin a new one."
+            )
         decoding = tokens == 1 and seen > 0
         if tokens > 1 and not self.recording and seen and self.max_bytes is not None:
             with self.rollback.whole():
