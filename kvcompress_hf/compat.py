@@ -231,9 +231,7 @@ def move_cache(name: str, kind: type[Cache], args: tuple[Any, ...], kwargs: dict
     cache = find_cache({**dict(enumerate(args)), **kwargs}, kind)  # type: ignore[dict-item]
     # Of two names that are given, transformers takes the newer one, even if it says None.
     rest = {
-        key: value
-        for key, value in kwargs.items()
-        if value is not cache and not (value is None and key in CACHE_NAMES)
+        key: value for key, value in kwargs.items() if value is not cache and not (value is None and key in CACHE_NAMES)
     }
     return rest if any(value is cache for value in args) else {**rest, name: cache}
 
