@@ -1,55 +1,96 @@
-# make demo   makes .venv, installs, runs the demonstration
-# make test   the same .venv, lint and the whole test suite
-# make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (needs cmake)
+# make demo   makes .venv, installs what the demonstration needs, and runs it
+# make test   adds what lint and the tests need, and runs lint and the whole test suite
+# make test-transformers TRANSFORMERS=5.23.0   the tests of what we rely on, on another transformers: a version,
+#             `lowest` (of the range in pyproject.toml) or `newest` (on the package index)
+# make test-torch TORCH=torch==2.11.0   the same on another torch, in .venv-torch; fetches that torch (gigabytes, where
+#             your index has no CPU-only build of it)
+# make lock   renews constraints.txt: the newest of everything but torch, which is TORCH
+# make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Variables:
-#   PYTHON=python3.12     the interpreter .venv is made with (3.10 or newer)
+#   PYTHON=python3.12     the interpreter .venv is made with (3.11 or newer)
+#   LOCK=                 (empty) the newest of everything instead of the versions in constraints.txt
 #   TORCH_INDEX=<url>     package index to take torch from, e.g. the one with PyTorch's CPU-only builds
-#   TORCH=torch==2.13.0   which torch to install
+#   TORCH=torch==2.13.0   which torch to install, with LOCK= or for `make lock`
 #   PYTEST_ARGS="-k demo" more arguments for pytest
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 TORCH_INDEX ?=
-# A machine with a GPU gets the ordinary torch, any other the version tested on CPU.
-TORCH ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'torch>=2.11'; else echo 'torch==2.13.0'; fi)
-NATIVE := $(wildcard CMakeLists.txt kernels/CMakeLists.txt kernels/include/* kernels/cpu/*)
+LOCK ?= constraints.txt
+TORCH ?= torch
+TRANSFORMERS ?= lowest
+NATIVE := $(wildcard CMakeLists.txt kernels/include/* kernels/cpu/*.cpp kernels/cpu/*.h)
+PIP := $(BIN)/pip install $(if $(LOCK),-c $(LOCK))
+BUILD_TOOLS := scikit-build-core cmake ninja
+# Stamps of their own for locked and newest versions: going from one to the other, and a new lock, start .venv afresh.
+KIND := $(if $(LOCK),locked,newest)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+# What another transformers or torch could break: the contract, the patches, the cache's face.
+CONTRACT := tests/patches tests/cache
 
-.PHONY: demo test lint sanitize install clean
+.PHONY: demo test lint sanitize install lock test-transformers test-torch contract clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev-$(KIND)
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p kvcompress_hf
 
+# The package itself is the one in .venv; only transformers is another, put before it on the path.
+test-transformers: $(VENV)/.dev-$(KIND)
+	$(BIN)/python .ci/transformers.py $(TRANSFORMERS) -- $(CONTRACT) $(PYTEST_ARGS)
+
+test-torch: build/constraints-without-torch.txt
+	$(MAKE) contract VENV=.venv-torch LOCK=$<
+
+build/constraints-without-torch.txt: constraints.txt
+	mkdir -p build
+	grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' $< > $@
+
+contract: $(VENV)/.dev-$(KIND)
+	$(PYTEST) $(CONTRACT) $(PYTEST_ARGS)
+
 # The kernel tests on a library with AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs a part of them.
 # Leaks are not looked for: Python's own would drown ours.
-sanitize: $(VENV)/.installed
-	cmake -S . -B build/sanitize -DKVC_SANITIZE=ON
-	cmake --build build/sanitize --parallel
+sanitize: $(VENV)/.dev-$(KIND)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -DKVC_SANITIZE=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize --parallel
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitized.py build/sanitize/libkvc_cpu.so \
 		tests/kernels -q $(PYTEST_ARGS)
 
-install: $(VENV)/.installed
+install: $(VENV)/.dev-$(KIND)
+
+# One file for every supported Python, with and without a GPU: torch==2.13.0 is met by 2.13.0+cpu as well, and what only
+# a CUDA build of torch asks for stands there too.
+lock: $(VENV)/.demo-$(KIND)
+	$(BIN)/pip install uv
+	@echo '$(if $(filter torch,$(TORCH)),torch==2.13.0,$(TORCH))' | $(BIN)/uv pip compile --universal --upgrade \
+		--python-version 3.11 --extra models --extra plot --extra build --extra dev --constraint - --no-annotate \
+		--custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml
 
 # torch first and by itself: it decides which build (CPU or GPU) everything after it uses.
-$(VENV)/.torch:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+$(VENV)/.torch-$(KIND): $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	@touch $@
 
-# Runs again when the native code or the package's metadata change; Python files are used in place.
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(BIN)/pip install -e '.[dev]'
+# Again when the native code or the package's metadata change; Python files are used in place.
+$(VENV)/.demo-$(KIND): $(VENV)/.torch-$(KIND) pyproject.toml $(NATIVE)
+	$(PIP) $(BUILD_TOOLS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[models,plot,build]'
+	@touch $@
+
+$(VENV)/.dev-$(KIND): $(VENV)/.demo-$(KIND)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[models,plot,build,dev]'
 	@touch $@
 
 clean:

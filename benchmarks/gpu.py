@@ -329,7 +329,7 @@ def describe(args: argparse.Namespace) -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -27,5 +27,5 @@ def machine() -> dict[str, object]:
         "transformers": transformers.__version__,
         "kvcompress_hf": kvcompress_hf.__version__,
         "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

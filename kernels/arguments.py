@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 
 from . import abi
@@ -18,8 +19,9 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def fill_rows(c: abi.KvcRows, rows: Rows) -> None:
-    """Sets everything in a `KvcRows`."""
+def fill_rows(operation: ctypes.Structure, rows: Rows) -> None:
+    """Sets everything in the `KvcRows` of an operation's struct."""
+    c: abi.KvcRows = operation.rows
     c.layout = ctypes.addressof(rows.layout.c)
     c.slabs = rows.slab_addresses.data_ptr()
     c.slab_shift = rows.slab_shift
@@ -28,6 +30,11 @@ def fill_rows(c: abi.KvcRows, rows: Rows) -> None:
         c.table[tier] = table.data_ptr()
         c.table_stride[tier] = table.stride(0)
         c.length[tier] = length.data_ptr()
+    pages = rows.slab_pages
+    if pages is None:
+        pages = torch.tensor([slab.shape[0] for slab in rows.slabs], dtype=torch.int32)
+    c.slab_pages, c.n_slabs = pages.data_ptr(), pages.shape[0]
+    operation.slab_pages = pages  # type: ignore[attr-defined]  # lives as long as the struct that points to it
 
 
 def fill_tail(c: abi.KvcTail, tail: Tail | None) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from .layout import DTYPES, POSITION, PageLayout
 from .types import Rows, Tail
 
+LAST_POSITION = 2**31 - 2  # positions, and the number of tokens seen, are int32
+
 
 def check_tensor(
     name: str,
@@ -128,18 +130,10 @@ def check_packed_width(rows: Rows, tier: int, lengths: Tensor) -> None:
         raise ValueError(f"slots must be between 0 and {capacity} (table of tier {tier}), got {most}")
 
 
-def check_page_tables(rows: Rows) -> None:
-    """Checks that every page in use lies in a slab: native code follows the ids blindly."""
-    sizes = torch.tensor([slab.shape[0] for slab in rows.slabs] or [0], device=rows.slab_addresses.device)
-    for tier, (table, length) in enumerate(zip(rows.tables, rows.lengths, strict=True)):
-        pages = (length + (rows.layout.tiers[tier].slots - 1)) // rows.layout.tiers[tier].slots
-        used = torch.arange(table.shape[1], device=table.device) < pages.unsqueeze(1)
-        ids = table[used]
-        slab, inside = ids >> rows.slab_shift, ids & ((1 << rows.slab_shift) - 1)
-        known = (slab >= 0) & (slab < len(rows.slabs))
-        bad = ids[~known | (inside >= sizes[torch.where(known, slab, 0)])]
-        if bad.numel():
-            raise ValueError(f"the table of tier {tier} names page {int(bad[0])}, which is in none of the slabs")
+def check_positions(position: int, tokens: int) -> None:
+    """Checks that positions from one on can be counted in 32 bits."""
+    if not 0 <= position <= LAST_POSITION + 1 - tokens:
+        raise ValueError(f"positions must be between 0 and {LAST_POSITION}, got {tokens} tokens from {position} on")
 
 
 def check_pack(
@@ -283,6 +277,10 @@ def check_page_ids(slabs: Sequence[Tensor], slab_shift: int, dst: Tensor, src: T
             low, high = bounds(ids)
             if low < 0 or (high >> slab_shift) >= len(slabs):
                 raise ValueError(f"{name} must be page ids of {len(slabs)} slabs, got {low} to {high}")
+            sizes = torch.tensor([slab.shape[0] for slab in slabs], device=device)
+            beyond = (ids & ((1 << slab_shift) - 1)) >= sizes[(ids >> slab_shift).long()]
+            if bool(beyond.any()):
+                raise ValueError(f"{name} names page {int(ids[beyond][0])}, which is in none of the slabs")
 
 
 def check_block(q: Tensor, k: Tensor, rows: Rows, tail: Tail | None, device: torch.device) -> None:

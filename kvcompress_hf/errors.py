@@ -1,6 +1,12 @@
 """The errors a person can meet. Each message names the value got, what is allowed, and what to do."""
 
-__all__ = ["CacheFormatError", "CacheMemoryError", "UnsupportedFeatureError", "UnsupportedModelError"]
+__all__ = [
+    "CacheFormatError",
+    "CacheMemoryError",
+    "ModelNotFetchedError",
+    "UnsupportedFeatureError",
+    "UnsupportedModelError",
+]
 
 
 class UnsupportedModelError(ValueError):
@@ -17,3 +23,8 @@ class CacheMemoryError(RuntimeError):
 
 class CacheFormatError(ValueError):
     """A cache file is damaged, or was made for another model."""
+
+
+class ModelNotFetchedError(OSError):
+    """A real model of `kvcompress models` is not on this machine and could not be fetched, or may not be without a word
+    of the user's; the message says why and what to do."""

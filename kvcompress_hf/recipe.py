@@ -233,6 +233,8 @@ class Recipe:
         self._check_tiers()
         if self.page_bytes is not None:
             require_int("Recipe", "page_bytes", self.page_bytes, 1, MOST_PAGE_BYTES)
+            if self.page_bytes % 64:
+                raise ValueError(f"Recipe.page_bytes is {self.page_bytes}; it must be a multiple of 64.")
         if self.centre_keys is not None and not isinstance(self.centre_keys, bool):
             raise ValueError(f"Recipe.centre_keys is {shown(self.centre_keys)}; it must be True, False or None.")
         self._check_positions()

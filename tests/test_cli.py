@@ -42,18 +42,22 @@ def test_mistakes_are_answered_in_a_line(capsys, arguments, words):
     assert words in captured.err and "Traceback" not in captured.err
 
 
-def test_a_small_demo_writes_its_table_figures_and_heatmaps(capsys, tmp_path):
+def test_the_demo_on_the_tiny_model_writes_its_table_answers_figures_and_picture(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    sizes = ["--questions", "2", "--prompt-tokens", "300", "--new-tokens", "10"]
-    assert main(["demo", "--model", MODEL, *sizes, "--output", str(tmp_path)]) == 0
+    assert main(["demo", "--model", MODEL, "--dtype", "float32", "--new-tokens", "8", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     figures = json.loads((tmp_path / "demo.json").read_text())
-    titles = [method["title"] for method in figures["methods"]]
-    assert titles[0].startswith("stock") and "lossless" in titles and "k8v4" in titles
-    assert all(title in out for title in titles)
-    lossless = figures["methods"][titles.index("lossless")]
-    assert lossless["same_tokens"] == 1.0
-    assert len(list(tmp_path.glob("slots_*.png"))) >= 2
+    methods = {method["title"]: method for method in figures["methods"]}
+    assert list(methods)[:2] == ["stock", "lossless"] and all(title in out for title in methods)
+    assert {"date", "machine", "versions"} <= set(figures)
+    stock, lossless = methods["stock"], methods["lossless"]
+    assert stock["right"] >= 1 and lossless["same_text"] == len(figures["questions"])
+    for budget in (4, 8, 16):
+        method = methods[f"auto, 1/{budget}"]
+        assert method["total"] == sum(method["memory"].values()) and method["ratio"] <= 1.02 / budget
+        assert method["file_bytes"] < stock["total"] / 2 and method["load_seconds"] < method["second_seconds"]
+    assert "What is the pass key?" in out and "head 1" in out and "loads" in out
+    assert (tmp_path / "heads.png").stat().st_size > 10_000
 
 
 def test_short_names_stand_for_the_repositorys_models(monkeypatch, tmp_path):

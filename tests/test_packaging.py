@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"kvcompress_hf": "kvcompress_hf", "kernels": "kvcompress_hf/kernels", "patches": "kvcompress_hf/patches"}
@@ -132,9 +135,36 @@ def test_pytest_does_not_make_them_importable(tmp_path):
 
 @pytest.mark.parametrize("cwd", ["elsewhere", "clone, python -P"])
 def test_import_kernels_does_not_find_ours(cwd, tmp_path):
-    if cwd != "elsewhere" and sys.version_info < (3, 11):
-        pytest.skip("python -P came with 3.11")
     flags, folder = ([], tmp_path) if cwd == "elsewhere" else (["-P"], ROOT)
     command = [sys.executable, *flags, "-c", FIND.format(names=["kernels", "patches"])]
     found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
     assert str(ROOT) not in found
+
+
+def pins():
+    """What the lock says: name, version and marker of each line."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_has_one_version_of_everything_that_make_installs(python):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    where = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux", "extra": ""}
+    where |= {"platform_machine": "x86_64", "platform_system": "Linux", "platform_python_implementation": "CPython"}
+    held = [pin for pin in pins() if pin.marker is None or pin.marker.evaluate(where)]
+    versions = {canonicalize_name(pin.name): pin for pin in held}
+    assert len(versions) == len(held)
+    assert all([s.operator for s in pin.specifier] == ["=="] for pin in held)
+    for line in [*project["dependencies"], *(r for e in ("models", "plot", "build", "dev") for r in extras[e])]:
+        wanted = Requirement(line)
+        [pin] = versions[canonicalize_name(wanted.name)].specifier
+        assert wanted.specifier.contains(pin.version), f"{line}: the lock has {pin.version}; run make lock"
+
+
+def test_the_lock_serves_builds_of_torch_with_and_without_cuda():
+    [torch] = [pin.specifier for pin in pins() if pin.name == "torch"]
+    [pinned] = torch
+    assert torch.contains(f"{pinned.version}+cpu") and torch.contains(f"{pinned.version}+cu130")
+    assert {"nvidia-cuda-nvrtc", "nvidia-cublas", "triton"} <= {pin.name for pin in pins()}

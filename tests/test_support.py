@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.cli import main
 from kvcompress_hf.cli.support import examine
 from kvcompress_hf.cli.tiny_models import families, tiny_model
+from kvcompress_hf.compat import installed_version
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
 MODES = ("greedy", "chunked")
@@ -21,12 +23,16 @@ HANDFUL = {
     "aria": ("supported", "interface"),
     "deepseek_v3": ("refused", "MLA"),
     "mamba": ("refused", "recurrent"),
-    "gptj": ("refused", "AttentionInterface"),
+    "gptj": ("supported", "interface"),
+    "codegen": ("supported", "interface"),
     "jetmoe": ("refused", "something else of the keys"),
     "blt": ("refused", "number of layers"),
     "pix2struct": ("refused", "encoder-decoder"),
     "glm5_next": ("not built", "ValueError"),
 }
+# Not written on the attention interface in transformers before 5.24.
+if Version(installed_version()) < Version("5.24"):
+    HANDFUL |= {"gptj": ("refused", "AttentionInterface"), "codegen": ("refused", "AttentionInterface")}
 
 
 @pytest.mark.parametrize("family", HANDFUL)

@@ -3,6 +3,7 @@
 // they are; products run in the integer units as in decode().
 #include "attention_block.h"
 #include "ops.h"
+#include "tables.h"
 
 namespace kvc {
 namespace KVC_ISA {
@@ -87,6 +88,8 @@ thread_local Arena arena;
 
 int chunk(KvcChunk* a) {
   const KvcLayout& layout = *a->rows.layout;
+  if (!all_known(a->rows)) return KVC_BAD_PAGE;
+  if (!positions_fit(a->position, a->n_q) || !positions_fit(a->key_position, a->n_k)) return KVC_BAD_ARGUMENT;
   Chunk c;
   c.a = a;
   c.layout = &layout;

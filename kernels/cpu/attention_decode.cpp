@@ -5,6 +5,7 @@
 // partials are merged by log-sum-exp.
 #include "attention_core.h"
 #include "ops.h"
+#include "tables.h"
 
 namespace kvc {
 namespace KVC_ISA {
@@ -25,14 +26,20 @@ KVC_INLINE int count_valid(const NewTokens& x, int b) {
   return count;
 }
 
-int append_tokens(const KvcTail& tail, const NewTokens& x) {
-  if (tail.capacity == 0) {
-    for (int b = 0; b < x.batch; ++b)
-      if (count_valid(x, b)) return KVC_TAIL_FULL;
-    return KVC_OK;
+// Whether the tail takes the tokens.
+int tail_status(const KvcTail& tail, const NewTokens& x) {
+  if (!positions_fit(x.position, x.n)) return KVC_BAD_ARGUMENT;
+  for (int b = 0; b < x.batch; ++b) {
+    const int64_t held = tail.capacity ? tail.length[b] : 0;
+    if (held < 0) return KVC_BAD_ARGUMENT;
+    if (held + count_valid(x, b) > tail.capacity) return KVC_TAIL_FULL;
   }
-  for (int b = 0; b < x.batch; ++b)
-    if (tail.length[b] + (int64_t)count_valid(x, b) > tail.capacity) return KVC_TAIL_FULL;
+  return KVC_OK;
+}
+
+// Writes the tokens; tail_status() has been asked before.
+void append_tokens(const KvcTail& tail, const NewTokens& x) {
+  if (tail.capacity == 0) return;
   const int64_t elt = element_bytes(x.dtype), bytes = x.head_dim * elt;
   const int64_t rows = (int64_t)x.batch * x.kv_heads;
   for (int b = 0; b < x.batch; ++b) {
@@ -51,7 +58,6 @@ int append_tokens(const KvcTail& tail, const NewTokens& x) {
     }
     tail.length[b] = (int32_t)slot;
   }
-  return KVC_OK;
 }
 
 // ---- the line of work ------------------------------------------------------------------------------------------
@@ -63,6 +69,7 @@ struct Line {
   const KvcDecode* a;
   Pages pages;
   int n_tiers, rows;
+  int coming;                     // slots about to be appended to every row that has a new token
   int weight[KVC_MAX_TIERS + 1];  // relative cost of a block of each part
   int64_t* cost;                  // [rows + 1] work before each row; a row costs at least 1
   int64_t* blocks;                // [rows + 1] blocks before each row
@@ -71,7 +78,7 @@ struct Line {
     const int b = row / a->kv_heads;
     if (a->valid && !a->valid[b]) return 0;
     if (part < n_tiers) return pages.length(row, part);
-    return a->tail.capacity ? a->tail.length[b] : 0;
+    return a->tail.capacity ? a->tail.length[b] + coming : 0;
   }
   int part_blocks(int row, int part) const { return (length(row, part) + 15) / 16; }
 
@@ -317,18 +324,24 @@ thread_local Arena arena;
 }  // namespace
 
 int append(KvcAppend* a) {
-  return append_tokens(a->tail, {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, a->k_t,
-                                 a->v_b, a->v_h, a->v_t, a->valid, a->batch, a->kv_heads, a->n_k, a->head_dim, a->dtype,
-                                 a->n_fields, a->position});
+  const NewTokens fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, a->k_t,
+                           a->v_b, a->v_h, a->v_t, a->valid, a->batch, a->kv_heads, a->n_k, a->head_dim, a->dtype,
+                           a->n_fields, a->position};
+  const int status = tail_status(a->tail, fresh);
+  if (status == KVC_OK) append_tokens(a->tail, fresh);
+  return status;
 }
 
 int decode(KvcDecode* a) {
   const KvcLayout& layout = *a->rows.layout;
+  const NewTokens fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, 0,
+                           a->v_b, a->v_h, 0, a->valid, a->batch, a->kv_heads, 1, layout.head_dim, layout.dtype,
+                           a->tail.fields ? layout.n_fields : 0, a->position};
+  // Everything that may fail comes before the token is appended: it must not be there twice when it is tried again.
+  if (!all_known(a->rows)) return KVC_BAD_PAGE;
+  if (!positions_fit(a->position, 1)) return KVC_BAD_ARGUMENT;
   if (a->append) {
-    const int status = append_tokens(
-        a->tail, {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, 0, a->v_b, a->v_h, 0,
-                  a->valid, a->batch, a->kv_heads, 1, layout.head_dim, layout.dtype,
-                  a->tail.fields ? layout.n_fields : 0, a->position});
+    const int status = tail_status(a->tail, fresh);
     if (status != KVC_OK) return status;
   }
   Decode d;
@@ -342,6 +355,7 @@ int decode(KvcDecode* a) {
   line.a = a;
   line.pages = {&a->rows, &a->tail, a->kv_heads, a->position_field, a->window != 0, element_bytes(layout.dtype)};
   line.n_tiers = layout.n_tiers;
+  line.coming = a->append ? 1 : 0;
   line.rows = a->batch * a->kv_heads;
   for (int t = 0; t < layout.n_tiers; ++t)
     line.weight[t] = layout.tier[t].key_bits ? 2 : layout.dtype == KVC_F32 ? 5 : 3;
@@ -381,6 +395,8 @@ int decode(KvcDecode* a) {
       carve = {base};
     }
   }
+  if (a->append) append_tokens(a->tail, fresh);
+  line.coming = 0;
   cost = blocks = 0;
   for (int row = 0; row < line.rows; ++row) {
     line.cost[row] = cost;

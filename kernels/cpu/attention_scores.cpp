@@ -2,6 +2,7 @@
 // the normalisers of all queries, then for the sums: no queries x keys matrix is ever in memory.
 #include "attention_block.h"
 #include "ops.h"
+#include "tables.h"
 
 namespace kvc {
 namespace KVC_ISA {
@@ -174,6 +175,8 @@ thread_local Arena arena;
 
 int scores(KvcScores* a) {
   const KvcLayout& layout = *a->rows.layout;
+  if (!all_known(a->rows)) return KVC_BAD_PAGE;
+  if (!positions_fit(a->position, a->n_q) || !positions_fit(a->key_position, a->n_k)) return KVC_BAD_ARGUMENT;
   Scores s;
   s.a = a;
   s.layout = &layout;

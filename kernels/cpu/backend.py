@@ -1,8 +1,8 @@
 """The CPU backend: `libkvc_cpu.so` through ctypes.
 
 Arguments are checked here and handed over in one pre-packed struct per operation (`include/abi.h`); the native
-code trusts them. Attention checks the page ids in tables too, once per plan; elsewhere they are the caller's
-responsibility.
+code trusts shapes and strides. What only a look at the data tells, it checks itself before it writes anything: page
+ids and lengths against the slabs, room in the tail, positions.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def instruction_sets() -> tuple[str, ...]:
     )
 
 
+def _refusal(operation: str, status: int) -> ValueError:
+    if status == abi.KVC_BAD_PAGE:
+        return ValueError(f"{operation}: a table names a page that is in none of the slabs, or a row is longer than it")
+    return ValueError(f"the native {operation} refused its arguments (status {status})")
+
+
 class CpuBackend(Backend):
     """The native operations on the CPU. Holds no state; see `Backend` for the operations.
 
@@ -61,12 +67,13 @@ class CpuBackend(Backend):
     def _call(self, operation: str, args: ctypes.Structure) -> None:
         status = getattr(self._library, f"kvc_{operation}")(self._isa, ctypes.addressof(args))
         if status != abi.KVC_OK:
-            raise ValueError(f"the native {operation} refused its arguments (status {status})")
+            raise _refusal(operation, status)
 
     # ------------------------------------------------------------------------------------------ storage
     def append(self, tail: Tail, k: Tensor, v: Tensor, position: int, valid: Tensor | None = None) -> None:
         checks.check_append(tail, k, v, valid, CPU)
         batch, kv_heads, n_k, head_dim = k.shape
+        checks.check_positions(position, n_k)
         valid = None if valid is None else valid.contiguous()
         c = abi.KvcAppend(position=position, batch=batch, kv_heads=kv_heads, n_k=n_k, head_dim=head_dim)
         fill_tail(c.tail, tail)
@@ -91,7 +98,7 @@ class CpuBackend(Backend):
         checks.check_pack(rows, tier, k, v, counts, index, fields, CPU)
         layout = rows.layout
         c = abi.KvcPack(tier=tier, batch=k.shape[0], kv_heads=k.shape[1], n_fields=len(layout.fields))
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.k, c.v = k.data_ptr(), v.data_ptr()
         fill_strides(c, "k", k)
         fill_strides(c, "v", v)
@@ -110,7 +117,7 @@ class CpuBackend(Backend):
         checks.check_rows(rows, CPU)
         checks.check_slots(rows, tier, row, CPU, dst=dst, src=src)
         c = abi.KvcMove(tier=tier, n=row.shape[0])
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         self._call("move", c)
 
@@ -119,14 +126,14 @@ class CpuBackend(Backend):
         checks.check_slots(rows, src_tier, row, CPU, src=src)
         checks.check_slots(rows, dst_tier, row, CPU, dst=dst)
         c = abi.KvcRetier(src_tier=src_tier, dst_tier=dst_tier, n=row.shape[0])
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         self._call("retier", c)
         return c.overflow
 
     def _fields(self, rows: Rows, tier: int, field: str, values: Tensor, write: bool) -> None:
         c = abi.KvcFields(tier=tier, field=rows.layout.field_index(field), write=write, stride=values.shape[1])
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.values = values.data_ptr()
         self._call("fields", c)
 
@@ -149,7 +156,7 @@ class CpuBackend(Backend):
         checks.check_width(rows, tier, width)
         k, v = (torch.zeros(rows.count, width, rows.layout.head_dim) for _ in range(2))
         c = abi.KvcDense(tier=tier, stride=width)
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.k, c.v = k.data_ptr(), v.data_ptr()
         self._call("dense", c)
         return k, v
@@ -236,7 +243,6 @@ class CpuBackend(Backend):
         checks.check_accumulators(layout, tail, sum_field, square_field)
         for tier in range(len(layout.tiers)):
             checks.check_packed_width(rows, tier, rows.lengths[tier])
-        checks.check_page_tables(rows)
         c = abi.KvcDecode(
             scale=scale,
             softcap=softcap or 0.0,
@@ -248,7 +254,7 @@ class CpuBackend(Backend):
             sum_field=-1 if sum_field is None else layout.field_index(sum_field),
             square_field=-1 if square_field is None else layout.field_index(square_field),
         )
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         fill_tail(c.tail, tail)
         c.sinks = pointer(sinks)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
@@ -276,9 +282,10 @@ class CpuBackend(Backend):
         checks.check_block(q, k_new, rows, tail, CPU)
         checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
         checks.check_tensor("v_new", v_new, k_new.shape, layout.dtype, CPU)
-        checks.check_page_tables(rows)
         batch, kv_heads, n_k, head_dim = k_new.shape
         q_heads, n_q = q.shape[1:3]
+        checks.check_positions(position, n_q)
+        checks.check_positions(position if key_position is None else key_position, n_k)
         if allowed is not None:
             checks.check_tensor("allowed", allowed, (batch, n_q, n_k), torch.bool, CPU, contiguous=False)
             allowed = allowed.contiguous()
@@ -301,7 +308,7 @@ class CpuBackend(Backend):
                 n_q=n_q,
                 n_k=n_k,
             )
-            fill_rows(c.rows, rows)
+            fill_rows(c, rows)
             fill_tail(c.tail, tail)
             c.q, c.k, c.v = q.data_ptr(), k_new.data_ptr(), v_new.data_ptr()
             for name, tensor in (("q", q), ("k", k_new), ("v", v_new)):
@@ -405,9 +412,10 @@ class CpuBackend(Backend):
         layout = rows.layout
         checks.check_block(q, k_new, rows, tail, CPU)
         checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
-        checks.check_page_tables(rows)
         batch, kv_heads, n_k, _ = k_new.shape
         q_heads, n_q = q.shape[1:3]
+        checks.check_positions(position, n_q)
+        checks.check_positions(key_position, n_k)
         if query_valid is not None:
             checks.check_tensor("query_valid", query_valid, (batch, n_q), torch.bool, CPU, contiguous=False)
             query_valid = query_valid.contiguous()
@@ -440,7 +448,7 @@ class CpuBackend(Backend):
             n_k=n_k,
             powers=sum(power or abi.LARGEST for power in powers),
         )
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         fill_tail(c.tail, tail)
         c.q, c.k = q.data_ptr(), k_new.data_ptr()
         fill_strides(c, "q", q)
@@ -501,6 +509,8 @@ class _CpuDecodePlan(DecodePlan):
                 raise ValueError(f"q, k and v must be contiguous in their last dimension, got strides {strides}")
             (c.q_b, c.q_h, *_), (c.k_b, c.k_h, *_), (c.v_b, c.v_h, *_) = strides
             self._strides = strides
+        if not 0 <= position <= checks.LAST_POSITION:
+            checks.check_positions(position, 1)
         c.position = position
         c.append = append
         if valid is None:
@@ -514,5 +524,5 @@ class _CpuDecodePlan(DecodePlan):
         if status:
             if status == abi.KVC_TAIL_FULL:
                 raise ValueError(f"the tail is full ({c.tail.capacity} slots per row): pack first")
-            raise ValueError(f"the native decode refused its arguments (status {status})")
+            raise _refusal("decode", status)
         return out

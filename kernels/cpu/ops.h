@@ -4,8 +4,9 @@
 // instruction set can be linked into another's code. For the same reason it instantiates no std:: templates
 // that may end up out of line.
 //
-// All operations return KVC_OK or another KVC_ status of abi.h, and validate only what cannot be checked from
-// Python without reading tensors (a full tail); shapes, types and indices are the caller's responsibility.
+// All operations return KVC_OK or another KVC_ status of abi.h, and validate, before they write anything, what cannot
+// be checked from Python without reading tensors: page ids and lengths (tables.h), a full tail; shapes, types and the
+// sources of tokens are the caller's responsibility.
 #ifndef KVC_OPS_H
 #define KVC_OPS_H
 #include "abi.h"

@@ -8,6 +8,7 @@
 
 #include "ops.h"
 #include "simd.h"
+#include "tables.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -508,6 +509,7 @@ int pack(KvcPack* args) {
     const int count = a.count[b * a.count_b + h * a.count_h];
     if (count <= 0) continue;
     const int start = a.rows.length[a.tier][row];
+    if (!slots_known(a.rows, a.tier, row, start, static_cast<int64_t>(start) + count)) return KVC_BAD_PAGE;
     const int blocks = (start + count + kBlock - 1) / kBlock - start / kBlock;
     most = blocks > most ? blocks : most;
     total += count;
@@ -536,6 +538,11 @@ int pack(KvcPack* args) {
 int move(KvcMove* args) {
   const KvcMove& a = *args;
   const Tier t(a.rows.layout, a.tier);
+  for (int i = 0; i < a.n; i++) {
+    if (!slot_known(a.rows, a.tier, a.row[i], a.src[i]) || !slot_known(a.rows, a.tier, a.row[i], a.dst[i])) {
+      return KVC_BAD_PAGE;
+    }
+  }
   // Slots share bytes with their neighbours, so a row belongs to one thread.
 #pragma omp parallel if (static_cast<int64_t>(a.n) * t.head_dim > kSerialElements)
   {
@@ -550,6 +557,11 @@ int move(KvcMove* args) {
 int retier(KvcRetier* args) {
   const KvcRetier& a = *args;
   const Tier s(a.rows.layout, a.src_tier), d(a.rows.layout, a.dst_tier);
+  for (int i = 0; i < a.n; i++) {
+    if (!slot_known(a.rows, a.src_tier, a.row[i], a.src[i]) || !slot_known(a.rows, a.dst_tier, a.row[i], a.dst[i])) {
+      return KVC_BAD_PAGE;
+    }
+  }
   int overflow = 0;
 #pragma omp parallel if (static_cast<int64_t>(a.n) * d.head_dim > kSerialElements) reduction(+ : overflow)
   {
@@ -569,6 +581,7 @@ int retier(KvcRetier* args) {
 int fields(KvcFields* args) {
   const KvcFields& a = *args;
   const Tier t(a.rows.layout, a.tier);
+  if (!tier_known(a.rows, a.tier)) return KVC_BAD_PAGE;
 #pragma omp parallel for schedule(static) if (a.rows.rows * a.stride > kSerialElements * 4)
   for (int row = 0; row < a.rows.rows; row++) {
     uint32_t* values = static_cast<uint32_t*>(a.values) + row * a.stride;
@@ -587,6 +600,7 @@ int fields(KvcFields* args) {
 int dense(KvcDense* args) {
   const KvcDense& a = *args;
   const Tier t(a.rows.layout, a.tier);
+  if (!tier_known(a.rows, a.tier)) return KVC_BAD_PAGE;
   const int64_t blocks = (a.stride + kBlock - 1) / kBlock, units = blocks * a.rows.rows;
 #pragma omp parallel if (units * kBlock * t.head_dim > kSerialElements)
   {

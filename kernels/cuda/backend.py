@@ -89,7 +89,7 @@ class CudaBackend(Backend):
         checks.check_pack(rows, tier, k, v, counts, index, fields, device, look=False)
         layout = rows.layout
         c = abi.KvcPack(tier=tier, batch=k.shape[0], kv_heads=k.shape[1], n_fields=len(layout.fields))
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.k, c.v = k.data_ptr(), v.data_ptr()
         fill_strides(c, "k", k)
         fill_strides(c, "v", v)
@@ -112,7 +112,7 @@ class CudaBackend(Backend):
         checks.check_rows(rows, device)
         checks.check_slots(rows, tier, row, device, look=False, dst=dst, src=src)
         c = abi.KvcMove(tier=tier, n=row.shape[0])
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         self._launch("kvc_move", blocks_for(row.shape[0], WARPS), device, rows.layout.c, c)
 
@@ -122,7 +122,7 @@ class CudaBackend(Backend):
         checks.check_slots(rows, src_tier, row, device, look=False, src=src)
         checks.check_slots(rows, dst_tier, row, device, look=False, dst=dst)
         c = abi.KvcRetier(src_tier=src_tier, dst_tier=dst_tier, n=row.shape[0])
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.row, c.dst, c.src = row.data_ptr(), dst.data_ptr(), src.data_ptr()
         overflow = torch.zeros((), dtype=torch.int32, device=device)
         blocks = blocks_for(row.shape[0], WARPS)
@@ -131,7 +131,7 @@ class CudaBackend(Backend):
 
     def _fields(self, rows: Rows, tier: int, field: str, values: Tensor, write: bool) -> None:
         c = abi.KvcFields(tier=tier, field=rows.layout.field_index(field), write=write, stride=values.shape[1])
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.values = values.data_ptr()
         blocks = rows.count * blocks_for(values.shape[1], THREADS)
         self._launch("kvc_fields", blocks, values.device, rows.layout.c, c)
@@ -158,7 +158,7 @@ class CudaBackend(Backend):
         checks.check_width(rows, tier, width, look=False)
         k, v = (torch.zeros(rows.count, width, rows.layout.head_dim, device=device) for _ in range(2))
         c = abi.KvcDense(tier=tier, stride=width)
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         c.k, c.v = k.data_ptr(), v.data_ptr()
         self._launch("kvc_dense", rows.count * blocks_for(width, WARPS), device, rows.layout.c, c)
         return k, v
@@ -247,7 +247,7 @@ class CudaBackend(Backend):
             sum_field=-1 if sum_field is None else layout.field_index(sum_field),
             square_field=-1 if square_field is None else layout.field_index(square_field),
         )
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         fill_tail(c.tail, tail)
         c.sinks = pointer(sinks)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
@@ -324,7 +324,7 @@ class CudaBackend(Backend):
             n_q=q.shape[2],
             n_k=n_k,
         )
-        fill_rows(c.rows, rows)
+        fill_rows(c, rows)
         fill_tail(c.tail, tail)
         c.q, c.k, c.sinks = q.data_ptr(), k.data_ptr(), pointer(sinks)
         fill_strides(c, "q", q)

@@ -5,7 +5,8 @@
 #define KVC_ABI_H
 #include "page_layout.h"
 
-enum { KVC_OK = 0, KVC_BAD_ARGUMENT = 1, KVC_TAIL_FULL = 2, KVC_NO_ISA = 3 };  // what every operation returns
+// What every operation returns; with anything but KVC_OK it has changed nothing.
+enum { KVC_OK = 0, KVC_BAD_ARGUMENT = 1, KVC_TAIL_FULL = 2, KVC_NO_ISA = 3, KVC_BAD_PAGE = 4 };
 
 typedef struct {  // where the packed slots of the call's rows live
   const KvcLayout* layout;
@@ -14,6 +15,8 @@ typedef struct {  // where the packed slots of the call's rows live
   const int32_t* table[KVC_MAX_TIERS];    // [rows, table_stride[t]] page ids
   int64_t table_stride[KVC_MAX_TIERS];
   const int32_t* length[KVC_MAX_TIERS];   // [rows] slots in use; only the first tier.slots * pages are read
+  const int32_t* slab_pages;              // [n_slabs] pages of each slab, on the host; for the CPU's checks only
+  int32_t n_slabs, reserved;
 } KvcRows;
 
 typedef struct {  // the newest slots, native dtype, row-major; capacity 0 = no tail
@@ -139,7 +142,7 @@ typedef struct {  // whole pages dst <- src (any slab)
   const int64_t* slabs;
   int64_t page_bytes;
   int32_t slab_shift, n;
-  const int32_t *dst, *src;
+  const int32_t *dst, *src;               // checked by the caller
 } KvcCopy;
 
 typedef struct {  // pages in CPU order <-> canonical order (page_layout.h); bytes outside the sections are copied

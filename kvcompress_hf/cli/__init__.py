@@ -1,4 +1,4 @@
-"""The `kvcompress` command: `demo`, `generate`, `eval`, `presets`, `doctor`, `support`.
+"""The `kvcompress` command: `demo`, `generate`, `eval`, `models`, `presets`, `doctor`, `support`.
 
 It looks at the library from outside: only the public names of `kvcompress_hf` are used, plus the backend's name for
 `doctor`. Nothing in the library imports it. Torch and transformers are imported by the commands that need them, when
@@ -43,13 +43,13 @@ def parse_budget(text: str) -> float | int | str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of the command, with every subcommand."""
-    from . import demo, evaluate, generate, info, support_command
+    from . import demo, evaluate, generate, info, models, support_command
 
     parser = argparse.ArgumentParser(
         prog="kvcompress", description="A compressed, paged, per-head KV cache for Hugging Face transformers."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, generate, evaluate, info, support_command):
+    for module in (demo, generate, evaluate, models, info, support_command):
         module.add_commands(commands)
     return parser
 

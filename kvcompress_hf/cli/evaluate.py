@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .models import MODEL_HELP
 from .table import columns
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
     """Add the subcommand to the parser's subparsers action."""
     ev = commands.add_parser("eval", help="compare recipes and budgets by answers, output error and measured bytes")
     ev.add_argument("--suite", choices=SUITES, default="quick", help="what to measure (default: %(default)s)")
-    ev.add_argument("--model", default="tiny", help="tiny, eval, a folder or a hub id (default: %(default)s)")
+    ev.add_argument("--model", default="tiny", help=f"{MODEL_HELP} (default: %(default)s)")
     ev.add_argument("--text", type=Path, help="a long text (default: haystack.txt beside the model)")
     ev.add_argument(
         "--recipes", default=RECIPES, help="presets, with changes as in kv-compress@k4v4 or auto@page_bytes=4096"
@@ -115,9 +116,20 @@ def _change(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def find_text(model: str, text: Path | None) -> Path:
+    """The long text: the given one, or `haystack.txt` beside the model.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    path = text or Path(model) / "haystack.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"no long text at {path}: give one with --text")
+    return path
+
+
 def run_eval(args: argparse.Namespace) -> int:
     """Run a suite, print its table, and write the figures and the curves that were asked for."""
-    from .demo import find_text
     from .generate import load
     from .models import find_model
     from .suites import make_samples
@@ -215,7 +227,7 @@ def surroundings(device: str) -> dict[str, Any]:
     from .info import version_of
 
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "architecture": platform.machine(),
             "cpus": os.cpu_count(),

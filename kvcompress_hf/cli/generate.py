@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcompress_hf.units import format_bytes
 
+from .models import MODEL_HELP
 from .table import columns
 
 
@@ -17,7 +18,7 @@ def add_commands(commands: Any) -> None:
     from . import parse_budget
 
     gen = commands.add_parser("generate", help="continue a prompt with a compressed cache")
-    gen.add_argument("--model", required=True, help="a folder or hub id of a causal language model, tiny or eval")
+    gen.add_argument("--model", required=True, help=MODEL_HELP)
     prompt = gen.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, help="a file with the text; - reads standard input")

@@ -50,7 +50,7 @@ class Slabs:
     """The memory of an arena at one moment.
 
     Args:
-        slabs (`list[torch.Tensor]`): Each `uint8` `[pages, page_bytes]`; one given back has none. Not to be changed.
+        slabs (`list[torch.Tensor]`): Each `uint8` `[pages, page_bytes]`; one given back has no pages.
         addresses (`torch.Tensor`): Of their first bytes, `int64` `[slabs]`, on the arena's device.
         sizes (`torch.Tensor`): Pages of each, `int32` `[slabs]`, on the host.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 @pytest.fixture(params=[-1, -2048, 1 << 20, "beyond the last slab", "beyond the end of a short slab"])
@@ -40,3 +41,78 @@ def test_entries_beyond_the_length_are_not_looked_at(build_cache, backend):
     cache = build_cache(backend)
     assert (cache.rows.tables[0][:, -1] == -1).any()
     backend.plan_decode(cache.rows, cache.tail, scale=1.0, q_heads=cache.q_heads)
+
+
+def test_storage(broken, backend):
+    """Whatever follows a table looks at the ids first, and at nothing else of a page that is not there."""
+    rows, row = broken.rows, torch.tensor([1], dtype=torch.int32)
+    slot = torch.tensor([3], dtype=torch.int32)
+    width = rows.width(1)
+    contents = [slab.clone() for slab in rows.slabs]
+    refused = [
+        lambda: backend.read_field(rows, 1, "position", width),
+        lambda: backend.write_field(rows, 1, "position", torch.zeros(rows.count, width, dtype=torch.int32)),
+        lambda: backend.read_slots(rows, 1, width),
+        lambda: backend.move(rows, 1, row, slot, slot + 1),
+        lambda: backend.retier(rows, row, 1, slot, 0, slot),
+        lambda: backend.retier(rows, row, 0, slot, 1, slot),
+    ]
+    for operation in refused:
+        with pytest.raises(ValueError, match="page"):
+            operation()
+    assert all(torch.equal(slab, before) for slab, before in zip(rows.slabs, contents, strict=True))
+
+
+def test_pack(broken, backend):
+    """Packing behind the broken page does not touch it; packing into it is refused before anything is written."""
+    rows = broken.rows
+    rows.lengths[1][1] = 0
+    contents = [slab.clone() for slab in rows.slabs]
+    k = broken.hf(broken.kv_heads, 4)
+    counts = torch.full((broken.batch, broken.kv_heads), 4, dtype=torch.int32)
+    fields = {
+        name: torch.zeros(broken.batch, broken.kv_heads, 4, dtype=rows.layout.field_dtype(name))
+        for name in rows.layout.fields
+    }
+    with pytest.raises(ValueError, match="page"):
+        backend.pack(rows, 1, k, k, counts, None, fields)
+    assert all(torch.equal(slab, before) for slab, before in zip(rows.slabs, contents, strict=True))
+
+
+def test_whole_pages(build_cache, backend):
+    cache = build_cache(backend)
+    rows = cache.rows
+    rows.slabs[0] = rows.slabs[0][:2]
+    for dst, src in ((0, 2), (3, 1), (0, -1), (len(rows.slabs) << rows.slab_shift, 0)):
+        ids = (torch.tensor([each], dtype=torch.int32) for each in (dst, src))
+        with pytest.raises(ValueError, match="page"):
+            backend.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, *ids)
+
+
+def test_a_plan_notices_ids_that_came_after_it(build_cache, backend):
+    """Page ids of slabs that were added later mean nothing to the addresses that a plan holds."""
+    cache = build_cache(backend, tiers=[(8, 4)])
+    rows = cache.rows
+    plan = backend.plan_decode(rows, cache.tail, scale=1.0, q_heads=cache.q_heads)
+    q, k = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1)
+    before = cache.tail.lengths.clone()
+    rows.tables[0][int(rows.lengths[0].argmax()), 0] = len(rows.slabs) << rows.slab_shift
+    with pytest.raises(ValueError, match="page"):
+        plan.run(q, k, k, 9)
+    assert torch.equal(cache.tail.lengths, before)  # refused before the token was appended
+
+
+@pytest.mark.parametrize("position", [-1, 2**31 - 1, 2**31, 2**32, 2**63, 10**30])
+def test_positions_that_32_bits_cannot_hold(build_cache, backend, position):
+    cache = build_cache(backend)
+    q, k = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1)
+    before = cache.tail.lengths.clone()
+    with pytest.raises(ValueError, match="position"):
+        backend.decode_attention(q, k, k, cache.rows, cache.tail, position=position, scale=1.0)
+    with pytest.raises(ValueError, match="position"):
+        backend.append(cache.tail, k, k, position)
+    with pytest.raises(ValueError, match="position"):
+        backend.chunk_attention(q, k, k, cache.rows, cache.tail, position=position, scale=1.0)
+    with pytest.raises(ValueError, match="position"):
+        backend.window_scores(q, k, cache.rows, cache.tail, position=position, key_position=position, scale=1.0)
+    assert torch.equal(cache.tail.lengths, before)

@@ -1,5 +1,9 @@
 """The arena against a plain model: ids, reference counts, growth, trimming."""
 
+import contextlib
+import threading
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvcompress_hf.errors import CacheMemoryError
 from kvcompress_hf.paging import arena as arena_module
-from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.arena import Arena, changes_pages
 
 PAGE = 64
 
@@ -146,3 +150,174 @@ def test_the_cap_is_named_and_nothing_is_lost(monkeypatch):
     assert arena.live == 18 and arena.pages == 18
     arena.allocate(2)
     assert arena.nbytes == 20 * PAGE
+
+
+class Rows:
+    """An owner as a store is one: pages in a table, changed as a whole."""
+
+    def __init__(self, arena):
+        self.arena, self.table, self.changes = arena, torch.zeros(0, dtype=torch.int32), 0
+        self.reading = arena.register(self)
+
+    @changes_pages
+    def take(self, count, then=lambda: None):
+        ids = self.arena.allocate(count)
+        then()
+        self.table = torch.cat([self.table, ids])
+
+    @changes_pages
+    def hold(self, ids):
+        """As a fork, which also copies a page to write to, and gives it up."""
+        self.arena.release(self.arena.copy_pages(ids))
+        self.table = torch.cat([self.table, ids])
+        self.arena.retain(ids)
+
+    @changes_pages
+    def drop(self, count):
+        gone, self.table = self.table[:count], self.table[count:]
+        self.arena.release(gone)
+
+    def relocate(self, new_id):
+        self.table = new_id[self.table.long()]
+
+    def slabs_changed(self):
+        self.changes += 1
+
+    def live_ids(self):
+        return self.table
+
+
+def consistent(arena, *owners):
+    named = torch.cat([owner.table for owner in owners])
+    counts = torch.bincount(named.long(), minlength=arena.references.numel()) if named.numel() else named
+    assert arena.references.clamp(min=0).sum() == named.numel() and (not named.numel() or arena.references.min() >= -1)
+    assert named.numel() == 0 or torch.equal(counts.int(), arena.references.clamp(min=0))
+    assert arena.live == torch.unique(named).numel()
+    assert [s.data_ptr() if s.shape[0] else 0 for s in arena.slabs] == arena.slab_addresses.tolist()
+    assert [s.shape[0] for s in arena.slabs] == arena.pool.sizes.tolist()
+
+
+class Broken(BaseException):
+    """As KeyboardInterrupt: nobody catches it on the way."""
+
+
+STEPS = [
+    lambda arena, first, second: first.take(3),
+    lambda arena, first, second: first.take(30),
+    lambda arena, first, second: second.take(50),
+    lambda arena, first, second: first.drop(25),
+    lambda arena, first, second: second.hold(first.table[-2:]),
+    lambda arena, first, second: arena.trim(),
+    lambda arena, first, second: second.drop(50),
+    lambda arena, first, second: arena.trim(),
+]
+
+
+@pytest.mark.parametrize("error", [MemoryError, Broken])
+@pytest.mark.parametrize("what", ["new_slab", "allocate", "write", "read", "_commit", "release", "slabs_changed"])
+def test_whatever_breaks_off_leaves_every_page_with_its_owner(monkeypatch, what, error):
+    """The n-th call of each kind fails, for every n: tables, references, slabs and addresses still agree."""
+    for n in range(1, 40):
+        with pytest.MonkeyPatch.context() as patch:
+            arena = small_arena(patch)
+            first, second = Rows(arena), Rows(arena)
+            place, calls = Rows if what == "slabs_changed" else Arena, [0]
+            real = getattr(place, what)
+
+            def failing(*args, real=real, calls=calls, n=n):
+                calls[0] += 1
+                if calls[0] == n:
+                    raise error("simulated")
+                return real(*args)
+
+            patch.setattr(place, what, failing)
+            for step in STEPS:
+                with contextlib.suppress(error):
+                    step(arena, first, second)
+                consistent(arena, first, second)
+            if calls[0] < n:
+                return
+    raise AssertionError("more calls than were tried")
+
+
+def test_pages_taken_and_never_entered_are_free_again(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner = Rows(arena)
+    owner.take(5)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        owner.take(7, then=interrupted)
+    assert arena.live == 5
+    consistent(arena, owner)
+
+
+def test_a_finalizer_in_the_middle_of_a_change(monkeypatch):
+    """The collector may run a cache's end inside an allocation of the same thread: its pages go afterwards."""
+    arena = small_arena(monkeypatch)
+    owner, gone = Rows(arena), Rows(arena)
+    owner.take(5)
+    gone.take(6)
+    owner.take(4, then=lambda: arena.abandon(gone))
+    assert arena.live == 9
+    consistent(arena, owner)
+    assert not arena.has_other_owners({id(owner)})
+
+
+def test_a_finalizer_waits_for_nobody(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner, gone = Rows(arena), Rows(arena)
+    owner.take(5)
+    gone.take(6)
+    inside, leave = threading.Event(), threading.Event()
+
+    def busy():
+        owner.take(1, then=lambda: (inside.set(), leave.wait(60)))
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    assert inside.wait(60)
+    arena.abandon(gone)  # the other thread holds the lock and goes on only after this
+    leave.set()
+    thread.join(60)
+    assert arena.live == 6
+
+
+def test_nothing_moves_while_a_kernel_of_another_thread_reads(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner, reader = Rows(arena), Rows(arena)
+    owner.take(3)
+    reader.take(1)
+    owner.take(60)
+    owner.drop(55)
+    reading, leave = threading.Event(), threading.Event()
+
+    def read():
+        with reader.reading:
+            reading.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert reading.wait(60)
+    table, slabs = reader.table.tolist(), [slab.data_ptr() for slab in arena.slabs]
+    arena.trim()
+    owner.take(1)
+    assert reader.table.tolist() == table and [slab.data_ptr() for slab in arena.slabs][: len(slabs)] == slabs
+    leave.set()
+    thread.join(60)
+    arena.trim()
+    assert arena.pages - arena.live <= arena.live // 32
+    consistent(arena, owner, reader)
+
+
+def test_an_arena_goes_with_its_last_owner(monkeypatch):
+    arena = small_arena(monkeypatch)
+    owner = Rows(arena)
+    owner.take(5)
+    gone = weakref.ref(arena)
+    arena.forget_abandoned()
+    del arena, owner
+    assert gone() is None

@@ -1,0 +1,176 @@
+"""One cache per thread at a time; any number of forks and caches in parallel (docs/how_it_works.md, "Threads")."""
+
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvcompress_hf as kvc
+
+THREADS = 8
+
+
+@pytest.fixture(autouse=True)
+def often_switched():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    return kvc.patch(LlamaForCausalLM(config).eval(), "k8v4")
+
+
+def ids(seed, tokens, batch=1):
+    return torch.randint(3, 64, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def talk(model, cache, seed):
+    """A chunk and decode steps beyond three packings; every logit."""
+    out = [model(ids(seed, 5 + seed % 3), past_key_values=cache).logits[:, -1]]
+    for step in range(12):
+        out.append(model(out[-1].argmax(-1, keepdim=True), past_key_values=cache).logits[:, -1])
+        if step == 6:
+            cache.batch_repeat_interleave(2)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            cache.batch_select_indices(torch.tensor([0]))
+    return torch.cat(out)
+
+
+def in_parallel(work, threads=THREADS):
+    """Runs `work(i)` in as many threads; returns what they raised."""
+    raised = []
+
+    def guarded(i):
+        try:
+            work(i)
+        except BaseException as error:  # the test reports it
+            raised.append(error)
+
+    running = [threading.Thread(target=guarded, args=(i,)) for i in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in running), "threads wait for each other"
+    return raised
+
+
+def pages_named(cache):
+    return sum(store.live_ids().numel() for store in cache._attention.stores)
+
+
+RECIPES = {
+    "k8v4": {"when": {"every": 4}},
+    "roco": {"budget": 0.5, "when": {"every": 4}},
+    "scissorhands": {"budget": 0.5, "when": {"every": 4}, "observer": {"window": 8}},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_forks_of_one_cache(model, name):
+    """Every fork gives the very logits it gives alone, and afterwards the arena holds the parent's pages only."""
+    base = kvc.prefill(model, ids(0, 90), kvc.get_preset(name).with_overrides(**RECIPES[name]))
+    alone = [talk(model, base.fork(), seed) for seed in range(3)]
+    gc.collect()
+    arena, before = base._attention.arenas[0], base._attention.arenas[0].live
+
+    def work(i):
+        assert torch.equal(talk(model, base.fork(), i % 3), alone[i % 3]), f"thread {i}"
+
+    assert in_parallel(work) == []
+    gc.collect()
+    assert arena.live == before == pages_named(base)
+    assert all(torch.equal(talk(model, base.fork(), seed), alone[seed]) for seed in range(3))
+
+
+def test_caches_dropped_by_the_collector_of_another_thread(model):
+    base = kvc.prefill(model, ids(0, 90), kvc.get_preset("k8v4").with_overrides(when={"every": 4}))
+    alone, before = talk(model, base.fork(), 1), base._attention.arenas[0].live
+    stop = threading.Event()
+
+    def work(i):
+        if i == 0:
+            while not stop.is_set():
+                gc.collect()
+            return
+        try:
+            for _ in range(2):
+                cycle = [base.fork()]
+                cycle.append(cycle)  # only the collector finds it
+                assert torch.equal(talk(model, cycle[0], 1), alone)
+                del cycle
+        finally:
+            left.discard(i)
+            if not left:
+                stop.set()
+
+    left = set(range(1, 4))
+    assert in_parallel(work, 4) == []
+    gc.collect()
+    assert base._attention.arenas[0].live == before
+
+
+def test_a_file_loaded_twice_and_a_cache_saved_while_its_forks_run(model, tmp_path):
+    base = kvc.prefill(model, ids(0, 90), kvc.get_preset("k8v4").with_overrides(when={"every": 4}))
+    alone = talk(model, base.fork(), 2)
+    base.save(tmp_path / "cache")
+
+    def work(i):
+        if i % 4 == 0:
+            loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)
+            assert torch.equal(talk(model, loaded, 2), alone)
+        elif i % 4 == 1:
+            fork = base.fork()
+            fork.save(tmp_path / f"fork{i}")
+            assert torch.equal(talk(model, kvc.CompressedPagedCache.load(tmp_path / f"fork{i}", model), 2), alone)
+        elif i % 4 == 2:
+            fork = base.fork()
+            assert fork.memory().total > 0
+            assert torch.equal(talk(model, fork, 2), alone)
+            assert fork.memory().total > 0
+        else:
+            assert torch.equal(talk(model, base.fork(), 2), alone)
+
+    assert in_parallel(work) == []
+
+
+def test_a_limit_holds_whoever_asks(model):
+    """Forks that fill an arena together are refused one by one; nobody's answer and nobody's page suffers."""
+    base = kvc.prefill(model, ids(0, 90), kvc.get_preset("k8v4").with_overrides(when={"every": 4}))
+    alone, arena = talk(model, base.fork(), 0), base._attention.arenas[0]
+    gc.collect()
+    before = arena.live
+    arena.max_bytes = arena.nbytes + 12 * arena.page_bytes
+    refused = []
+
+    def work(i):
+        for _ in range(2):
+            try:
+                assert torch.equal(talk(model, base.fork(), 0), alone)
+            except kvc.CacheMemoryError:
+                refused.append(i)
+
+    assert in_parallel(work) == []
+    gc.collect()
+    assert refused and arena.live == before and arena.nbytes <= arena.max_bytes
+    arena.max_bytes = None
+    assert torch.equal(talk(model, base.fork(), 0), alone)
