@@ -179,9 +179,12 @@ class CompressedPagedCache(Cache):
             `tuple[torch.Tensor, torch.Tensor]`: Views of the new keys and values, never of the past.
 
         Raises:
-            UnsupportedFeatureError: If what the last call handed out was never attended to.
+            UnsupportedFeatureError: If what the last call handed out was never attended to, or the model was unpatched
+                during the pass.
         """
-        if any(self._pending) or (self._patch is not None and not self._patch.installed):
+        # Behind a past, keys of another layer that wait tell within this very pass.
+        waiting = self._pending[layer_idx] or (self.get_seq_length() and any(self._pending))
+        if waiting or (self._patch is not None and not self._patch.installed):
             self._pending = [0] * len(self._pending)
             raise UnsupportedFeatureError(
                 f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "

@@ -20,6 +20,7 @@ LEVEL = {
     "compat": 4,
     "io": 4,
     "rotary": 5,
+    "gradients": 5,
     "cache": 6,
     "patches": 7,
     "perplexity": 8,
