@@ -21,7 +21,7 @@ def heading(what, **more):
     return {
         "what": what,
         "command": "python " + " ".join([os.path.relpath(sys.argv[0], root), *given]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit.stdout.strip() or None,
         "versions": {
             "python": platform.python_version(),
