@@ -50,10 +50,9 @@ def arena_bytes(arena):
     return sum(slab.untyped_storage().nbytes() for slab in arena.slabs if slab.shape[0])
 
 
-def is_whole(cache):
-    """Whether every layer has seen the same tokens."""
+def _layers(cache):
     attention = _attention(cache)
-    return all(layer.store is None or layer.seen == attention.seen for layer in attention._layers)
+    return attention._layers if hasattr(attention, "_layers") else attention.layers
 
 
 def allocating_classes():
@@ -74,7 +73,7 @@ def kernel_classes():
 
 def needs_collecting(cache):
     """Whether only the garbage collector finds this cache (see `known.NOT_YET`)."""
-    return any(layer.held for layer in _attention(cache)._layers)
+    return any(layer.held for layer in _layers(cache))
 
 
 def held_bytes(root):
