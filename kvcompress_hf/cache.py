@@ -1,7 +1,6 @@
 """`CompressedPagedCache`: the transformers Cache contract over paged, compressed storage."""
 
 import contextlib
-import operator
 import os
 import sys
 import weakref
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcompress_hf.compat import Cache, CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
-from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.compat import Cache, PreTrainedConfig
+from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError
 from kvcompress_hf.gradients import GradientGuard
 from kvcompress_hf.io import (
     UnreadPages,
@@ -25,73 +24,16 @@ from kvcompress_hf.io import (
     save_cache,
     weights_fingerprint,
 )
+from kvcompress_hf.layers import KVHandle, LayerFace, layer_sharing, layer_windows
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.sequence_indices import as_integer, as_sequences
 from kvcompress_hf.validation import MOST_TOKENS, require_bytes, require_int, shown
 
 __all__ = ["CompressedPagedCache", "KVHandle"]
-
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-class KVHandle:
-    """Rides on the keys and values that `update` returns, so that attention finds its way back to the cache.
-
-    Args:
-        cache (`CompressedPagedCache`): The cache.
-        layer_idx (`int`): Index of the layer.
-    """
-
-    __slots__ = ("cache", "layer_idx")
-
-    def __init__(self, cache: "CompressedPagedCache", layer_idx: int) -> None:
-        self.cache = cache
-        self.layer_idx = layer_idx
-
-
-class _LayerFace(CacheLayerMixin):
-    """What transformers asks of a single layer; everything else goes through the cache."""
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: "CompressedPagedCache", layer_idx: int, is_sliding: bool) -> None:
-        super().__init__()
-        # A proxy: a cycle would keep a dropped cache's memory until the next garbage collection.
-        self._cache, self._layer_idx, self.is_sliding = weakref.proxy(cache), layer_idx, is_sliding
-
-    @property
-    def record_past(self) -> bool:
-        """`bool`: Whether new tokens are held back in the tail; transformers sets it on layers."""
-        return self._cache.is_recording_past(self._layer_idx)
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self._cache._set_recording(value)
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Does nothing: storage is made when keys arrive."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See [`CompressedPagedCache.update`]."""
-        return self._cache.update(key_states, value_states, self._layer_idx)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """See [`CompressedPagedCache.get_mask_sizes`]."""
-        return self._cache.get_mask_sizes(query_length, self._layer_idx)
-
-    def get_seq_length(self) -> int:
-        """See [`CompressedPagedCache.get_seq_length`]."""
-        return self._cache.get_seq_length()
-
-    def get_max_length(self) -> int:
-        """`-1`: the cache has no maximum length."""
-        return -1
 
 
 class CompressedPagedCache(Cache):
@@ -158,7 +100,7 @@ class CompressedPagedCache(Cache):
         self._factors: tuple[bool, ...] | None = None  # of the rotary embedding that stored keys were turned with
         self._gradients = GradientGuard(attention.num_layers, filled=attention.seen > 0)
         self.run_report = RunReport(self.recipe, attention)
-        layers: list[Any] = [_LayerFace(self, i, window is not None) for i, window in enumerate(attention.windows)]
+        layers: list[Any] = [LayerFace(self, i, window is not None) for i, window in enumerate(attention.windows)]
         super().__init__(layers=layers)
 
     # -- storing and attending -------------------------------------------------------------------------------------
@@ -467,7 +409,7 @@ class CompressedPagedCache(Cache):
             ValueError: If the number is positive, or not an integer.
             UnsupportedFeatureError: If some of these tokens have been compressed with eviction already.
         """
-        tokens_to_remove = _integer("tokens_to_remove", tokens_to_remove)
+        tokens_to_remove = as_integer("tokens_to_remove", tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; write crop(-n)."
@@ -491,7 +433,7 @@ class CompressedPagedCache(Cache):
         Raises:
             ValueError: If they are not indices of sequences held; nothing has changed then.
         """
-        self._attention.select(_sequences("beam_idx", beam_idx, self._attention.batch))
+        self._attention.select(as_sequences("beam_idx", beam_idx, self._attention.batch))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the named sequences, in the given order.
@@ -503,7 +445,7 @@ class CompressedPagedCache(Cache):
         Raises:
             ValueError: If they are not indices of sequences held, or none; nothing has changed then.
         """
-        self._attention.select(_sequences("indices", indices, self._attention.batch))
+        self._attention.select(as_sequences("indices", indices, self._attention.batch))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every sequence in place; pages are shared, not copied.
@@ -514,7 +456,7 @@ class CompressedPagedCache(Cache):
         Raises:
             ValueError: If it is no such number; nothing has changed then.
         """
-        repeats = _integer("repeats", repeats)
+        repeats = as_integer("repeats", repeats)
         if repeats < 1 or repeats * max(1, self._attention.batch) > MOST_TOKENS:
             raise ValueError(f"repeats is {shown(repeats)}; it must be an integer of at least 1.")
         self._attention.select(torch.arange(self._attention.batch).repeat_interleave(repeats))
@@ -714,86 +656,3 @@ class CompressedPagedCache(Cache):
             f"CompressedPagedCache(recipe={self.recipe.name!r}, layers={len(self)}, batch={self._attention.batch}, "
             f"tokens={self.get_seq_length()})"
         )
-
-
-def _integer(name: str, value: Any) -> int:
-    """An integer out of whatever holds one, such as a tensor of one element; refuses fractions and truth values."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {shown(value)}; it must be an integer.") from None
-
-
-def _sequences(name: str, indices: Any, batch: int) -> torch.Tensor:
-    """Indices of sequences, or a mask over them, as indices from 0 to `batch - 1`.
-
-    Args:
-        name (`str`): Name of the argument, for messages.
-        indices (`Any`): What was given: integers, negative ones counting from the last sequence, or truth values.
-        batch (`int`): Sequences held; an empty cache takes any indices, as it has nothing to select from.
-
-    Returns:
-        `torch.Tensor`: `int64` `[new batch]`, at least one.
-
-    Raises:
-        ValueError: If they are anything else.
-    """
-    allowed = f"{name} must be integers from {-batch} to {batch - 1}, one per sequence to keep, or {batch} truth values"
-    try:
-        given = torch.as_tensor(indices)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{allowed}; got {shown(indices)}.") from None
-    if given.dim() != 1 or given.is_floating_point() or given.is_complex():
-        raise ValueError(f"{allowed}; got {given.dtype} of shape {list(given.shape)}.")
-    if not batch:
-        return given.long()
-    if given.dtype == torch.bool:
-        if given.numel() != batch:
-            raise ValueError(f"{allowed}; got {given.numel()} truth values.")
-        given = given.nonzero().flatten()
-    given = given.long()
-    if not given.numel():
-        raise ValueError(f"{allowed}; got none, and a cache holds at least one sequence. To empty it call reset().")
-    low, high = int(given.min()), int(given.max())
-    if low < -batch or high >= batch:
-        raise ValueError(f"{allowed}; got {low if low < -batch else high}.")
-    return torch.where(given < 0, given + batch, given)
-
-
-def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer of a model.
-
-    Args:
-        config (`PreTrainedConfig`): The model's config; of a composite model the text decoder's part counts.
-
-    Returns:
-        `list[int | None]`: Window in tokens per layer, `None` for full attention.
-
-    Raises:
-        UnsupportedModelError: If a layer is neither full nor sliding-window attention.
-    """
-    text = config.get_text_config(decoder=True)
-    layer_types, kwargs = get_layer_types_and_kwargs(text)
-    # With early exit a model has fewer layers for a while than its config lists types of.
-    for i, (layer_type, sharing) in enumerate(zip(layer_types, layer_sharing(config), strict=False)):
-        if layer_type not in _LAYER_TYPES and sharing != "reuse":
-            raise UnsupportedModelError(
-                f"Layer {i} of this {text.model_type} model is of type {layer_type!r}; a CompressedPagedCache holds "
-                f"{' and '.join(_LAYER_TYPES)} layers only. Use the stock cache for this model."
-            )
-    return [layer.get("sliding_window") for layer in kwargs]
-
-
-def layer_sharing(config: PreTrainedConfig) -> list[str | None]:
-    """Which layers read the keys and values of an earlier one instead of having their own (Gemma 3n, Gemma 4).
-
-    Args:
-        config (`PreTrainedConfig`): The model's config.
-
-    Returns:
-        `list[str | None]`: Per layer `"reuse"` for those, `"store"` for the ones they read, else `None`.
-    """
-    text = config.get_text_config(decoder=True)
-    return list(getattr(text, "kv_sharing_modes", None) or [None] * text.num_hidden_layers)

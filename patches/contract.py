@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.compat import (
     ALL_ATTENTION_FUNCTIONS,
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -40,6 +39,7 @@ from kvcompress_hf.compat import (
     logging,
 )
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.layers import layer_windows
 
 __all__ = ["CONTRACT", "Breach", "Install", "check_contract", "check_transformers"]
 

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.compat import logging
 from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
 from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock

@@ -37,7 +37,8 @@ def convert(source: Path, folder: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
+
+    from kvcompress_hf.compat import logging
 
     where, file = str(source.parent), source.name
     bars = logging.is_progress_bar_enabled()

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress_hf.cache import CompressedPagedCache, layer_sharing
+from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import PreTrainedConfig
+from kvcompress_hf.layers import layer_sharing
 from kvcompress_hf.patches.dry_run.compare import limit, of_vectors
 from kvcompress_hf.patches.dry_run.made_up import MadeUp, make_up
 from kvcompress_hf.patches.dry_run.stock import Notes, Observed, Place

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.compat import Cache, as_argument
+from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.patches.support import text_config
 
 __all__ = ["LONGEST_PAST", "Trial", "long_past", "reading", "run_pass"]

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def tokens(batch, count, seed=0):
 
 @torch.no_grad()
 def logits(model, ids, cache, mask=None):
-    return model(ids, past_key_values=cache, attention_mask=mask, use_cache=True).logits
+    return model(ids, **as_argument(model, cache), attention_mask=mask, use_cache=True).logits
 
 
 def fresh(model, recipe="lossless", **kwargs):

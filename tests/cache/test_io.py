@@ -551,7 +551,9 @@ def test_rows_of_several_stores_come_in_the_order_of_layers():
     assert rows[2].kept == 140 and rows[0].kept < 70 and rows[0].positions is not None
 
 
-def test_repr_is_in_human_units(model):
-    text = repr(filled(model, "kv-compress")[0])
-    for part in ("recipe='kv-compress'", "tokens=320", "batch=2", "slots=", "bytes=", "KiB", "ratio="):
-        assert part in text
+def test_repr_says_what_is_held_and_memory_how_much(model):
+    """transformers formats caches into warnings at every call, so `repr` walks nothing; `memory()` has the bytes."""
+    cache = filled(model, "kv-compress")[0]
+    for part in ("recipe='kv-compress'", "layers=2", "tokens=320", "batch=2"):
+        assert part in repr(cache)
+    assert "KiB" in str(cache.memory())

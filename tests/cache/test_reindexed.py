@@ -9,8 +9,8 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import kvcompress_hf as kvc
-from kvcompress_hf.cache import layer_windows
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.paging.key_turn import newer_evicted, turn_keys
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.rotary import key_frequencies

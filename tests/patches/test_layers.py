@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from kvcompress_hf.cache import CompressedPagedCache, layer_sharing
+from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import cache_of
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.layers import layer_sharing
 from kvcompress_hf.patches import patch, prefill
 
 WINDOW = 24
