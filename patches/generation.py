@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PreTrainedModel
@@ -128,7 +129,25 @@ def _bring_cache(name: str, part: nn.Module, args: Any, kwargs: dict[str, Any]) 
             "second time. Leave the assistant or prompt lookup out, or begin with an empty cache."
         )
     moved = move_cache(name, CompressedPagedCache, args, kwargs)
+    cache = find_cache((*args, *kwargs.values()), CompressedPagedCache)
+    if cache is not None:
+        _check_mask_length(cache, args, kwargs)
     return None if moved is kwargs else (args, moved)
+
+
+def _check_mask_length(cache: CompressedPagedCache, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a 2-D mask of another length than the tokens held and the new ones: transformers would cut or fill it."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    new = next((each for each in given if isinstance(each, torch.Tensor) and each.dim() >= 2), None)
+    mask = kwargs.get("attention_mask")
+    if new is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    seen = cache.get_seq_length()
+    if mask.shape[1] != seen + new.shape[1]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the cache holds {seen} tokens and {new.shape[1]} are "
+            f"new; it must be [batch, {seen + new.shape[1]}], padding of earlier turns included."
+        )
 
 
 def unbind_methods(model: nn.Module, record: PatchRecord) -> None:
