@@ -191,7 +191,7 @@ class SequenceTensors:
         with torch.inference_mode(False):
             return {name: value if self.declared[name].shared else value.clone() for name, value in self.values.items()}
 
-    def note(self, *changing: str) -> dict[str, torch.Tensor | None]:
+    def note(self, *changing: str) -> dict[str, torch.Tensor]:
         """What tensors hold now, to go back to by [`SequenceTensors.restore`].
 
         Args:
@@ -199,25 +199,27 @@ class SequenceTensors:
                 Before anything else changes in place, a later note must have copies of it.
 
         Returns:
-            `dict[str, torch.Tensor | None]`: By name, `None` for what is not there; nothing of what owners change.
+            `dict[str, torch.Tensor]`: All there is, by name.
         """
-        noted: dict[str, torch.Tensor | None] = {}
-        values = self.values
-        with torch.inference_mode(False):
-            for name, each in self.declared.items():
-                if each.changed_by != "owner":
-                    value = values.get(name)
-                    noted[name] = value.clone() if value is not None and each.changed_by in changing else value
+        noted: dict[str, torch.Tensor] = dict(self.values)
+        names = [name for name in noted if self.declared[name].changed_by in changing]
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # copies that may be changed in place later, in whatever mode
+                noted.update((name, noted[name].clone()) for name in names)
+        else:
+            for name in names:
+                noted[name] = noted[name].clone()
         return noted
 
-    def restore(self, noted: Mapping[str, torch.Tensor | None]) -> None:
-        """Puts back what was noted; may be done again with the same note if it breaks off.
+    def restore(self, noted: Mapping[str, torch.Tensor]) -> None:
+        """Puts back what was noted, but for what owners change; may be done again if it breaks off.
 
         Args:
-            noted (`Mapping[str, torch.Tensor | None]`): From [`SequenceTensors.note`].
+            noted (`Mapping[str, torch.Tensor]`): From [`SequenceTensors.note`].
         """
-        values = {name: value for name, value in self.values.items() if name not in noted}
-        values.update((name, value) for name, value in noted.items() if value is not None)
+        owned = {name for name, each in self.declared.items() if each.changed_by == "owner"}
+        values = {name: value for name, value in self.values.items() if name in owned}
+        values.update((name, value) for name, value in noted.items() if name not in owned)
         self.values = values
         self.version += 1
 

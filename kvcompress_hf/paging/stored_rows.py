@@ -38,7 +38,7 @@ class StoreNote:
     """What a store held at one moment; see [`StoredRows.note`].
 
     Args:
-        tensors (`dict[str, torch.Tensor | None]`): Of the declared tensors.
+        tensors (`dict[str, torch.Tensor]`): Of the declared tensors.
         tail_shared (`bool`): Whether forks shared the tail.
         evicted (`bool`): Whether slots had been dropped or moved.
         fields (`list[tuple[int, str, torch.Tensor]]`): Statistics in slots: tier, field, and its values,
@@ -46,7 +46,7 @@ class StoreNote:
         batch (`int`, *optional*): Sequences, where `tensors` are all there is for as many.
     """
 
-    tensors: dict[str, torch.Tensor | None]
+    tensors: dict[str, torch.Tensor]
     tail_shared: bool
     evicted: bool
     fields: list[tuple[int, str, torch.Tensor]]
@@ -327,8 +327,7 @@ class StoredRows:
         if note.batch is None:
             self.tensors.restore(note.tensors)
         else:
-            whole = {name: value for name, value in note.tensors.items() if value is not None}
-            self.tensors.replace(whole, note.batch)
+            self.tensors.replace(note.tensors, note.batch)
         self._tail.shared, self.evicted = note.tail_shared, note.evicted
         self._clamped = None
         for tier, field, values in note.fields:
@@ -363,6 +362,7 @@ class StoredRows:
         try:
             copies = self.tensors.copies_for_fork()
             self._tail.shared = other._tail.shared = self.tail_keys is not None
+            self.tensors.version += 1  # who writes to the tail from now on has to look whether it is shared
             other.evicted = self.evicted
             other.tensors.replace(copies)
             self.arena.retain(other.live_ids())

@@ -1,6 +1,7 @@
 """What follows packing, over all layers at once: windows, plans, fading; and making room before memory runs out."""
 
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -59,7 +60,8 @@ class Compression:
     """
 
     def __init__(self, state: CacheState, rollback: Rollback) -> None:
-        self.state, self.rollback = state, rollback
+        self.state: CacheState = weakref.proxy(state)  # see Rollback
+        self.rollback = rollback
         self.needs_distortion = any(r.plan is not None and r.plan.needs_distortion for r in state.given_recipes)
 
     # -- after packing ---------------------------------------------------------------------------------------------

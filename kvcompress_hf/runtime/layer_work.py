@@ -28,7 +28,9 @@ class LayerWork(Past):
 
     def _decode(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
         """Appends one token to the tail and attends to everything."""
-        if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
+        tensors = store.tensors
+        moved = layer.plan_key[0] != tensors.version or layer.tail_used >= layer.plan_room
+        if moved and (layer.tail_used >= store.tail_capacity or store.tail_is_shared):
             room = layer.tail_used + 1
             store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
             self.note_peak()
@@ -46,7 +48,7 @@ class LayerWork(Past):
         with store.reading:  # pages and tables stay where they are
             sinks = new.sinks
             plan_key = (
-                store.version,
+                tensors.version,
                 new.query.shape[1],
                 new.scaling,
                 new.softcap,
@@ -68,7 +70,7 @@ class LayerWork(Past):
                     square_field=square_field,
                     q_heads=new.query.shape[1],
                 )
-                layer.plan_key = plan_key
+                layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None:
             packing.write_tail_fields(store, layer, before, valid, fields)

@@ -62,9 +62,10 @@ class Past(CacheState):
         if tokens > 1 and not self.recording and seen and self.max_bytes is not None:
             with self.rollback.whole():
                 self.compression.make_room(tokens)
-        # A decoded token only goes to the tail, from where it can be taken back without copies of the lengths.
-        statistics = self._counts_steps if decoding else self._observer is not None
-        self.rollback.begin(packs=not decoding, statistics=statistics and seen > 0 and not self._holds)
+        # A decoded token only goes to the tail, from where it can be taken back without copies of the lengths. What it
+        # adds to scores stays if it is taken back: to copy all scores at each step would cost more than the step.
+        statistics = not decoding and seen > 0 and self._observer is not None and not self._holds
+        self.rollback.begin(packs=not decoding, statistics=statistics)
         counters = self.counters
         if not counters.batch:
             counters.recipes = self._spread_recipes(key.shape[0])

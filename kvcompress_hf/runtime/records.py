@@ -54,6 +54,7 @@ class LayerState:
         held (`list[AttentionCall]`): The newest tokens while past recording is on, oldest first.
         plan (`DecodePlan`, *optional*): Prepared native call for decode steps.
         plan_key (`tuple`): What the plan was made for.
+        plan_room (`int`): Tokens the tail had room for then.
     """
 
     window: int | None
@@ -67,7 +68,8 @@ class LayerState:
     tails: torch.Tensor | None = None
     held: list[AttentionCall] = field(default_factory=list)
     plan: kernels.DecodePlan | None = None
-    plan_key: tuple[object, ...] = ()
+    plan_key: tuple[object, ...] = (None,)
+    plan_room: int = 0
 
     def grows(self, tokens: int, valid: torch.Tensor | None) -> None:
         """Notes new tokens in the tail.
@@ -94,7 +96,7 @@ class LayerState:
         Returns:
             `LayerState`: The copy, without a plan: that belongs to the store's memory.
         """
-        return replace(self, **{"held": list(self.held), "plan": None, "plan_key": (), **changes})
+        return replace(self, **{"held": list(self.held), "plan": None, "plan_key": (None,), **changes})
 
 
 @dataclass
@@ -144,7 +146,10 @@ class Counters:
         Returns:
             `Counters`: The copy; tensors are shared, as they are never changed in place.
         """
-        return replace(self, distortion=dict(self.distortion))
+        other = object.__new__(Counters)
+        other.__dict__.update(self.__dict__)
+        other.distortion = dict(self.distortion)
+        return other
 
     def uncount_padding(self, seen: int) -> None:
         """Forgets padding among tokens that are taken back.

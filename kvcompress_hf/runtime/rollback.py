@@ -6,6 +6,7 @@ what is stored; a change that is stopped in the middle of that cannot be undone,
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class Rollback:
     """
 
     def __init__(self, state: CacheState) -> None:
-        self.state = state
+        # A proxy: a cycle would keep a dropped cache's memory until the next garbage collection.
+        self.state: CacheState = weakref.proxy(state)
         self.note: Note | None = None  # of the change under way
         self.closed: str | None = None  # why the cache can no longer be used
 
