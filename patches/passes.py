@@ -3,6 +3,7 @@
 import functools
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -62,11 +63,27 @@ def before_pass(
     moved = move_cache(cache_argument(part), CompressedPagedCache, args, kwargs)
     cache = next((each for each in (*args, *moved.values()) if isinstance(each, Cache)), None)
     if isinstance(cache, CompressedPagedCache):
+        _check_mask_length(cache, args, kwargs)
         _check_pass(model, record, cache)
         cache.begin_pass(record, read_with(model, cache, part, args, moved))
     elif cache is None and (part is model or part.config is text_config(model)):
         _tell_of_stock_cache(record, part, kwargs)
     return None if moved is kwargs else (args, moved)
+
+
+def _check_mask_length(cache: CompressedPagedCache, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuses a 2-D mask of another length than the tokens held and the new ones: transformers would cut or fill it."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    new = next((each for each in given if isinstance(each, torch.Tensor) and each.dim() >= 2), None)
+    mask = kwargs.get("attention_mask")
+    if new is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    seen = cache.get_seq_length()
+    if mask.shape[1] != seen + new.shape[1]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the cache holds {seen} tokens and {new.shape[1]} are "
+            f"new; it must be [batch, {seen + new.shape[1]}], padding of earlier turns included."
+        )
 
 
 @torch.compiler.disable

@@ -96,7 +96,7 @@ class PagedAttention(LayerWork):
         if mask is not None:
             read = self._read_mask(mask)
             new.valid = read.real_tokens(new.query.shape[2], tokens, key.shape[0])
-            if tokens > 1 or not position:  # a decoded token sees all there is
+            if tokens > 1 or not position or read.biased:  # a decoded token sees all there is
                 new.mask = read
         layer.group = new.query.shape[1] // key.shape[1]
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
@@ -105,7 +105,7 @@ class PagedAttention(LayerWork):
         new.key = store.centre(layer.index, key)
         if self._reading_again:
             return self._read_again(layer, store, new.detached())
-        if tokens == 1 and position:
+        if tokens == 1 and position and new.mask is None:
             output = self._decode(layer, store, new)
         elif self._verifies(layer, new):
             outputs = []

@@ -10,6 +10,9 @@ from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.kernels import Tail
 from kvcompress_hf.paging.store import PagedStore
 
+# An additive mask forbids by its dtype's least number, by -inf, or by hand by -1e4 and less: softmax makes 0 of all.
+_FORBIDS = -9_999.0
+
 
 @dataclass(slots=True)
 class AttentionCall:
@@ -109,6 +112,10 @@ class AttentionCall:
             `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
         """
         allowed, bias = (None, None) if self.mask is None else self.mask.parts()
+        if allowed is not None and allowed.shape[0] != self.query.shape[0]:  # one mask for all sequences
+            batch = self.query.shape[0]
+            allowed = allowed.expand(batch, -1, -1).contiguous()
+            bias = None if bias is None else bias.expand(batch, -1, -1).contiguous()
         with store.reading:  # pages and tables stay where they are
             attended = store.backend.chunk_attention(
                 self.query,
@@ -157,7 +164,8 @@ class Mask:
             UnsupportedFeatureError: If the mask is not over the new tokens only.
         """
         mask = self.tensor
-        if mask.dim() != 4 or mask.shape[-1] != tokens or mask.shape[-2] != queries or queries != tokens:
+        fits = mask.dim() == 4 and mask.shape[-2:] == (queries, tokens) and mask.shape[0] in (1, batch)
+        if not fits or queries != tokens:
             raise UnsupportedFeatureError(
                 f"Got an attention mask of shape {tuple(mask.shape)} for {tokens} new tokens; a compressed cache needs "
                 f"[batch, 1, {tokens}, {tokens}], over the new tokens only. Pass a 2-D mask [batch, all tokens] "
@@ -165,10 +173,30 @@ class Mask:
             )
         real = self._real
         if real is None or real.shape[0] != batch:
+            self._check_heads()
             diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-            real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+            real = diagonal if diagonal.dtype == torch.bool else diagonal > _FORBIDS
             real = self._real = real.expand(batch, -1).contiguous()
         return real
+
+    @property
+    def biased(self) -> bool:
+        """`bool`: Whether anything is added to the logits."""
+        return self.tensor.is_floating_point() and self.parts()[1] is not None
+
+    def _check_heads(self) -> None:
+        """Refuses masks that are not the same for all heads, and those of integers."""
+        mask = self.tensor
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise UnsupportedFeatureError(
+                f"Got an attention mask of dtype {mask.dtype}; a compressed cache needs a bool mask, or a floating-point "
+                "one that is added to the logits. Pass a 2-D mask [batch, all tokens] and let transformers build it."
+            )
+        if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):
+            raise UnsupportedFeatureError(
+                f"Got an attention mask that differs between its {mask.shape[1]} heads (ALiBi, T5 biases, sparsity per "
+                "head); a compressed cache applies one mask to all heads. Use the stock cache for it."
+            )
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What it says.
@@ -178,11 +206,12 @@ class Mask:
             if anything is, each `[batch, queries, tokens]`.
         """
         if self._parts is None:
+            self._check_heads()
             block = self.tensor[:, 0]
             if block.dtype == torch.bool:
                 self._parts = block.contiguous(), None
             else:
-                allowed = block > torch.finfo(block.dtype).min / 2
+                allowed = block > _FORBIDS
                 bias = torch.where(allowed, block, 0).float()
                 self._parts = allowed.contiguous(), bias.contiguous() if bool(bias.any()) else None
         return self._parts

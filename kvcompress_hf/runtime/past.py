@@ -11,7 +11,7 @@ from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime import packing
 from kvcompress_hf.runtime.call import Mask
 from kvcompress_hf.runtime.compression import Compression
-from kvcompress_hf.runtime.padding import runs_of, with_runs
+from kvcompress_hf.runtime.padding import cut_runs, runs_of, with_runs
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import AttentionState, CacheState, StoreLayers
 from kvcompress_hf.validation import MOST_TOKENS
@@ -244,9 +244,12 @@ class Past(CacheState):
         store = owned.store
         in_tail = self.tail_used(owned)
         if removed > in_tail:
-            behind = removed - in_tail
-            shorter = (store.lengths_on_host()[packing.BEST] - behind).clamp(min=0)
-            store.truncate(packing.BEST, to_device(shorter, store.geometry.device))
+            packed = store.lengths_on_host()[packing.BEST]
+            left = torch.full((self.batch,), target, dtype=packed.dtype)
+            if self.counters.gaps is not None:
+                left -= cut_runs(self.counters.gaps, target)[..., 1].sum(1).to(left.dtype)
+            left = left[:, None].expand(-1, store.geometry.kv_heads).flatten().repeat(store.layers)
+            store.truncate(packing.BEST, to_device(torch.minimum(packed, left), store.geometry.device))
         store.crop_tail(target)
         for index in owned.layers:
             self.layers[index].tail_used = max(0, self.layers[index].tail_used - removed)

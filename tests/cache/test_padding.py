@@ -111,3 +111,23 @@ def test_runs_of_padding():
     assert cut_runs(runs, 14)[..., 1].sum(1).tolist() == [2, 0, 2]
     positions = torch.tensor([12, 13], dtype=torch.int32).expand(3, 1, 2)
     assert padding_first(positions, runs)[:, 0].tolist() == [[13, 14], [12, 13], [13, 13]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ("lossless", "k8v4"))
+def test_after_crop_padded_rows_hold_what_they_should(recipe, model):
+    """The packed slots of a row are fewer than the tokens taken back where some of these were padding."""
+    both, _, mask = _talk(model, recipe, TURNS["right"])
+    both.crop(-30)
+    left = mask[:, : both.get_seq_length()].sum(1)
+    assert [slots[:, 0].tolist() for slots in both.slots()] == [left.tolist()] * 2
+    words = torch.full((2, 1), 7)
+    position = left[:, None]
+    whole = torch.cat([mask[:, : both.get_seq_length()], torch.ones(2, 1, dtype=torch.long)], 1)
+    got = model(words, attention_mask=whole, position_ids=position, **as_argument(model, both)).logits
+    for row in range(2):
+        ids = torch.cat([_turn(lengths, behind, seed)[2][row] for seed, (lengths, behind) in enumerate(TURNS["right"])], 1)
+        alone = CompressedPagedCache(model.config, recipe)
+        model(ids[:, : left[row]], **as_argument(model, alone))
+        want = model(words[:1], **as_argument(model, alone)).logits
+        torch.testing.assert_close(got[row : row + 1], want, atol=1e-4 if recipe == "lossless" else 0.02, rtol=0)
