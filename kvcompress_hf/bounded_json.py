@@ -10,7 +10,7 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _MOST_DIGITS = 19  # of an integer of 64 bits
 
 
-def parse_json(text: str | bytes, *, most_bytes: int, most_values: int, most_depth: int) -> Any:
+def parse_json(text: str | bytes | bytearray, *, most_bytes: int, most_values: int, most_depth: int) -> Any:
     """Parses JSON that is no larger than what is allowed.
 
     The parser makes objects of up to a hundred times the size of the text and calls itself at every bracket, so length,

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -174,7 +174,8 @@ def read_with(
         return ()
     if cache.get_seq_length():
         cache.read_with(borders)
-    named = {**dict(zip(_parameters(type(part)), args, strict=False)), **kwargs}
+    kind: Hashable = type(part)
+    named = {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
     positions = named.get("position_ids")
     if positions is not None:
         length = int(positions.max()) + 1
@@ -216,5 +217,5 @@ def _borders(config: Any) -> tuple[int, ...]:
 
 
 @functools.cache
-def _parameters(kind: type) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]

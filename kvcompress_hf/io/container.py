@@ -95,7 +95,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def parse_bounded(text: str | bytes) -> Any:
+def parse_bounded(text: str | bytes | bytearray) -> Any:
     """Parses JSON from a file.
 
     Args:

@@ -42,8 +42,8 @@ def test_the_other_route_is_accepted(family, route, dtype, build_model):
 @pytest.mark.parametrize("family", ("llama", "gemma2", "gpt-oss"))
 def test_eager_and_sdpa_are_accepted(family, implementation, dtype, build_model):
     model = build_model(family).to(dtype)
-    if implementation == "sdpa" and family == "gpt-oss":
-        pytest.skip("GPT-OSS has no sdpa attention")
+    if implementation == "sdpa" and family != "llama":
+        pytest.skip("transformers has no sdpa attention for this family: soft cap, sinks")
     model.set_attn_implementation(implementation)
     patch(model, "lossless")
 
