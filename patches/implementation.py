@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import PreTrainedConfig
@@ -48,11 +47,11 @@ def set_implementation(model: PreTrainedModel, name_of: Callable[[str], str] = s
     ) from refusal
 
 
-def has_implementation(model: nn.Module, route: str) -> bool:
+def has_implementation(model: PreTrainedModel, route: str) -> bool:
     """Whether a patched model still runs on an attention implementation that its route works with.
 
     Args:
-        model (`nn.Module`): The model.
+        model (`PreTrainedModel`): The model.
         route (`str`): `"swap"` or `"interface"`.
 
     Returns:

@@ -1,6 +1,5 @@
 """What is looked at before every forward pass of a patched model, in a loop of one's own as much as in `generate`."""
 
-import functools
 import inspect
 import warnings
 from typing import Any, Protocol
@@ -148,7 +147,7 @@ def read_with(
         return ()
     if cache.get_seq_length():
         cache.read_with(borders)
-    named = {**dict(zip(_parameters(type(part)), args, strict=False)), **kwargs}
+    named = {**dict(zip(inspect.signature(part.forward).parameters, args, strict=False)), **kwargs}
     positions = named.get("position_ids")
     if positions is not None:
         length = int(positions.max()) + 1
@@ -187,8 +186,3 @@ def _borders(config: Any) -> tuple[int, ...]:
             )
             found.append(int(border or text.max_position_embeddings))
     return tuple(found)
-
-
-@functools.cache
-def _parameters(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
