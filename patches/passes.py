@@ -61,6 +61,11 @@ def before_pass(
 
 @torch.compiler.disable
 def _check_pass(model: PreTrainedModel, record: Patch, cache: CompressedPagedCache) -> None:
+    if not record.installed:
+        raise UnsupportedFeatureError(
+            f"{type(model).__name__} is not patched any more, though this call has a compressed cache: another thread "
+            "took the patch off meanwhile. Keep the model patched, or open a patched() block around the call."
+        )
     check_implementation(model, record)
     if not cache.is_of(model):
         cache.belongs_to(model)
