@@ -70,6 +70,7 @@ def patch(
             `"k8v4"`, which keeps every token; with a `budget` it is `"auto"`.
         route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
             goes through transformers' attention interface, `"auto"` takes the first that fits and passes its check.
+            While other threads are inside a [`patched`] block of the model, the route it goes stays.
         check (`bool`): Whether to compare with the stock model before the patch is relied on. `False` saves about ten
             forward passes over a few tokens, and takes models that the comparison refuses; what they then say is on
             your own account. What the config shows to be unsupported is refused in any case.
@@ -245,7 +246,11 @@ def _asked(model: Any, recipe: Any, route: str, overrides: dict[str, Any]) -> tu
 def _ensure_installed(model: PreTrainedModel, recipe: Recipe, route: str, check: bool) -> PatchRecord:
     """The record of a model that is patched by the route asked for; whoever held its patch before still does."""
     record = record_of(model)
-    intact = record is not None and _is_intact(model, record) and route in ("auto", record.route)
+    intact = (
+        record is not None
+        and _is_intact(model, record)
+        and (route in ("auto", record.route) or record.holders.in_use_elsewhere())
+    )
     if not intact:
         check_model(model)
     key_frequencies(model.config, recipe, layer_windows(model.config))  # refuses now what a cache would refuse later
@@ -312,7 +317,7 @@ def _release(model: PreTrainedModel, block: Holder) -> None:
     rest = record.holders.newest()
     if rest is None:
         _uninstall(model, record)
-    elif rest.route != record.route:
+    elif rest.route != record.route and not record.holders.in_use_elsewhere():
         _ensure_installed(model, rest.recipe, rest.route, rest.check)
 
 

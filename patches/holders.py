@@ -85,6 +85,14 @@ class Holders:
         blocks = tuple(self.blocks)  # other threads come and go
         return blocks[-1] if blocks else self.base
 
+    def in_use_elsewhere(self) -> bool:
+        """Whether other threads or tasks have blocks open, under which the route must not change.
+
+        Returns:
+            `bool`: False if all open blocks are the caller's own.
+        """
+        return len(self.own()) < len(self.blocks)
+
     def in_force(self) -> Holder | None:
         """The one whose recipe counts for the calling thread or task.
 

@@ -1,9 +1,8 @@
 """What is looked at before every forward pass of a patched model, in a loop of one's own as much as in `generate`."""
 
-import functools
 import inspect
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +87,11 @@ def _check_mask_length(cache: CompressedPagedCache, args: tuple[Any, ...], kwarg
 
 @torch.compiler.disable
 def _check_pass(model: PreTrainedModel, record: Patch, cache: CompressedPagedCache) -> None:
+    if not record.installed:
+        raise UnsupportedFeatureError(
+            f"{type(model).__name__} is not patched any more, though this call has a compressed cache: another thread "
+            "took the patch off meanwhile. Keep the model patched, or open a patched() block around the call."
+        )
     check_implementation(model, record)
     if not cache.is_of(model):
         cache.belongs_to(model)
@@ -174,8 +178,7 @@ def read_with(
         return ()
     if cache.get_seq_length():
         cache.read_with(borders)
-    kind: Hashable = type(part)
-    named = {**dict(zip(_parameters(kind), args, strict=False)), **kwargs}
+    named = {**dict(zip(inspect.signature(part.forward).parameters, args, strict=False)), **kwargs}
     positions = named.get("position_ids")
     if positions is not None:
         length = int(positions.max()) + 1
@@ -214,8 +217,3 @@ def _borders(config: Any) -> tuple[int, ...]:
             )
             found.append(int(border or text.max_position_embeddings))
     return tuple(found)
-
-
-@functools.cache
-def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
