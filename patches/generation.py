@@ -209,9 +209,7 @@ def _prepare_generation_config(
     option = kwargs.pop(_OPTION, None)
     if isinstance(option, Cache):
         if not isinstance(option, CompressedPagedCache):
-            raise TypeError(
-                f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache or a recipe."
-            )
+            raise TypeError(f"kvcompress is a {type(option).__name__}; it takes a CompressedPagedCache or a recipe.")
         if find_cache([option, *kwargs.values()], CompressedPagedCache) is option:
             kwargs, given = {**kwargs, generate_argument(): option}, False
     kwargs = move_cache(generate_argument(), CompressedPagedCache, (), kwargs)

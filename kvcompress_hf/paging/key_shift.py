@@ -10,6 +10,10 @@ follows. A channel is trusted only as far as the quarters of the prompt agree on
 
 import torch
 
+from kvcompress_hf.kernels.quantize import hadamard
+
+_QUERIES = 32  # the last ones of the first chunk say which keys matter
+_LEAST_GAIN = 0.9  # of the error; what gains less may cost where other keys are looked at later
 _PARTS = 4
 _LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
 _MOST_TOKENS = 1024  # of a sequence that are looked at, evenly spread
@@ -45,3 +49,47 @@ def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.T
     steady = mean - mean.clamp(-spread, spread)
     steady = torch.where((count >= _LEAST_TOKENS)[:, :, None, None], steady, 0.0)
     return steady.bfloat16().to(keys.dtype)
+
+
+def gains(
+    keys: torch.Tensor, shift: torch.Tensor, query: torch.Tensor, real: torch.Tensor | None, rotated: bool
+) -> torch.Tensor:
+    """Whether logits get closer to the true ones when a shift is taken off the keys before they are quantised.
+
+    Most keys of a head have a smaller range without their mean, but not all: the first token of a text is often unlike
+    the others and looked at the most, and its range grows. The error of a key's logits goes with its range, so squared
+    ranges are compared, weighted by the attention that the keys get from the last queries.
+
+    Args:
+        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        shift (`torch.Tensor`): `[batch, kv_heads, 1, head_dim]`.
+        query (`torch.Tensor`): The newest queries times the factor on the logits, `[batch, q_heads, queries, head_dim]`;
+            the last 32 are looked at.
+        real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        rotated (`bool`): Whether keys are Hadamard-rotated before they are quantised.
+
+    Returns:
+        `torch.Tensor`: `bool` `[batch, kv_heads, 1, 1]`.
+    """
+    batch, kv_heads, tokens, dim = keys.shape
+    stride = -(-tokens // _MOST_TOKENS)
+    there = torch.ones((batch, tokens), dtype=torch.bool, device=keys.device) if real is None else real
+    # The first token of each sequence, and others evenly spread.
+    first = there.to(torch.uint8).argmax(1)
+    index = torch.cat([first[:, None], torch.arange(0, tokens, stride, device=keys.device).expand(batch, -1)], dim=1)
+    used = there.gather(1, index)
+    used[:, 1:] &= index[:, 1:] != first[:, None]
+    sampled = keys.gather(2, index[:, None, :, None].expand(-1, kv_heads, -1, dim)).float()
+    sampled = torch.where(used[:, None, :, None], sampled, 0.0)
+    looks = query[:, :, -_QUERIES:].float()
+    looking = there[:, -looks.shape[2] :].float()[:, None, None, :, None]
+    logits = looks.unflatten(1, (kv_heads, -1)) @ sampled.transpose(-1, -2)[:, :, None]
+    logits = logits.masked_fill(~used[:, None, None, None], torch.finfo(torch.float32).min)
+    seen = (logits.softmax(-1).nan_to_num() * looking).mean((2, 3))  # [batch, kv_heads, sampled]
+    weight = (seen + 0.1 / tokens) * used[:, None]
+
+    def error(states: torch.Tensor) -> torch.Tensor:
+        states = hadamard(states, dim & -dim) if rotated else states
+        return ((states.amax(-1) - states.amin(-1)).square() * weight).sum(-1)
+
+    return (error(sampled - shift.float()) < _LEAST_GAIN * error(sampled))[..., None, None]

@@ -126,7 +126,8 @@ def test_after_crop_padded_rows_hold_what_they_should(recipe, model):
     whole = torch.cat([mask[:, : both.get_seq_length()], torch.ones(2, 1, dtype=torch.long)], 1)
     got = model(words, attention_mask=whole, position_ids=position, **as_argument(model, both)).logits
     for row in range(2):
-        ids = torch.cat([_turn(lengths, behind, seed)[2][row] for seed, (lengths, behind) in enumerate(TURNS["right"])], 1)
+        said = [_turn(lengths, behind, seed)[2][row] for seed, (lengths, behind) in enumerate(TURNS["right"])]
+        ids = torch.cat(said, 1)
         alone = CompressedPagedCache(model.config, recipe)
         model(ids[:, : left[row]], **as_argument(model, alone))
         want = model(words[:1], **as_argument(model, alone)).logits
