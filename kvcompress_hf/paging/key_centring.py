@@ -36,7 +36,7 @@ class KeyCentring:
         keys: torch.Tensor,
         real: torch.Tensor | None,
         query: torch.Tensor | None = None,
-        rotated: bool = False,
+        bits: int = 8,
     ) -> None:
         """Decides what is taken off every key of a layer from now on; nothing of the layer may be stored yet.
 
@@ -45,14 +45,14 @@ class KeyCentring:
             keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
             query (`torch.Tensor`, *optional*): Where given, a head is centred only if it gains, see [`gains`].
-            rotated (`bool`): Whether keys are rotated before they are quantised.
+            bits (`int`): Bits of the keys' codes.
         """
         old = self.shift
         with torch.inference_mode(False):
             shift = self.tensors.zeros("key_shift") if old is None else old.clone()  # forks may share it
         mean = steady_mean(keys, real)
         if query is not None:
-            mean = torch.where(gains(keys, mean, query, real, rotated), mean, 0.0)
+            mean = torch.where(gains(keys, mean, query, real, bits), mean, 0.0)
         shift[layer] = mean
         self.tensors.values["key_shift"] = shift
 

@@ -10,7 +10,7 @@ follows. A channel is trusted only as far as the quarters of the prompt agree on
 
 import torch
 
-from kvcompress_hf.kernels.quantize import hadamard
+from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
 
 _QUERIES = 32  # the last ones of the first chunk say which keys matter
 _LEAST_GAIN = 0.9  # of the error; what gains less may cost where other keys are looked at later
@@ -52,21 +52,21 @@ def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.T
 
 
 def gains(
-    keys: torch.Tensor, shift: torch.Tensor, query: torch.Tensor, real: torch.Tensor | None, rotated: bool
+    keys: torch.Tensor, shift: torch.Tensor, query: torch.Tensor, real: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
     """Whether logits get closer to the true ones when a shift is taken off the keys before they are quantised.
 
-    Most keys of a head have a smaller range without their mean, but not all: the first token of a text is often unlike
-    the others and looked at the most, and its range grows. The error of a key's logits goes with its range, so squared
-    ranges are compared, weighted by the attention that the keys get from the last queries.
+    Most keys of a head have a smaller range without their mean, but that need not help: the first token of a text is
+    often unlike the others and looked at the most; and the extreme channel of a key is stored exactly, which is the one
+    that queries are large in too. So both ways are tried, and the errors of the logits of the last queries compared.
 
     Args:
         keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
         shift (`torch.Tensor`): `[batch, kv_heads, 1, head_dim]`.
-        query (`torch.Tensor`): The newest queries times the factor on the logits, `[batch, q_heads, queries, head_dim]`;
-            the last 32 are looked at.
+        query (`torch.Tensor`): Queries times the factor on the logits, `[batch, q_heads, queries, head_dim]`; the last
+            32 are looked at.
         real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
-        rotated (`bool`): Whether keys are Hadamard-rotated before they are quantised.
+        bits (`int`): Bits of the keys' codes; of 4 and fewer they are Hadamard-rotated before.
 
     Returns:
         `torch.Tensor`: `bool` `[batch, kv_heads, 1, 1]`.
@@ -85,11 +85,15 @@ def gains(
     looking = there[:, -looks.shape[2] :].float()[:, None, None, :, None]
     logits = looks.unflatten(1, (kv_heads, -1)) @ sampled.transpose(-1, -2)[:, :, None]
     logits = logits.masked_fill(~used[:, None, None, None], torch.finfo(torch.float32).min)
-    seen = (logits.softmax(-1).nan_to_num() * looking).mean((2, 3))  # [batch, kv_heads, sampled]
-    weight = (seen + 0.1 / tokens) * used[:, None]
+    weight = logits.softmax(-1).nan_to_num()  # [batch, kv_heads, group, queries, sampled]
 
     def error(states: torch.Tensor) -> torch.Tensor:
-        states = hadamard(states, dim & -dim) if rotated else states
-        return ((states.amax(-1) - states.amin(-1)).square() * weight).sum(-1)
+        turned = hadamard(states, dim & -dim) if bits <= 4 else states
+        codes, scale, offset, _ = quantize(turned, bits)
+        stored = dequantize(codes, scale, offset).float()
+        off = (hadamard(stored, dim & -dim) if bits <= 4 else stored) - states
+        noise = looks.unflatten(1, (kv_heads, -1)) @ off.transpose(-1, -2)[:, :, None]
+        noise = noise - (noise * weight).sum(-1, keepdim=True)  # softmax does not see what all keys have in common
+        return (noise.square() * weight * looking).sum((2, 3, 4))
 
     return (error(sampled - shift.float()) < _LEAST_GAIN * error(sampled))[..., None, None]

@@ -31,7 +31,7 @@ class PagedStore(StoredRows):
         keys: torch.Tensor,
         real: torch.Tensor | None,
         query: torch.Tensor | None = None,
-        rotated: bool = False,
+        bits: int = 8,
     ) -> None:
         """Decides what is taken off every key of a layer from now on; see [`KeyCentring.settle`].
 
@@ -40,9 +40,9 @@ class PagedStore(StoredRows):
             keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
             query (`torch.Tensor`, *optional*): Scaled queries, where only heads that gain are to be centred.
-            rotated (`bool`): Whether keys are rotated before they are quantised.
+            bits (`int`): Bits of the keys' codes.
         """
-        self._keys.settle(layer, keys, real, query, rotated)
+        self._keys.settle(layer, keys, real, query, bits)
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """New keys as they are stored and attended to; see [`KeyCentring.centre`].

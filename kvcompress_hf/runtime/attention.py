@@ -103,8 +103,8 @@ class PagedAttention(LayerWork):
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
         if position == 0 and self.recipe.centres_keys and new.softcap is None and new.sinks is None:
             looks = None if self.recipe.centre_keys else new.query.detach()[:, :, -32:] * new.scaling
-            rotated = any(0 < TIERS[name][0] <= 4 for name in self.recipe.tiers)
-            store.settle_key_shift(layer.index, key.detach(), new.valid, looks, rotated)
+            bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
+            store.settle_key_shift(layer.index, key.detach(), new.valid, looks, bits)
         new.key = store.centre(layer.index, key)
         if self._reading_again:
             return self._read_again(layer, store, new.detached())
