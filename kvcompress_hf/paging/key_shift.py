@@ -13,7 +13,9 @@ import torch
 from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
 
 _QUERIES = 32  # the last ones of the first chunk say which keys matter
-_LEAST_GAIN = 0.9  # of the error; what gains less may cost where other keys are looked at later
+# What must be left at most of the squared error. 8-bit keys have little to gain but for large biases (Qwen2), and lost a
+# little by a mean taken off on SmolLM2.
+_LEFT_OF_4_BITS, _LEFT_OF_8_BITS = 0.9, 0.25
 _PARTS = 4
 _LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
 _MOST_TOKENS = 1024  # of a sequence that are looked at, evenly spread
@@ -96,4 +98,5 @@ def gains(
         noise = noise - (noise * weight).sum(-1, keepdim=True)  # softmax does not see what all keys have in common
         return (noise.square() * weight * looking).sum((2, 3, 4))
 
-    return (error(sampled - shift.float()) < _LEAST_GAIN * error(sampled))[..., None, None]
+    most = _LEFT_OF_4_BITS if bits <= 4 else _LEFT_OF_8_BITS
+    return (error(sampled - shift.float()) < most * error(sampled))[..., None, None]
