@@ -13,8 +13,8 @@ import torch
 from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
 
 _QUERIES = 32  # the last ones of the first chunk say which keys matter
-# What may be left of the squared error. 8-bit keys have little to gain but for large biases (Qwen2), and lost a little by
-# a mean taken off on SmolLM2.
+# What may be left of the squared error. 8-bit keys have little to gain but for large biases (Qwen2), and SmolLM2 lost
+# a little by a mean taken off.
 _LEFT_OF_4_BITS, _LEFT_OF_8_BITS = 0.9, 0.25
 _PARTS = 4
 _LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
