@@ -389,10 +389,7 @@ class CompressedPagedCache(Cache):
         self._attention.recording = value
 
     def withdraw_recorded(self) -> None:
-        """Stops recording and forgets all tokens since the last [`CompressedPagedCache.crop`].
-
-        For whoever was interrupted before it was known which of them stay.
-        """
+        """Stops recording and forgets all tokens since the last `crop`, as nobody will say which of them stay."""
         with contextlib.suppress(RuntimeError):  # a pass that stopped half way is taken back; the interrupt says why
             self._attention.settle()
         if self._attention.recording and self._attention.rollback.closed is None:

@@ -195,7 +195,7 @@ class Recipe:
         when (`When`): When the cache packs and plans.
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
         centre_keys (`bool`, *optional*): Whether what the keys of a head have in common is taken off before they are
-            stored, which attention does not notice; when left out, where a tier has keys of 4 bits or fewer.
+            stored, which attention does not notice; when left out, where a tier has quantised keys.
         positions (`str`): `"absolute"`: a kept token stays as far from the next query as it was in the text.
             `"reindexed"`: as far as if what was evicted had never been, as in StreamingLLM (arXiv 2309.17453); for the
             tier `native` and models with plain rotary embedding.
@@ -313,7 +313,7 @@ class Recipe:
         """`bool`: Whether keys are stored without what those of a head have in common; see `centre_keys`."""
         if self.centre_keys is not None:
             return self.centre_keys
-        return any(0 < TIERS[name][0] <= 4 for name in self.tiers)
+        return any(TIERS[name][0] for name in self.tiers)
 
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.

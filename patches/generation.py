@@ -121,13 +121,20 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         bound = functools.partial(function, model)
         if not name.startswith("_"):
             # generate() reads the one signature to tell which arguments the model takes, other libraries the other.
-            bound.__signature__ = inspect.signature(getattr(model, name))  # type: ignore[attr-defined]
+            bound.__signature__ = _plain_signature(getattr(model, name))  # type: ignore[attr-defined]
         model.__dict__[name] = bound
     for part in model.modules():
         # Not the outermost alone: PEFT and others call a part of the model without going through the whole.
         if isinstance(part, PreTrainedModel):
             hook = functools.partial(before_pass, model, record)
             record.hooks.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _plain_signature(method: Callable[..., Any]) -> inspect.Signature:
+    """A signature without annotations, which cannot always be pickled with the model."""
+    signature = inspect.signature(method)
+    plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return signature.replace(parameters=plain, return_annotation=signature.empty)
 
 
 def unbind_methods(model: nn.Module, record: PatchRecord) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvcompress_hf.paging.key_shift import steady_mean
+from kvcompress_hf.paging.key_shift import gains, steady_mean
 from kvcompress_hf.paging.sequence_tensors import Declared, SequenceTensors
 
 KEY_SHIFT = Declared(
@@ -30,18 +30,30 @@ class KeyCentring:
         """`torch.Tensor` or `None`: `[layers, batch, kv_heads, 1, head_dim]` in the dtype of keys."""
         return self.tensors.values.get("key_shift")
 
-    def settle(self, layer: int, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+    def settle(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        real: torch.Tensor | None,
+        query: torch.Tensor | None = None,
+        bits: int = 8,
+    ) -> None:
         """Decides what is taken off every key of a layer from now on; nothing of the layer may be stored yet.
 
         Args:
             layer (`int`): Index of the layer.
             keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+            query (`torch.Tensor`, *optional*): Where given, a head is centred only if it gains, see [`gains`].
+            bits (`int`): Bits of the keys' codes.
         """
         old = self.shift
         with torch.inference_mode(False):
             shift = self.tensors.zeros("key_shift") if old is None else old.clone()  # forks may share it
-        shift[layer] = steady_mean(keys, real)
+        mean = steady_mean(keys, real)
+        if query is not None:
+            mean = torch.where(gains(keys, mean, query, real, bits), mean, 0.0)
+        shift[layer] = mean
         self.tensors.values["key_shift"] = shift
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:

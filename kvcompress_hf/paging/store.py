@@ -25,15 +25,24 @@ class PagedStore(StoredRows):
 
     # -- centred keys ----------------------------------------------------------------------------------------------
 
-    def settle_key_shift(self, layer: int, keys: torch.Tensor, real: torch.Tensor | None) -> None:
+    def settle_key_shift(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        real: torch.Tensor | None,
+        query: torch.Tensor | None = None,
+        bits: int = 8,
+    ) -> None:
         """Decides what is taken off every key of a layer from now on; see [`KeyCentring.settle`].
 
         Args:
             layer (`int`): Index of the layer.
             keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+            query (`torch.Tensor`, *optional*): Scaled queries, where only heads that gain are to be centred.
+            bits (`int`): Bits of the keys' codes.
         """
-        self._keys.settle(layer, keys, real)
+        self._keys.settle(layer, keys, real, query, bits)
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """New keys as they are stored and attended to; see [`KeyCentring.centre`].

@@ -15,6 +15,7 @@ import torch
 
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.layer_work import LayerWork
 from kvcompress_hf.runtime.state import AttentionState, LayerState, RunStatistics, layout_for
@@ -101,7 +102,9 @@ class PagedAttention(LayerWork):
         layer.group = new.query.shape[1] // key.shape[1]
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
         if position == 0 and self.recipe.centres_keys and new.softcap is None and new.sinks is None:
-            store.settle_key_shift(layer.index, key.detach(), new.valid)
+            looks = None if self.recipe.centre_keys else new.query.detach()[:, :, -32:] * new.scaling
+            bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
+            store.settle_key_shift(layer.index, key.detach(), new.valid, looks, bits)
         new.key = store.centre(layer.index, key)
         if self._reading_again:
             return self._read_again(layer, store, new.detached())

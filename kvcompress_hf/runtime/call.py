@@ -189,9 +189,8 @@ class Mask:
         mask = self.tensor
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise UnsupportedFeatureError(
-                f"Got an attention mask of dtype {mask.dtype}; a compressed cache needs a bool mask, or a "
-                "floating-point one that is added to the logits. Pass a 2-D mask [batch, all tokens] and let "
-                "transformers build it."
+                f"Got an attention mask of dtype {mask.dtype}; a compressed cache needs one of bool, or of floating "
+                "point, that is added to the logits. Pass a 2-D mask [batch, all tokens] and let transformers build it."
             )
         if mask.shape[1] != 1 and not bool((mask == mask[:, :1]).all()):
             raise UnsupportedFeatureError(

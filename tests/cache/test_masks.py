@@ -109,7 +109,5 @@ def test_a_2d_mask_of_another_length_is_refused(length, model):
     cache = CompressedPagedCache(model.config, "lossless")
     model(ids[:, :HELD], **as_argument(model, cache))
     with pytest.raises(ValueError, match="must be \\[batch, 12\\]"):
-        model(
-            ids[:, HELD:], attention_mask=torch.ones(1, length, dtype=torch.long), **as_argument(model, cache)
-        )
+        model(ids[:, HELD:], attention_mask=torch.ones(1, length, dtype=torch.long), **as_argument(model, cache))
     assert cache.get_seq_length() == HELD
