@@ -228,7 +228,8 @@ def move_cache(name: str, kind: type[Cache], args: tuple[Any, ...], kwargs: dict
     """
     if not any(isinstance(value, kind) for value in (*args, *kwargs.values())):
         return kwargs
-    cache = find_cache({**dict(enumerate(args)), **kwargs}, kind)  # type: ignore[dict-item]
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    cache = find_cache(named, kind)
     # Of two names that are given, transformers takes the newer one, even if it says None.
     rest = {
         key: value

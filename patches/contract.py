@@ -90,7 +90,8 @@ def generation_methods() -> str:
 def cache_is_handed_over() -> str:
     """A fresh cache is put where the model looks for it."""
     model, arguments = tiny_llama(), dict[str, Any]()
-    make = functools.partial(model._prepare_cache_for_generation, GenerationConfig(), arguments, None, 1, 10)
+    prepare: Any = model._prepare_cache_for_generation
+    make = functools.partial(prepare, GenerationConfig(), arguments, None, 1, 10)
     name = fresh_cache_name(model, arguments, make)
     _need(name == cache_argument(model), f"generate() makes {name}, but the model takes {cache_argument(model)}")
     _need(name == generate_argument(), f"generate() makes {name} and then hands over {generate_argument()}")

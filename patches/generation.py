@@ -205,7 +205,8 @@ def _prepare_cache(
         _stock(model, "_prepare_cache_for_generation")(generation_config, model_kwargs, *args, **kwargs)
         return
     # The class's own method, not one that another library put on the instance: its caches are not ours.
-    make = functools.partial(type(model)._prepare_cache_for_generation, model, generation_config, model_kwargs)
+    prepare: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]
+    make = functools.partial(prepare, model, generation_config, model_kwargs)
     name = fresh_cache_name(model, model_kwargs, functools.partial(make, *args, **kwargs))
     cache = CompressedPagedCache(
         model.config,

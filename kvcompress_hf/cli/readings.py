@@ -124,7 +124,7 @@ def facts_reading(tokenizer: Any, path: Path, *, tokens: int = 2000, seed: int =
     value = "".join(rng.choice("0123456789") for _ in range(7))
     add("One of the special magic numbers for amber-window is: {0}.", f"What is the {what}? The {what} is", value)
     room = tokens - len(tokenizer(PASSKEY_INTRO + " ".join(facts)).input_ids)
-    start, passage = rng.randrange(len(lines)), []
+    start, passage = rng.randrange(len(lines)), list[str]()
     while True:
         line = lines[(start + len(passage)) % len(lines)]
         room -= len(tokenizer(" " + line, add_special_tokens=False).input_ids)

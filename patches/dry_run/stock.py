@@ -164,7 +164,9 @@ class StockCache(DynamicCache):
         """
         self._notes.shapes[layer_idx] = key_states[:, :, :0]
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        keys._kvc_mark = values._kvc_mark = _Mark(self._notes, layer_idx, key_states.shape[2])
+        mark = _Mark(self._notes, layer_idx, key_states.shape[2])
+        for states in (keys, values):
+            states._kvc_mark = mark  # type: ignore[attr-defined]
         return keys, values
 
 
@@ -186,7 +188,7 @@ class _PastCache(StockCache):
             kind = (type(layer), getattr(layer, "sliding_window", None), empty.shape, empty.dtype, empty.device)
             if kind not in filled:
                 zeros = empty.new_zeros((1, empty.shape[1], notes.trial.past, empty.shape[3]))
-                layer.update(zeros, zeros)
+                layer.update(zeros, zeros)  # type: ignore[union-attr]
                 filled[kind] = layer
             self.layers[i] = filled[kind]
 
