@@ -1,6 +1,7 @@
 """Paged, compressed KV caches for Hugging Face Transformers: per-head budgets, mixed precision, memory really freed."""
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ __all__ = [
     "unpatch",
 ]
 __version__ = "0.1.0"
+__file__ = os.path.realpath(__file__)  # an editable install comes here through a link
 
 #: Module of each public name. It is imported when the name is first used: `import kvcompress_hf` alone loads no torch.
 _NAMES = {

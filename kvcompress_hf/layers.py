@@ -1,15 +1,12 @@
 """Layers as transformers sees them: what it asks of one layer of a cache, and what a config says of each."""
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kvcompress_hf.compat import CacheLayerMixin, PreTrainedConfig, get_layer_types_and_kwargs
 from kvcompress_hf.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from kvcompress_hf.cache import CompressedPagedCache
 
 __all__ = ["KVHandle", "LayerFace", "layer_sharing", "layer_windows"]
 
@@ -26,7 +23,7 @@ class KVHandle:
 
     __slots__ = ("cache", "layer_idx")
 
-    def __init__(self, cache: "CompressedPagedCache", layer_idx: int) -> None:
+    def __init__(self, cache: Any, layer_idx: int) -> None:
         self.cache = cache
         self.layer_idx = layer_idx
 
@@ -37,7 +34,7 @@ class LayerFace(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: "CompressedPagedCache", layer_idx: int, is_sliding: bool) -> None:
+    def __init__(self, cache: Any, layer_idx: int, is_sliding: bool) -> None:
         super().__init__()
         # A proxy: a cycle would keep a dropped cache's memory until the next garbage collection.
         self._cache, self._layer_idx, self.is_sliding = weakref.proxy(cache), layer_idx, is_sliding

@@ -109,9 +109,10 @@ def test_numpy_floats_become_plain():
     assert type(plan.alpha_high) is float and type(Budget(np.float64(0.25)).amount) is float
 
 
-def test_deeply_nested_json():
-    with pytest.raises(ValueError, match="nested"):
-        kvc.Recipe.from_json('{"a":' * 100_000 + "1" + "}" * 100_000)
+@pytest.mark.parametrize(("depth", "reason"), ((500, "nested"), (100_000, "long")))
+def test_deeply_nested_json(depth, reason):
+    with pytest.raises(ValueError, match=reason):
+        kvc.Recipe.from_json('{"a":' * depth + "1" + "}" * depth)
 
 
 @pytest.fixture(scope="module")
