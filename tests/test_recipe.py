@@ -109,7 +109,7 @@ def test_json_that_is_no_recipe_is_refused():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "brackets do not match, or are nested more than 8 deep"),
+        ("[" * 1_000, "brackets do not match, or are nested more than 8 deep"),
         ('{"observer":' * 50_000 + "0" + "}" * 50_000, "bytes long, more than 65,536"),
         ('{"observer":' * 20 + "0" + "}" * 20, "nested more than 8 deep"),
         ('{"tiers": [' + '"native",' * 2000 + '"native"]}', "values, more than 1,000|texts"),

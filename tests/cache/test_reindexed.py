@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import kvcompress_hf as kvc
+from kvcompress_hf.compat import as_argument
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.paging.key_turn import newer_evicted, turn_keys
@@ -68,7 +69,7 @@ def tokens(batch, count, seed=0):
 @torch.no_grad()
 def logits(model, ids, cache, mask=None):
     where = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(ids, past_key_values=cache, attention_mask=mask, position_ids=where, use_cache=True).logits
+    return model(ids, **as_argument(model, cache), attention_mask=mask, position_ids=where, use_cache=True).logits
 
 
 def kept(cache):
@@ -353,7 +354,7 @@ def test_turned_keys_are_those_that_the_stock_model_makes_further_on(family, cha
     for start in (0, shift):
         caches.append(DynamicCache(config=model.config))
         where = torch.arange(start, start + 12)[None]
-        model(ids, past_key_values=caches[-1], position_ids=where, attention_mask=torch.ones(1, 12))
+        model(ids, **as_argument(model, caches[-1]), position_ids=where, attention_mask=torch.ones(1, 12))
     for here, there in zip(*(cache.layers for cache in caches), strict=True):
         keys = here.keys.flatten(0, 2)
         by = torch.full((len(keys),), shift)
