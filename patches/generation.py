@@ -164,6 +164,8 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """As the stock method; a cache on which tokens were only tried records nothing any more afterwards."""
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     stock = _stock(model, "generate")
+    option = {"kvcompress": kwargs.pop("kvcompress")} if "kvcompress" in kwargs else {}
+    kwargs = {**move_cache(generate_argument(), CompressedPagedCache, args, kwargs), **option}
     if getattr(config, "is_assistant", False):
         return stock(*args, **kwargs)  # its cache records for the generate() that it assists
     with recording_ends(find_cache((*args, *kwargs.values()), CompressedPagedCache)):

@@ -8,7 +8,7 @@ import pytest
 from packaging.version import Version
 
 from kvcompress_hf.cache import CompressedPagedCache
-from kvcompress_hf.cli import main
+from kvcompress_hf.cli import main, support
 from kvcompress_hf.cli.support import examine
 from kvcompress_hf.cli.tiny_models import families, tiny_model
 from kvcompress_hf.compat import installed_version
@@ -25,7 +25,7 @@ HANDFUL = {
     "mamba": ("refused", "recurrent"),
     "gptj": ("supported", "interface"),
     "codegen": ("supported", "interface"),
-    "jetmoe": ("refused", "something else of the keys"),
+    "jetmoe": ("refused", "with a compressed cache it stops"),
     "blt": ("refused", "number of layers"),
     "pix2struct": ("refused", "encoder-decoder"),
     "glm5_next": ("not built", "ValueError"),
@@ -69,14 +69,22 @@ def test_the_page_has_every_family():
 
 @pytest.mark.parametrize("family", ("llama", "cohere2"))
 def test_a_difference_is_found(family, monkeypatch):
-    """The check of `patch` sees three tokens; an error that shows later must come out as a difference."""
-    attend = CompressedPagedCache.attend
+    """An error that the check of `patch` cannot see, here one of `generate` alone, must come out as a difference."""
+    attend, generate_in, generating = CompressedPagedCache.attend, support.generate_in, []
 
-    def late(self, *args, **kwargs):
+    def wrong(self, *args, **kwargs):
         output = attend(self, *args, **kwargs)
-        return output * 0.5 if self.get_seq_length() > 3 else output
+        return output * 0.5 if generating else output
 
-    monkeypatch.setattr(CompressedPagedCache, "attend", late)
+    def noting(*args):
+        generating.append(True)
+        try:
+            return generate_in(*args)
+        finally:
+            generating.pop()
+
+    monkeypatch.setattr(CompressedPagedCache, "attend", wrong)
+    monkeypatch.setattr(support, "generate_in", noting)
     finding = examine(family, MODES)
     assert finding.status == "differs" and finding.different == MODES
 

@@ -22,7 +22,7 @@ from world import RECIPES, Entry, Fault, History, World, check
 import kvcompress_hf as kvc
 
 # As imported and as it lies there: an editable install imports through links.
-_IMPORTED = Path(kvc.__file__).parent
+_IMPORTED = Path(kvc.__path__[0])
 _PARTS = [_IMPORTED / folder for folder in ("", "kernels", "patches")]
 _FOLDERS = tuple({str(path) for part in _PARTS for path in (part, part.resolve())})
 
