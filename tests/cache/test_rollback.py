@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 import kvcompress_hf as kvc
+from kvcompress_hf import units
 
 LAYERS, HEADS, KV_HEADS, DIM, EVERY = 2, 4, 2, 16, 4
-ROOT = Path(kvc.__path__[0])  # as code names its file: an editable install comes here through a link
+ROOT = Path(units.__file__).parent  # as code names its file: an editable install comes here through a link
 ROOMS = tuple(str(ROOT / room) for room in ("runtime", "paging", "plans", "observers"))
 CONFIG = LlamaConfig(
     num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, hidden_size=64

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from world import RECIPES, Entry, Fault, History, World, check
 
 import kvcompress_hf as kvc
+from kvcompress_hf import units
 
 # As imported and as it lies there: an editable install imports through links.
-_IMPORTED = Path(kvc.__path__[0])
+_IMPORTED = Path(units.__file__).parent
 _PARTS = [_IMPORTED / folder for folder in ("", "kernels", "patches")]
 _FOLDERS = tuple({str(path) for part in _PARTS for path in (part, part.resolve())})
 
