@@ -77,11 +77,10 @@ class PagedAttention(LayerWork):
             output = self._attend(layer_idx, new, mask, dense)
             if last:
                 self._end_forward()
+                self.rollback.note = None  # an interrupt up to here takes the pass back, one from here on finds it ended
         except BaseException:
             self._take_back()
             raise
-        if last:
-            self.rollback.note = None  # no call from here on: an interrupt comes before this, or after the return
         return output
 
     def _attend(
@@ -189,11 +188,10 @@ class PagedAttention(LayerWork):
             output = self._attend_shared(layer_idx, source_idx, new, dense)
             if last:
                 self._end_forward()
+                self.rollback.note = None
         except BaseException:
             self._take_back()
             raise
-        if last:
-            self.rollback.note = None
         return output
 
     def _attend_shared(
