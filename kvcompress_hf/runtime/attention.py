@@ -77,7 +77,7 @@ class PagedAttention(LayerWork):
             output = self._attend(layer_idx, new, mask, dense)
             if last:
                 self._end_forward()
-                self.rollback.note = None  # an interrupt up to here takes the pass back, one from here on finds it ended
+                self.rollback.note = None  # an interrupt before this takes the pass back, a later one finds it ended
         except BaseException:
             self._take_back()
             raise
