@@ -96,7 +96,7 @@ class CompressedPagedCache(Cache):
         self._unread: UnreadPages | None = None  # pages of a file that nobody has read yet
         self._recorded_from = attention.seen  # while recording: tokens that are there to stay
         self._pending = [0] * attention.num_layers  # new tokens handed out by update() that attention has not taken
-        self._patch: Any = None  # of the model that began the pass under way
+        self._patch: weakref.ref[Any] | None = None  # of the model that began the pass under way
         self._factors: tuple[bool, ...] | None = None  # of the rotary embedding that stored keys were turned with
         self._gradients = GradientGuard(attention.num_layers, filled=attention.seen > 0)
         self.run_report = RunReport(self.recipe, attention)
@@ -126,7 +126,8 @@ class CompressedPagedCache(Cache):
         """
         # Behind a past, keys of another layer that wait tell within this very pass.
         waiting = self._pending[layer_idx] or (self.get_seq_length() and any(self._pending))
-        if waiting or (self._patch is not None and not self._patch.installed):
+        patch = None if self._patch is None else self._patch()  # weak: a cache keeps no model alive
+        if waiting or (self._patch is not None and (patch is None or not patch.installed)):
             self._pending = [0] * len(self._pending)
             raise UnsupportedFeatureError(
                 f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
@@ -264,7 +265,7 @@ class CompressedPagedCache(Cache):
         """
         if self._pending != (none := [0] * len(self._pending)):
             self._pending = none  # of a pass that stopped half way
-        self._patch = patch
+        self._patch = weakref.ref(patch)
         if not self.get_seq_length():
             self._factors, self._gradients = factors, GradientGuard(len(none), filled=False)
         elif factors != (self._factors or ()):
