@@ -27,7 +27,7 @@ def test_three_hundred_mutations(tmp_path):
 
 
 @linux
-@pytest.mark.xfail(reason="the fault it plants is no longer noticed since page ids are checked in native code", strict=True)
+@pytest.mark.xfail(reason="its planted fault goes unnoticed since page ids are checked in native code", strict=True)
 def test_the_harness_sees_a_fault(tmp_path):
     """Two faults put in: a check of the tables that is gone, and a process that dies."""
     broken = tmp_path / "files.py"
