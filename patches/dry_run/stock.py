@@ -169,6 +169,41 @@ class StockCache(DynamicCache):
             states._kvc_mark = mark  # type: ignore[attr-defined]
         return keys, values
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As of any stock cache, on every rank of a pipeline.
+
+        Args:
+            layer_idx (`int`): Index of the layer.
+
+        Returns:
+            `int`: Tokens seen.
+        """
+        return super().get_seq_length(self._on_this_rank(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As of any stock cache, on every rank of a pipeline.
+
+        Args:
+            query_length (`int`): New tokens.
+            layer_idx (`int`): Index of the layer.
+
+        Returns:
+            `tuple[int, int]`: Keys that the new tokens may see, and the position of the first of them.
+        """
+        return super().get_mask_sizes(query_length, self._on_this_rank(layer_idx))
+
+    def _on_this_rank(self, layer_idx: int) -> int:
+        """The layer, or one like it that holds tokens: models ask by their first layer, which may be on another rank."""
+        if self._notes.step == 0 or layer_idx in self._notes.shapes or layer_idx >= len(self.layers):
+            return layer_idx
+        kind = _kind(self.layers[layer_idx])
+        return next((i for i in self._notes.shapes if _kind(self.layers[i]) == kind), layer_idx)
+
+
+def _kind(layer: Any) -> tuple[type, int | None]:
+    """What layers of a stock cache have in common that hold the same number of tokens."""
+    return type(layer), getattr(layer, "sliding_window", None)
+
 
 class _PastCache(StockCache):
     """A stock cache in which every pass finds the same past of zeros.
@@ -185,7 +220,7 @@ class _PastCache(StockCache):
             if reads_another:
                 continue
             empty = shapes.get(i, any_shape)[:1]
-            kind = (type(layer), getattr(layer, "sliding_window", None), empty.shape, empty.dtype, empty.device)
+            kind = (*_kind(layer), empty.shape, empty.dtype, empty.device)
             if kind not in filled:
                 zeros = empty.new_zeros((1, empty.shape[1], notes.trial.past, empty.shape[3]))
                 layer.update(zeros, zeros)  # type: ignore[union-attr]
