@@ -50,6 +50,8 @@ def main(folder: str, split: str) -> None:
         totals = [torch.zeros_like(tokens) for _ in range(2)]
         torch.distributed.all_gather(totals, tokens)
         assert torch.equal(*totals), f"{split}, {route}: the processes disagree"
+    # Without it one process may end while the other still talks to it, which aborts in the library below torch.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
