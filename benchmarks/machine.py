@@ -5,22 +5,19 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from pathlib import Path
 
 import torch
 import transformers
 
 import kvcompress_hf
+from kvcompress_hf.cli.info import processor
 from kvcompress_hf.kernels import CpuBackend
 
 
 def machine() -> dict[str, object]:
     """Processor, versions and date, for the head of a result file."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "isa": CpuBackend().isa,
         "torch": torch.__version__,

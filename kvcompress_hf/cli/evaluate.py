@@ -224,11 +224,12 @@ def surroundings(device: str) -> dict[str, Any]:
     """What a figure depends on besides its arguments: machine, versions, date."""
     import torch
 
-    from .info import version_of
+    from .info import processor, version_of
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
+            "cpu": processor(),
             "architecture": platform.machine(),
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 from .table import columns
@@ -46,6 +47,13 @@ def version_of(distribution: str) -> str:
         return "not installed"
 
 
+def processor() -> str:
+    """The CPU's name as the system gives it; its architecture where there is none."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """Print versions, what the CUDA kernels depend on, and per device the backend and the reason it was chosen."""
     if args.transformers:
@@ -57,7 +65,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
     rows = [
         ["python", platform.python_version()],
-        ["machine", f"{platform.machine()}, {os.cpu_count()} CPUs"],
+        ["machine", f"{processor()}, {platform.machine()}, {os.cpu_count()} CPUs"],
     ]
     needs = next(
         (r.split(";")[0] for r in importlib.metadata.requires("kvcompress-hf") or () if r.startswith("transformers")),

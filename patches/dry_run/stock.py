@@ -193,7 +193,7 @@ class StockCache(DynamicCache):
         return super().get_mask_sizes(query_length, self._on_this_rank(layer_idx))
 
     def _on_this_rank(self, layer_idx: int) -> int:
-        """The layer, or one like it that holds tokens: models ask by their first layer, which may be on another rank."""
+        """The layer, or one like it that holds tokens: models ask by their first, which may be on another rank."""
         if self._notes.step == 0 or layer_idx in self._notes.shapes or layer_idx >= len(self.layers):
             return layer_idx
         kind = _kind(self.layers[layer_idx])

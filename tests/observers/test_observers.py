@@ -148,9 +148,7 @@ def test_persistence_counts_queries_against_the_uniform_attention(chunks, count)
 
 def test_persistence_of_the_published_matrix():
     """`count_above_uniform` of the RoCo vectors, part A: attention prescribed through one-hot queries."""
-    vectors = json.loads((Path(__file__).parents[1] / "plans" / "data" / "roco_easykv_vectors.json").read_text())[
-        "A"
-    ]
+    vectors = json.loads((Path(__file__).parents[1] / "plans" / "data" / "roco_easykv_vectors.json").read_text())["A"]
     attention = torch.tensor(vectors["A_percent"]) / 100
     # Query i picks coordinate i of every key; key j carries the logit of row i there.
     key = torch.zeros(1, 1, 10, 16)
