@@ -97,7 +97,7 @@ install: $(VENV)/.dev-$(KIND)
 lock: $(VENV)/.demo-$(KIND)
 	$(BIN)/pip install uv
 	@echo '$(if $(filter torch,$(TORCH)),torch==2.13.0,$(TORCH))' | $(BIN)/uv pip compile --universal --upgrade \
-		--python-version 3.11 --extra models --extra plot --extra build --extra dev --constraint - --no-annotate \
+		--python-version 3.11 --extra models --extra plot --extra build --extra nvrtc --extra dev --constraint - --no-annotate \
 		--custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml
 
 # torch first and by itself: it decides which build (CPU or GPU) everything after it uses.

@@ -157,7 +157,10 @@ def test_the_lock_has_one_version_of_everything_that_make_installs(python):
     versions = {canonicalize_name(pin.name): pin for pin in held}
     assert len(versions) == len(held)
     assert all([s.operator for s in pin.specifier] == ["=="] for pin in held)
-    for line in [*project["dependencies"], *(r for e in ("models", "plot", "build", "dev") for r in extras[e])]:
+    for line in [
+        *project["dependencies"],
+        *(r for e in ("models", "plot", "build", "nvrtc", "dev") for r in extras[e]),
+    ]:
         wanted = Requirement(line)
         [pin] = versions[canonicalize_name(wanted.name)].specifier
         assert wanted.specifier.contains(pin.version), f"{line}: the lock has {pin.version}; run make lock"

@@ -1,15 +1,19 @@
 """The dry run accepts every family in every dtype, and refuses every fault planted in the package in every dtype."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.errors import UnsupportedModelError
-from kvcompress_hf.patches import interface, is_patched, patch, patched, swap, unpatch
+from kvcompress_hf.patches import is_patched, patch, patched, swap, unpatch
 from kvcompress_hf.patches.dry_run import trial
 from kvcompress_hf.patches.dry_run.stock import Notes, StockCache, behind_a_past
 from kvcompress_hf.patches.generation import record_of
-from kvcompress_hf.patches.llama import PagedLlamaAttention
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from planted import FAULTS, in_attend, layer_keeps_to_itself, scaled
 
 FAMILIES = (
     *("llama", "llama-mha", "mistral", "mistral-full", "qwen2", "qwen2-window", "qwen3", "gemma2", "gemma3", "gemma3n"),
@@ -63,143 +67,25 @@ def test_autocast_is_accepted(dtype, build_model):
 
 # -- planted faults ----------------------------------------------------------------------------------------------------
 
-
-def _in_attend(change):
-    """Plants a fault where the cache is asked: `change` may alter the arguments, or answer itself."""
-
-    def plant(monkeypatch):
-        attend = CompressedPagedCache.attend
-
-        def faulty(self, layer_idx, query, key, value, attention_mask, **how):
-            call = {"layer": layer_idx, "value": value, "mask": attention_mask, **how}
-            answer = change(call)
-            if answer is not None:
-                return answer
-            call.pop("layer")
-            return attend(self, layer_idx, query, key, call.pop("value"), call.pop("mask"), **call)
-
-        monkeypatch.setattr(CompressedPagedCache, "attend", faulty)
-
-    return plant
-
-
-def _sees_the_future(call):
-    rows, _, tokens, _ = call["value"].shape
-    call["mask"] = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
-
-
-def _window(by):
-    def change(call):
-        if call.get("sliding_window") is not None:
-            call["sliding_window"] += by
-
-    return change
-
-
-def _without(name):
-    def change(call):
-        call[name] = None
-
-    return change
-
-
-def _scaled(call):
-    call["scaling"] *= 1.02
-
-
-def _skips_layer_1(call):
-    return call["dense"]() if call["layer"] == 1 else None
-
-
-def _values_of_another_layer():
-    last = {}
-
-    def change(call):
-        mine, other = call["value"], last.get("value")
-        last["value"] = mine
-        if call["layer"] == 1 and other is not None and other.shape == mine.shape:
-            call["value"] = other.to(mine.dtype)
-
-    return change
-
-
-def _rotate(key, start):
-    """One more rotary embedding, over the halves of a head."""
-    half = key.shape[-1] // 2
-    angle = torch.arange(start, start + key.shape[2])[:, None] * 10000.0 ** (-torch.arange(half) / half)
-    cos, sin = (f(angle).repeat(1, 2).to(key.dtype) for f in (torch.cos, torch.sin))
-    return key * cos + torch.cat([-key[..., half:], key[..., :half]], -1) * sin
-
-
-def _keys_rotated_twice(monkeypatch):
-    update, rotate = CompressedPagedCache.update, PagedLlamaAttention.rotate
-
-    def in_update(self, key, value, layer_idx, *args, **kwargs):
-        return update(self, _rotate(key, self.get_seq_length()), value, layer_idx, *args, **kwargs)
-
-    def in_rotate(query, key, cos, sin):
-        query, once = rotate(query, key, cos, sin)
-        return query, rotate(key, once, cos, sin)[1]
-
-    monkeypatch.setattr(CompressedPagedCache, "update", in_update)  # the interface's way
-    monkeypatch.setattr(PagedLlamaAttention, "rotate", staticmethod(in_rotate))
-
-
-def _layer_keeps_to_itself(monkeypatch):
-    """A layer that attends to new tokens only, by its stock forward, and never asks the cache."""
-    paged, attend = swap._paged_attention, interface._attend
-
-    def in_swap(module, cache, hidden_states, position_embeddings, attention_mask, *rest):
-        if module.layer_idx == 1:
-            stock = type(module).__bases__[1].forward
-            return stock(module, hidden_states, position_embeddings, attention_mask)
-        return paged(module, cache, hidden_states, position_embeddings, attention_mask, *rest)
-
-    def in_interface(stock, module, query, key, value, mask, dropout, scaling, kwargs):
-        if module.layer_idx == 1:
-            key._kvc.cache._pending[1] = 0
-            return stock(module, query, key, value, mask, dropout=0.0, scaling=scaling, **kwargs)[0]
-        return attend(stock, module, query, key, value, mask, dropout, scaling, kwargs)
-
-    monkeypatch.setattr(swap, "_paged_attention", in_swap)
-    monkeypatch.setattr(interface, "_attend", in_interface)
-
-
-def _wrapper_drops_the_mask(monkeypatch):
-    """Around the whole of our attention, so that the first chunk's dense attention misses the mask as well."""
-    paged, attend = swap._paged_attention, interface._attend
-
-    def in_swap(module, cache, hidden_states, position_embeddings, attention_mask, *rest):
-        return paged(module, cache, hidden_states, position_embeddings, None, *rest)
-
-    def in_interface(stock, module, query, key, value, mask, *rest):
-        return attend(stock, module, query, key, value, None, *rest)
-
-    monkeypatch.setattr(swap, "_paged_attention", in_swap)
-    monkeypatch.setattr(interface, "_attend", in_interface)
-
-
 GEMMA2, GPT_OSS = [("gemma2", "interface")], [("gpt-oss", "interface")]
-#: Fault: where it is planted, and the models and routes that it concerns.
-FAULTS = {
-    "no causal mask": (_in_attend(_sees_the_future), [*LLAMA, *MISTRAL, *GEMMA2, *GPT_OSS]),
-    "window one too long": (_in_attend(_window(1)), [*MISTRAL, *GEMMA2, *GPT_OSS, ("gemma3", "interface")]),
-    "window one too short": (_in_attend(_window(-1)), [*MISTRAL, *GEMMA2, *GPT_OSS, ("gemma3", "interface")]),
-    "window ignored": (_in_attend(_without("sliding_window")), [*MISTRAL, *GEMMA2, *GPT_OSS]),
-    "soft cap ignored": (_in_attend(_without("softcap")), GEMMA2),
-    "sinks ignored": (_in_attend(_without("sinks")), GPT_OSS),
-    "scaling 2 % off": (_in_attend(_scaled), [*LLAMA, *MISTRAL, *GEMMA2, *GPT_OSS]),
-    "keys rotated twice": (_keys_rotated_twice, LLAMA),
-    "layer answers without the cache": (_in_attend(_skips_layer_1), [*LLAMA, *MISTRAL, *GEMMA2]),
-    "layer never asks the cache": (_layer_keeps_to_itself, [*LLAMA, *MISTRAL, *GEMMA2]),
-    "values of another layer": (
-        lambda monkeypatch: _in_attend(_values_of_another_layer())(monkeypatch),
-        [*LLAMA, *MISTRAL, *GEMMA2],
-    ),
-    "mask dropped at the cache": (_in_attend(_without("mask")), [*LLAMA, *MISTRAL, *GEMMA2]),
-    "mask dropped by a wrapper": (_wrapper_drops_the_mask, [*LLAMA, *MISTRAL, *GEMMA2]),
+#: Fault: the models and routes that it concerns.
+CONCERNED = {
+    "no causal mask": [*LLAMA, *MISTRAL, *GEMMA2, *GPT_OSS],
+    "window one too long": [*MISTRAL, *GEMMA2, *GPT_OSS, ("gemma3", "interface")],
+    "window one too short": [*MISTRAL, *GEMMA2, *GPT_OSS, ("gemma3", "interface")],
+    "window ignored": [*MISTRAL, *GEMMA2, *GPT_OSS],
+    "soft cap ignored": GEMMA2,
+    "sinks ignored": GPT_OSS,
+    "scaling 2 % off": [*LLAMA, *MISTRAL, *GEMMA2, *GPT_OSS],
+    "keys rotated twice": LLAMA,
+    "layer answers without the cache": [*LLAMA, *MISTRAL, *GEMMA2],
+    "layer never asks the cache": [*LLAMA, *MISTRAL, *GEMMA2],
+    "values of another layer": [*LLAMA, *MISTRAL, *GEMMA2],
+    "mask dropped at the cache": [*LLAMA, *MISTRAL, *GEMMA2],
+    "mask dropped by a wrapper": [*LLAMA, *MISTRAL, *GEMMA2],
 }
-CASES = [(fault, family, route) for fault, (_, concerned) in FAULTS.items() for family, route in concerned]
+assert CONCERNED.keys() == FAULTS.keys()
+CASES = [(fault, family, route) for fault, concerned in CONCERNED.items() for family, route in concerned]
 
 
 @dtypes
@@ -207,7 +93,7 @@ CASES = [(fault, family, route) for fault, (_, concerned) in FAULTS.items() for 
 def test_planted_fault_is_refused(fault, family, route, dtype, build_model, snapshot, monkeypatch):
     model = build_model(family).to(dtype)
     before = snapshot(model)
-    FAULTS[fault][0](monkeypatch)
+    FAULTS[fault](monkeypatch)
     with pytest.raises(UnsupportedModelError, match="check=False"):
         patch(model, "lossless", route=route)
     assert snapshot(model) == before and not is_patched(model)
@@ -230,7 +116,7 @@ def test_faults_that_real_weights_hide(fault, family, changes, initializer_range
     model = build_model(family, initializer_range=initializer_range, max_position_embeddings=8192, **changes).to(dtype)
     with patched(model, "lossless"):
         pass
-    FAULTS[fault][0](monkeypatch)
+    FAULTS[fault](monkeypatch)
     with pytest.raises(UnsupportedModelError, match="does not get the same"):
         patch(model, "lossless")
 
@@ -250,7 +136,7 @@ def test_a_window_too_long_to_leave_is_compared_by_its_number(by, build_model, m
 
 
 def test_a_refusal_names_layer_fault_and_way_out(build_model, monkeypatch):
-    _in_attend(lambda call: _scaled(call) if call["layer"] == 1 else None)(monkeypatch)
+    in_attend(lambda call: scaled(call) if call["layer"] == 1 else None)(monkeypatch)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(build_model("llama"), route="swap")
     said = str(caught.value)
@@ -259,7 +145,7 @@ def test_a_refusal_names_layer_fault_and_way_out(build_model, monkeypatch):
 
 
 def test_a_layer_that_stores_nothing_is_named(build_model, monkeypatch):
-    _layer_keeps_to_itself(monkeypatch)
+    layer_keeps_to_itself(monkeypatch)
     with pytest.raises(UnsupportedModelError, match=r"layers.1.self_attn never asks .* of 12 new tokens it stored 0"):
         patch(build_model("llama"), route="swap")
 
@@ -269,14 +155,14 @@ def test_check_can_be_left_out(family, route, build_model, run_generate, monkeyp
     model = build_model(family)
     expected, forwards = run_generate(model, "padded", 8), []
     with monkeypatch.context() as context:
-        _in_attend(_scaled)(context)
+        in_attend(scaled)(context)
         hook = model.register_forward_hook(lambda *_: forwards.append(1))
         patch(model, "lossless", route=route, check=False)
         hook.remove()
         assert is_patched(model) and not forwards
     assert torch.equal(run_generate(model, "padded", 8), expected)
     with monkeypatch.context() as context:
-        _in_attend(_scaled)(context)
+        in_attend(scaled)(context)
         unpatch(model)
         with patched(model, "lossless", route=route, check=False):
             assert is_patched(model)
@@ -298,7 +184,7 @@ def test_nothing_is_left_behind(family, route, build_model, monkeypatch, snapsho
     seen = model.register_forward_hook(lambda *_: None)
     before, random = snapshot(model), torch.get_rng_state()
     with monkeypatch.context() as context:
-        _in_attend(_scaled)(context)
+        in_attend(scaled)(context)
         with pytest.raises(UnsupportedModelError):
             patch(model, route=route)
     assert snapshot(model) == before
