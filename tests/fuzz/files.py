@@ -383,6 +383,8 @@ def report(args, result, final=True):
     """Adds to the output file; in the end prints a line, and what did not hold."""
     from importlib.metadata import version
 
+    from kvcompress_hf.cli.info import processor
+
     which = "address_sanitizer" if args.sanitize else "plain"
     line = (
         f"{result['mutations']:,} mutated cache files ({which}, seed {args.seed}): {result['violations_in_all']} "
@@ -404,6 +406,7 @@ def report(args, result, final=True):
         "command": f"python tests/fuzz/files.py --count {result['mutations']} --seed {args.seed} --first {args.first}"
         + (" --sanitize" if args.sanitize else ""),
         "date": datetime.date.today().isoformat(),
+        "cpu": processor(),
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
         **result,
     }
