@@ -565,14 +565,14 @@ def test_repr_says_what_is_held_and_memory_how_much(model):
         ("Llama", {}, (2, 16)),
         ("Gemma2", {"head_dim": 32}, (2, 32)),
         ("GPTNeoX", {"head_dim": None, "hidden_size": 64}, (4, 16)),
-        ("Falcon", {"multi_query": True, "hidden_size": 64, "alibi": False, "new_decoder_architecture": False}, (1, 16)),
+        ("Falcon", {"multi_query": True, "hidden_size": 64, "new_decoder_architecture": False}, (1, 16)),
         ("GPTBigCode", {"multi_query": True}, (1, 16)),
     ],
 )
 def test_the_shape_of_keys_is_read_from_the_config(kind, changes, shape):
     from kvcompress_hf.io import model_identity
 
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     wanted = {name: value for name, value in (sizes | changes).items() if value is not None}
     if kind in ("GPTNeoX", "Falcon", "GPTBigCode"):
         del wanted["num_key_value_heads"]

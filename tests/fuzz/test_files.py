@@ -50,7 +50,7 @@ def with_faults(folder, *faults):
     (folder / "files.py").write_text(text)
     # Page tables only, so that few mutations are enough.
     mutations = (FOLDER / "mutations.py").read_text()
-    names = 'rng.choice(parts.names()), rng.choice((1, 1, 3))'
+    names = "rng.choice(parts.names()), rng.choice((1, 1, 3))"
     weights = "_WEIGHTS = (6, 4, 2, 14, 18, 4, 1, 18, 10, 6, 10, 2, 5)"
     assert names in mutations and weights in mutations
     mutations = mutations.replace(weights, "_WEIGHTS = (0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0)")
