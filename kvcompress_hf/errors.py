@@ -1,11 +1,14 @@
 """The errors a person can meet. Each message names the value got, what is allowed, and what to do."""
 
+import torch
+
 __all__ = [
     "CacheFormatError",
     "CacheMemoryError",
     "ModelNotFetchedError",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
+    "is_out_of_memory",
 ]
 
 
@@ -28,3 +31,18 @@ class CacheFormatError(ValueError):
 class ModelNotFetchedError(OSError):
     """A real model of `kvcompress models` is not on this machine and could not be fetched, or may not be without a word
     of the user's; the message says why and what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, which tells nothing about what was tried.
+
+    Args:
+        error (`BaseException`): Any error.
+
+    Returns:
+        `bool`: True for Python's and torch's errors of this kind. On the CPU torch raises a bare `RuntimeError`, which
+        only its words tell from others.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

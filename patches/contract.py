@@ -38,7 +38,7 @@ from kvcompress_hf.compat import (
     is_tested,
     logging,
 )
-from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.errors import UnsupportedFeatureError, is_out_of_memory
 from kvcompress_hf.layers import layer_windows
 
 __all__ = ["CONTRACT", "Breach", "Install", "check_contract", "check_transformers"]
@@ -183,6 +183,8 @@ def check_contract(
         try:
             results.append((item.name, True, item.check(install, swapped)))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             what = str(error) if isinstance(error, Breach) else f"{type(error).__name__}: {error}"
             results.append((item.name, False, what))
     return results

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import logging
-from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.errors import UnsupportedModelError, is_out_of_memory
 from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
@@ -279,7 +279,7 @@ def _install_anew(model: PreTrainedModel, route: str, check: bool) -> PatchRecor
             record = PatchRecord(chosen)
             _install_checked(model, record, expected)
         except Exception as error:
-            if route != "auto" or chosen == "interface":
+            if route != "auto" or chosen == "interface" or is_out_of_memory(error):
                 raise
             # The interface needs less of transformers than the swapped modules do.
             record = PatchRecord("interface")

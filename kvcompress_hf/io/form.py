@@ -24,7 +24,7 @@ def live_entries(lengths: torch.Tensor, slots: int, columns: int) -> torch.Tenso
     Returns:
         `torch.Tensor`: `bool` `[rows, columns]`.
     """
-    pages = (lengths.long() + (slots - 1)) // slots
+    pages = (lengths - 1) // slots + 1  # of 0 slots none; and no sum that 32 bits do not hold
     return torch.arange(columns, device=lengths.device) < pages[:, None]
 
 

@@ -121,10 +121,21 @@ class Header:
         if difference is None and self._values.get("windows") != list(windows):
             difference = f"its sliding windows are {list(windows)}, not {self._values.get('windows')}"
         if difference is not None:
-            raise CacheFormatError(
-                f"{self.file.path} belongs to another model than the one given: {difference[:_MOST_REASON]}. Load it "
-                "with the model it was made with, or prefill again."
-            )
+            raise self.other_model(difference)
+
+    def other_model(self, difference: str) -> CacheFormatError:
+        """What to raise about a file of another model.
+
+        Args:
+            difference (`str`): How the model given differs.
+
+        Returns:
+            `CacheFormatError`: The error, not raised.
+        """
+        return CacheFormatError(
+            f"{self.file.path} belongs to another model than the one given: {difference[:_MOST_REASON]}. Load it "
+            "with the model it was made with, or prefill again."
+        )
 
     def recipes(self) -> tuple[Recipe, ...]:
         """The recipes.

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ class ModelIdentity:
         weights (`tuple[int, ...]`): A checksum of a sample of each parameter, -1 for one that could not be read; empty
             if the model was not at hand.
         parameters (`int`): Checksum of the parameters' names and shapes; 0 if the model was not at hand.
+        layers (`tuple[int, ...]`): Layers with keys of their own in this process; empty if that is not known.
+        shards (`int`): Processes that share the heads of each layer.
     """
 
     config: dict[str, Any]
@@ -66,6 +68,33 @@ class ModelIdentity:
     dtype: str | None = None
     weights: tuple[int, ...] = ()
     parameters: int = 0
+    layers: tuple[int, ...] = ()
+    shards: int = 1
+
+    def shape_difference(self, kv_heads: int, head_dim: int) -> str | None:
+        """How the shape of stored keys differs from this model's.
+
+        Args:
+            kv_heads (`int`): KV heads stored of a layer.
+            head_dim (`int`): Channels of each.
+
+        Returns:
+            `str` or `None`: The difference, in words; `None` if there is none, or the config does not say.
+        """
+        dims, heads = set(_numbers(self.config, "head_dim")), set(_numbers(self.config, "key_value_heads", "kv_heads"))
+        width, queries = self.config.get("hidden_size"), self.config.get("num_attention_heads")
+        if not dims and isinstance(width, int) and isinstance(queries, int):
+            dims = {width // queries}
+        if not heads and isinstance(queries, int):
+            heads = {queries}
+        if self.config.get("multi_query"):
+            heads = heads | {1}
+        heads |= {max(1, count // self.shards) for count in heads}
+        if dims and head_dim not in dims:
+            return f"its heads have {' or '.join(map(str, sorted(dims)))} channels, not {head_dim}"
+        if heads and kv_heads not in heads:
+            return f"its layers have {' or '.join(map(str, sorted(heads)))} KV heads, not {kv_heads}"
+        return None
 
     def difference(self, other: "ModelIdentity") -> str | None:
         """How another model differs.
@@ -113,7 +142,31 @@ def model_identity(config: Any, model: nn.Module | None = None) -> ModelIdentity
         checksum = zlib.crc32(f"{name} {tuple(parameter.shape)}".encode(), checksum)
         weights.append(_sample(parameter))
     dtype = str(getattr(model, "dtype", None)).removeprefix("torch.")
-    return ModelIdentity(relevant, rope, dtype, tuple(weights), checksum)
+    layers, shards = _own_layers(config, model), getattr(model, "tp_size", None) or 1
+    return ModelIdentity(relevant, rope, dtype, tuple(weights), checksum, layers, shards)
+
+
+def _own_layers(config: Any, model: nn.Module) -> tuple[int, ...]:
+    """The layers of the model in this process that keep keys and values of their own, where modules tell."""
+    text = config.get_text_config(decoder=True)
+    if text is not config:  # other parts of a composite model number their layers alike
+        return ()
+    shared = getattr(text, "kv_sharing_modes", None) or [None] * text.num_hidden_layers
+    here = {getattr(module, "layer_idx", None) for module in model.modules()}
+    return tuple(i for i, mode in enumerate(shared) if i in here and mode != "reuse")
+
+
+def _numbers(value: Any, *endings: str) -> Iterator[int]:
+    """The positive integers of a config, of its layers too, whose names end so."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if isinstance(inner, int) and inner > 0 and str(name).endswith(endings):
+                yield inner
+            else:
+                yield from _numbers(inner, *endings)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, *endings)
 
 
 def weights_fingerprint(model: nn.Module) -> tuple[int, ...]:

@@ -151,7 +151,14 @@ def _read(path: str | os.PathLike[str], identity: ModelIdentity, windows: Sequen
     strange = [name for name in file.entries if name not in known and not name.startswith(stores)]
     if strange:
         raise file.error(f"tensors that do not belong there: {', '.join(sorted(strange))}")
+    for geometry in map(header.geometry, range(len(header.stores))):
+        difference = identity.shape_difference(geometry.kv_heads, geometry.head_dim)
+        if difference is not None:
+            raise header.other_model(difference)
     with torch.inference_mode(False):
         parts = [StorePart(file, header, i, recipes[0], state) for i in range(len(header.stores))]
     check_stores(file, parts, windows, state)
+    missing = sorted(set(identity.layers) - {layer for part in parts for layer in part.layers})
+    if parts and missing:
+        raise header.other_model(f"it has layers {missing} as well")
     return _Checked(file, recipes, state, parts, header.page_checksums)

@@ -116,25 +116,29 @@ class StorePart:
         if columns > count:
             raise self._file.error(f"a table of {columns} columns for {count} pages")
         references = torch.zeros(count, dtype=torch.int32)
-        place_of = torch.full((count,), -1)
+        # Sequences may share a page, but only at the same place of the same layer and head.
+        rows = torch.arange(table.shape[0])
+        place_of_row = (rows // (self._batch * heads) * heads + rows % heads) * columns
+        place_of, column = torch.full((count,), -1), torch.arange(columns)
         for first, entries in _blocks(table, columns):
             filled = lengths[first : first + entries.shape[0]]
-            if bool((filled.long() > columns * slots).any()):
+            if int(filled.max()) > columns * slots:
                 raise self._file.error(f"{int(filled.max())} slots in a row whose table names {columns} pages")
             live = live_entries(filled, slots, columns)
-            pages = entries[live].long() - start
-            if bool(((pages < 0) | (pages >= count)).any()):
+            place = place_of_row[first : first + entries.shape[0], None] + column
+            if bool(live.all()):
+                pages, place = entries.flatten().long(), place.flatten()
+            else:
+                pages, place = entries[live].long(), place[live]
+                entries.masked_fill_(~live, 0)
+            pages -= start
+            if pages.numel() and not 0 <= int(pages.min()) <= int(pages.max()) < count:
                 raise self._file.error(f"page numbers outside {start} to {start + count - 1}, where the tier's lie")
             references.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
-            # Sequences may share a page, but only at the same place of the same layer and head.
-            row, column = torch.nonzero(live, as_tuple=True)
-            row = row + first
-            place = (row // (self._batch * heads) * heads + row % heads) * columns + column
             before = place_of[pages]
             place_of[pages] = place
-            if bool(((before >= 0) & (before != place)).any() or (place_of[pages] != place).any()):
+            if bool(((before >= 0) & (before != place)).any()) or not torch.equal(place_of[pages], place):
                 raise self._file.error("a page in two different places")
-            entries.masked_fill_(~live, 0)
         if bool((references == 0).any()):
             raise self._file.error("pages that no table names")
         return references
@@ -177,10 +181,11 @@ class StorePart:
             for slab, numbers in zip(slabs, wanted.split(sizes) if sizes else (), strict=True):
                 self._fill(slab, numbers, backend)
         ids = arena.adopt(slabs, self._references if whole else self._references_of(tensors)[wanted])
-        # From page numbers of the file to ids of the arena.
+        # From page numbers of the file to ids of the arena; mostly they are the same.
         new_id = torch.zeros(self.pages.shape[0], dtype=torch.int32)
         new_id[wanted] = ids.cpu()
-        for tier in range(len(self.layout.tiers)):
+        same = torch.equal(new_id, torch.arange(new_id.numel(), dtype=torch.int32))
+        for tier in range(0 if same else len(self.layout.tiers)):
             for entries, live in self._live_blocks(tensors, tier):
                 entries[live] = new_id[entries[live].long()]
         store = PagedStore(geometry, len(layers), self._batch, self.layout, arena, backend)

@@ -5,6 +5,7 @@ or in the canonical one (`kernels/include/page_layout.h`), tier by tier. Tables 
 page that several sequences share is there once.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -27,6 +28,8 @@ from kvcompress_hf.runtime.attention import AttentionState, PagedAttention
 
 __all__ = ["save_cache"]
 
+_NOT_WRITTEN = ("weights", "layers", "shards")  # of an identity: a tensor, and what holds for this process only
+
 
 def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | os.PathLike[str]) -> None:
     """Writes a cache to a file.
@@ -42,12 +45,21 @@ def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | o
         OSError: If the file cannot be written; nothing is left behind then.
     """
     state = _consistent(attention.state())
+    with contextlib.ExitStack() as still:  # forks in other threads move no pages until these are written
+        for store in attention.stores:
+            still.enter_context(store.reading)
+        _write(attention, state, identity, path)
+
+
+def _write(
+    attention: PagedAttention, state: AttentionState, identity: ModelIdentity, path: str | os.PathLike[str]
+) -> None:
     contents = _Contents(attention, state)
     text = json.dumps(
         {
             "versions": {name: version(name) for name in ("kvcompress-hf", "torch", "transformers")},
             "byteorder": sys.byteorder,
-            "model": {name: value for name, value in _plain(identity).items() if name != "weights"},
+            "model": {name: value for name, value in _plain(identity).items() if name not in _NOT_WRITTEN},
             "recipes": [recipe.to_dict() for recipe in attention.recipes],
             "windows": attention.windows,
             "stores": contents.described,

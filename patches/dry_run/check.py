@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvcompress_hf.errors import UnsupportedModelError
+from kvcompress_hf.errors import UnsupportedModelError, is_out_of_memory
 from kvcompress_hf.patches.dry_run.compare import difference, limit
 from kvcompress_hf.patches.dry_run.probe import ProbeCache
 from kvcompress_hf.patches.dry_run.stock import Notes, StockCache, behind_a_past, observing
@@ -76,6 +76,8 @@ def observe_stock(model: PreTrainedModel) -> StockNotes:
     except UnsupportedModelError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be checked: it does not run on a few token ids alone "
             f"({type(error).__name__}: {error}). If you know that it works, patch(model, check=False) leaves the "
@@ -102,6 +104,8 @@ def check_dry_run(model: PreTrainedModel, stock: StockNotes) -> None:
         try:
             faults = _run_patched(model, notes)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise UnsupportedModelError(
                 f"{name} is not supported: with a compressed cache it stops with {type(error).__name__}: {error} "
                 "Use the model unpatched, with a stock cache."

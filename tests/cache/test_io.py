@@ -557,3 +557,39 @@ def test_repr_says_what_is_held_and_memory_how_much(model):
     for part in ("recipe='kv-compress'", "layers=2", "tokens=320", "batch=2"):
         assert part in repr(cache)
     assert "KiB" in str(cache.memory())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "shape"),
+    [
+        ("Llama", {}, (2, 16)),
+        ("Gemma2", {"head_dim": 32}, (2, 32)),
+        ("GPTNeoX", {"head_dim": None, "hidden_size": 64}, (4, 16)),
+        ("Falcon", {"multi_query": True, "hidden_size": 64, "new_decoder_architecture": False}, (1, 16)),
+        ("GPTBigCode", {"multi_query": True}, (1, 16)),
+    ],
+)
+def test_the_shape_of_keys_is_read_from_the_config(kind, changes, shape):
+    from kvcompress_hf.io import model_identity
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    wanted = {name: value for name, value in (sizes | changes).items() if value is not None}
+    if kind in ("GPTNeoX", "Falcon", "GPTBigCode"):
+        del wanted["num_key_value_heads"]
+        wanted.pop("head_dim", None)
+    identity = model_identity(getattr(transformers, kind + "Config")(**wanted))
+    assert identity.shape_difference(*shape) is None
+    if kind != "GPTBigCode":  # says neither in words that are known
+        assert "channels, not 48" in identity.shape_difference(shape[0], 48)
+        assert "KV heads, not 7" in identity.shape_difference(7, shape[1])
+
+
+def test_the_shape_of_keys_in_a_process_of_several():
+    import dataclasses
+
+    from kvcompress_hf.io import model_identity
+
+    config = transformers.LlamaConfig(num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    part = dataclasses.replace(model_identity(config), shards=2)
+    assert part.shape_difference(2, 16) is None
+    assert "KV heads, not 1" in part.shape_difference(1, 16)

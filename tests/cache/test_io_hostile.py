@@ -283,7 +283,9 @@ def test_headers(model, whole, data, tmp_path_factory):
         (lambda h, s: s["stores"][0].update(dtype="float16"), "of dtype|is torch.float32|where the recipe makes"),
         (lambda h, s: s["stores"][1].update(layers=[0]), "do not all attend alike|a layer in two stores"),
         (lambda h, s: s.update(seen=100), "more than the 100 tokens seen|would hold|not an integer"),
-        (lambda h, s: s["stores"][0].update(kv_heads=1), "not torch.int32|are missing"),
+        (lambda h, s: s["stores"][0].update(kv_heads=1), "its layers have 2 KV heads, not 1"),
+        (lambda h, s: s["stores"][1].update(kv_heads=4, head_dim=8), "its heads have 16 channels, not 8"),
+        (lambda h, s: s["stores"][0].update(head_dim=32), "its heads have 16 channels, not 32"),
         (lambda h, s: s.update(recipes=s["recipes"] * 2), "2 recipes for 3 sequences"),
         (lambda h, s: s.update(recipes=[]), "recipes is empty"),
         (lambda h, s: s["recipes"][0].update(page_bytes=2**30), "page_bytes is 1073741824"),
@@ -296,6 +298,16 @@ def test_the_reason_is_named(model, whole, change, message, tmp_path):
     change(header, state)
     (tmp_path / "cache").write_bytes(put_together(header, state, body))
     with pytest.raises(kvc.CacheFormatError, match=message):
+        kvc.CompressedPagedCache.load(tmp_path / "cache", model)
+
+
+def test_a_file_without_some_of_the_layers_is_refused(model, tmp_path):
+    """As of a model of fewer layers, or another rank of a pipeline."""
+    cache = kvc.CompressedPagedCache(model.config, "lossless")
+    keys = torch.randn(1, 2, 40, 16)
+    cache.attend(0, keys, keys, keys, None, scaling=0.25, dense=lambda: keys.transpose(1, 2))
+    cache.save(tmp_path / "cache")  # whose keys these are is not known, so nothing is compared
+    with pytest.raises(kvc.CacheFormatError, match=r"it has layers \[1\] as well"):
         kvc.CompressedPagedCache.load(tmp_path / "cache", model)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
+from kvcompress_hf.paging.arena import Arena
 
 THREADS = 8
 
@@ -174,3 +175,33 @@ def test_a_limit_holds_whoever_asks(model):
     assert refused and arena.live == before and arena.nbytes <= arena.max_bytes
     arena.max_bytes = None
     assert torch.equal(talk(model, base.fork(), 0), alone)
+
+
+def test_pages_stay_where_they_are_while_a_cache_is_saved(model, tmp_path, monkeypatch):
+    """Forks come and go in other threads meanwhile, and the arena gives back what they held."""
+    early = [kvc.prefill(model, ids(2, 200))]
+    cache = early[0].fork()
+    for seed in range(3):  # pages of its own behind those of a cache that goes away
+        with torch.no_grad():
+            model(ids(seed, 300), past_key_values=cache)
+    cache.save(tmp_path / "before")
+    arena, read, trims = cache._attention.arenas[0], Arena.read, []
+    other = early[0].fork()
+    with torch.no_grad():
+        model(ids(9, 900), past_key_values=other)
+
+    def read_slowly(self, pages):
+        if not trims:  # the first block of pages is about to be read
+            trims.append(self.pages)
+            thread = threading.Thread(target=lambda: (other.reset(), self.trim(room=0)))
+            thread.start()
+            thread.join(60)
+            trims.append(self.pages)
+        return read(self, pages)
+
+    monkeypatch.setattr(Arena, "read", read_slowly)
+    cache.save(tmp_path / "during")
+    assert trims == [trims[0]] * 2  # nothing was given back, so nothing has moved
+    arena.trim(room=0)
+    assert arena.pages < trims[0]  # now it can be
+    assert (tmp_path / "during").read_bytes() == (tmp_path / "before").read_bytes()

@@ -300,6 +300,44 @@ def test_failure_while_installing_undoes_everything(build_model, snapshot, monke
         assert snapshot(model) == before
 
 
+class _NoMemory:
+    """Fails like an allocation."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, *_, **__):
+        self.calls += 1
+        raise self.error
+
+
+@pytest.mark.parametrize("where", ["stock", "patched"])
+@pytest.mark.parametrize("route", ["auto", "swap", "interface"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no memory"),
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_running_out_of_memory_says_nothing_about_the_model(error, route, where, build_model, snapshot, monkeypatch):
+    """It is neither a reason to refuse the model nor one to try the other route."""
+    model = build_model("llama")
+    before, fails = snapshot(model), _NoMemory(error)
+    with monkeypatch.context() as context:
+        if where == "stock":
+            context.setattr(type(model.model.layers[0].mlp), "forward", fails)
+        else:
+            context.setattr(CompressedPagedCache, "attend", fails)
+        with pytest.raises(type(error)) as raised:
+            patch(model, route=route)
+    assert raised.value is error and fails.calls == 1 and snapshot(model) == before
+    patch(model, route=route)
+
+
 def test_foreign_forward_is_refused(build_model, snapshot):
     model = build_model("llama")
     model.model.layers[1].self_attn.forward = lambda *args, **kwargs: None
