@@ -66,7 +66,7 @@ class KvcDecode(Structure):
             i64="q_b q_h k_b k_h v_b v_h",
             ptr_b="out",
             i64_b="out_b out_h",
-            ptr_c="sinks valid",
+            ptr_c="sinks valid key_shift",
             f32="scale softcap",
             i32="window position_field position batch kv_heads group append sum_field square_field",
         ),

@@ -464,6 +464,7 @@ class Backend(abc.ABC):
         sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
+        key_shift: Tensor | None = None,
     ) -> DecodePlan:
         """Prepares `decode_attention` for many steps over the same rows and tail.
 
@@ -477,6 +478,8 @@ class Backend(abc.ABC):
             sinks: Sinks.
             sum_field: Field of sums.
             square_field: Field of sums of squares.
+            key_shift: `[batch, kv_heads, 1, head_dim]`, contiguous, native dtype: taken off every new key before it
+                is written to the tail and attended to.
 
         Returns:
             The plan.

@@ -98,6 +98,16 @@ def check_tail_tensors(
             raise ValueError(f"tail.{name} must be contiguous, got strides {tensor.stride()}")
 
 
+def check_key_shift(
+    key_shift: Tensor | None, layout: PageLayout, batch: int, kv_heads: int, device: torch.device
+) -> None:
+    """Checks what is to be taken off new keys."""
+    if key_shift is not None:
+        check_tensor("key_shift", key_shift, (batch, kv_heads, 1, layout.head_dim), layout.dtype, device)
+        if not key_shift.is_contiguous():
+            raise ValueError(f"key_shift must be contiguous, got strides {key_shift.stride()}")
+
+
 def check_room(tail: Tail, new: int, valid: Tensor | None) -> None:
     """Checks that the tail has a free slot for every valid new token."""
     added = new if valid is None else valid.sum(-1).to(tail.lengths.dtype)

@@ -609,6 +609,7 @@ class ReferenceBackend(Backend):
         sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
+        key_shift: Tensor | None = None,
     ) -> DecodePlan:
         options = dict(
             scale=scale,
@@ -618,7 +619,7 @@ class ReferenceBackend(Backend):
             sum_field=sum_field,
             square_field=square_field,
         )
-        return _ReferencePlan(self, rows, tail, q_heads, options)
+        return _ReferencePlan(self, rows, tail, q_heads, options, key_shift)
 
 
 def _split_scores(scores: Tensor, sizes: Sequence[int], has_tail: bool) -> WindowScores:
@@ -629,7 +630,15 @@ def _split_scores(scores: Tensor, sizes: Sequence[int], has_tail: bool) -> Windo
 
 
 class _ReferencePlan(DecodePlan):
-    def __init__(self, backend: ReferenceBackend, rows: Rows, tail: Tail, q_heads: int, options: dict) -> None:
+    def __init__(
+        self,
+        backend: ReferenceBackend,
+        rows: Rows,
+        tail: Tail,
+        q_heads: int,
+        options: dict,
+        key_shift: Tensor | None,
+    ) -> None:
         batch, kv_heads = tail.k.shape[:2]
         device = tail.k.device
         checks.check_rows(rows, device, kv_heads)
@@ -639,7 +648,9 @@ class _ReferencePlan(DecodePlan):
             rows.layout, q_heads, rows, options["softcap"], options["window"], options["sinks"], device
         )
         checks.check_accumulators(rows.layout, tail, options["sum_field"], options["square_field"])
+        checks.check_key_shift(key_shift, rows.layout, batch, kv_heads, device)
         self.backend, self.rows, self.tail, self.q_heads, self.options = backend, rows, tail, q_heads, options
+        self.key_shift = key_shift
 
     def run(
         self,
@@ -652,6 +663,8 @@ class _ReferencePlan(DecodePlan):
     ) -> Tensor:
         if q.shape[1] != self.q_heads:
             raise ValueError(f"this plan is for {self.q_heads} query heads, got {q.shape[1]}")
+        if k is not None and self.key_shift is not None:
+            k = k - self.key_shift
         return self.backend.decode_attention(
             q, k, v, self.rows, self.tail, position=position, valid=valid, append=append, **self.options
         )

@@ -17,6 +17,7 @@ struct NewTokens {
   int64_t k_b, k_h, k_t, v_b, v_h, v_t;
   const uint8_t* valid;  // [batch, n] or null
   int32_t batch, kv_heads, n, head_dim, dtype, n_fields, position;
+  const char* key_shift;  // [batch, kv_heads, head_dim], or null
 };
 
 KVC_INLINE int count_valid(const NewTokens& x, int b) {
@@ -37,6 +38,29 @@ int tail_status(const KvcTail& tail, const NewTokens& x) {
   return KVC_OK;
 }
 
+// A key less the shift of its row, rounded once.
+template <int DTYPE>
+KVC_INLINE void write_shifted(char* to, const char* key, const char* shift, int head_dim) {
+  for (int i = 0; i < head_dim; i += kLanes) {
+    const vf x = load_native<DTYPE>(key, i) - load_native<DTYPE>(shift, i);
+    if (DTYPE == KVC_F32) store(to + 4 * i, x);
+    else if (DTYPE == KVC_F16) to_f16(to + 2 * i, x);
+    else to_bf16(to + 2 * i, x);
+  }
+}
+
+void write_key(char* to, const char* key, int64_t row, const NewTokens& x) {
+  const int64_t bytes = x.head_dim * element_bytes(x.dtype);
+  if (!x.key_shift) {
+    memcpy(to, key, bytes);
+    return;
+  }
+  const char* shift = x.key_shift + row * bytes;
+  if (x.dtype == KVC_F32) write_shifted<KVC_F32>(to, key, shift, x.head_dim);
+  else if (x.dtype == KVC_F16) write_shifted<KVC_F16>(to, key, shift, x.head_dim);
+  else write_shifted<KVC_BF16>(to, key, shift, x.head_dim);
+}
+
 // Writes the tokens; tail_status() has been asked before.
 void append_tokens(const KvcTail& tail, const NewTokens& x) {
   if (tail.capacity == 0) return;
@@ -48,7 +72,7 @@ void append_tokens(const KvcTail& tail, const NewTokens& x) {
       if (x.valid && !x.valid[(int64_t)b * x.n + t]) continue;
       for (int h = 0; h < x.kv_heads; ++h) {
         const int64_t row = (int64_t)b * x.kv_heads + h, at = row * tail.capacity + slot;
-        memcpy(static_cast<char*>(tail.k) + at * bytes, x.k + (b * x.k_b + h * x.k_h + t * x.k_t) * elt, bytes);
+        write_key(static_cast<char*>(tail.k) + at * bytes, x.k + (b * x.k_b + h * x.k_h + t * x.k_t) * elt, row, x);
         memcpy(static_cast<char*>(tail.v) + at * bytes, x.v + (b * x.v_b + h * x.v_h + t * x.v_t) * elt, bytes);
         for (int f = 0; f < x.n_fields; ++f)
           static_cast<int32_t*>(tail.fields)[f * rows * tail.capacity + at] = 0;
@@ -326,7 +350,7 @@ thread_local Arena arena;
 int append(KvcAppend* a) {
   const NewTokens fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, a->k_t,
                            a->v_b, a->v_h, a->v_t, a->valid, a->batch, a->kv_heads, a->n_k, a->head_dim, a->dtype,
-                           a->n_fields, a->position};
+                           a->n_fields, a->position, nullptr};
   const int status = tail_status(a->tail, fresh);
   if (status == KVC_OK) append_tokens(a->tail, fresh);
   return status;
@@ -336,7 +360,8 @@ int decode(KvcDecode* a) {
   const KvcLayout& layout = *a->rows.layout;
   const NewTokens fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, 0,
                            a->v_b, a->v_h, 0, a->valid, a->batch, a->kv_heads, 1, layout.head_dim, layout.dtype,
-                           a->tail.fields ? layout.n_fields : 0, a->position};
+                           a->tail.fields ? layout.n_fields : 0, a->position,
+                           static_cast<const char*>(a->key_shift)};
   // Everything that may fail comes before the token is appended: it must not be there twice when it is tried again.
   if (!all_known(a->rows)) return KVC_BAD_PAGE;
   if (!positions_fit(a->position, 1)) return KVC_BAD_ARGUMENT;

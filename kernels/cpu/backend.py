@@ -233,6 +233,7 @@ class CpuBackend(Backend):
         sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
+        key_shift: Tensor | None = None,
     ) -> DecodePlan:
         layout = rows.layout
         batch, kv_heads = tail.k.shape[:2]
@@ -241,6 +242,7 @@ class CpuBackend(Backend):
         checks.check_heads(rows, batch, kv_heads, q_heads)
         checks.check_attention(layout, q_heads, rows, softcap, window, sinks, CPU)
         checks.check_accumulators(layout, tail, sum_field, square_field)
+        checks.check_key_shift(key_shift, layout, batch, kv_heads, CPU)
         for tier in range(len(layout.tiers)):
             checks.check_packed_width(rows, tier, rows.lengths[tier])
         c = abi.KvcDecode(
@@ -256,9 +258,9 @@ class CpuBackend(Backend):
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)
-        c.sinks = pointer(sinks)
+        c.sinks, c.key_shift = pointer(sinks), pointer(key_shift)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
-        return _CpuDecodePlan(self._library.kvc_decode, self._isa, c, rows, tail, sinks)
+        return _CpuDecodePlan(self._library.kvc_decode, self._isa, c, rows, tail, (sinks, key_shift))
 
     def chunk_attention(
         self,
@@ -467,17 +469,23 @@ class _CpuDecodePlan(DecodePlan):
     """The hot path: everything but pointers and strides of the new token is already in the struct."""
 
     def __init__(
-        self, function: ctypes._FuncPointer, isa: int, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None
+        self,
+        function: ctypes._FuncPointer,
+        isa: int,
+        c: abi.KvcDecode,
+        rows: Rows,
+        tail: Tail,
+        others: tuple[Tensor | None, ...],
     ) -> None:
         self._function, self._isa, self._c, self._address = function, isa, c, ctypes.addressof(c)
-        self._kept = (rows, tail, sinks, *rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)
+        self._kept = (rows, tail, others, *rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)
         self._kept_tail = (tail.lengths, tail.positions, tail.fields)  # the struct holds bare addresses of all these
         batch, kv_heads, head_dim = c.batch, c.kv_heads, rows.layout.head_dim
         q_heads = kv_heads * c.group
         self._dtype = rows.layout.dtype
         self._q_shape = torch.Size((batch, q_heads, 1, head_dim))
         self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
-        self._out_shape = (batch, 1, q_heads, head_dim)
+        self._like = torch.empty((batch, 1, q_heads, head_dim), dtype=self._dtype)  # quicker than to give a shape
         self._strides: tuple = ()
 
     def run(
@@ -518,7 +526,7 @@ class _CpuDecodePlan(DecodePlan):
         else:
             checks.check_tensor("valid", valid, self._q_shape[:1], torch.bool, CPU)
             c.valid = valid.data_ptr()
-        out = torch.empty(self._out_shape, dtype=dtype)
+        out = torch.empty_like(self._like)
         c.out = out.data_ptr()
         status = self._function(self._isa, self._address)
         if status:

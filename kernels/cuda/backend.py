@@ -227,6 +227,7 @@ class CudaBackend(Backend):
         sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
+        key_shift: Tensor | None = None,
     ) -> DecodePlan:
         layout = rows.layout
         batch, kv_heads = tail.k.shape[:2]
@@ -236,6 +237,7 @@ class CudaBackend(Backend):
         checks.check_heads(rows, batch, kv_heads, q_heads)
         checks.check_attention(layout, q_heads, rows, softcap, window, sinks, device)
         checks.check_accumulators(layout, tail, sum_field, square_field)
+        checks.check_key_shift(key_shift, layout, batch, kv_heads, device)
         c = abi.KvcDecode(
             scale=scale,
             softcap=softcap or 0.0,
@@ -252,7 +254,7 @@ class CudaBackend(Backend):
         c.sinks = pointer(sinks)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
         kind = TensorCoreDecodePlan if fits_tensor_cores(layout) else GeneralDecodePlan
-        return kind(self.launcher, c, rows, tail, sinks)
+        return kind(self.launcher, c, rows, tail, sinks, key_shift)
 
     def chunk_attention(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ctypes
 
 import torch
@@ -45,10 +46,20 @@ class CudaDecodePlan(DecodePlan):
         rows: The packed slots.
         tail: The tail.
         sinks: The extra logits, kept alive.
+        key_shift: Taken off new keys.
     """
 
-    def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        c: abi.KvcDecode,
+        rows: Rows,
+        tail: Tail,
+        sinks: Tensor | None,
+        key_shift: Tensor | None,
+    ) -> None:
         self._launcher, self._c, self._rows, self._tail, self._sinks = launcher, c, rows, tail, sinks
+        self._key_shift = key_shift
         self._kept = (*rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)
         self._kept_tail = (tail.lengths, tail.positions, tail.fields)  # the struct holds bare addresses of all these
         self._device = tail.k.device
@@ -69,6 +80,24 @@ class CudaDecodePlan(DecodePlan):
             slots += -(-self._widths.width[tier] // TILE)
         self._widths.tiles = slots + -(-tail.capacity // TILE)
         self._lse = torch.empty(batch, self._q_heads, device=self._device)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        position: int,
+        valid: Tensor | None = None,
+        append: bool = True,
+    ) -> Tensor:
+        if k is not None and self._key_shift is not None:
+            k = k - self._key_shift
+        self._prepare(q, k, v, position, valid, append)
+        return self._run(q, k, v, valid, append)
+
+    @abc.abstractmethod
+    def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:
+        """Starts the kernels of a step that [`_prepare`] has checked."""
 
     def _prepare(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, position: int, valid: Tensor | None, append: bool
@@ -105,16 +134,7 @@ class CudaDecodePlan(DecodePlan):
 class GeneralDecodePlan(CudaDecodePlan):
     """Any head_dim and dtype: append, then the kernels of `attention.cu`."""
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        position: int,
-        valid: Tensor | None = None,
-        append: bool = True,
-    ) -> Tensor:
-        self._prepare(q, k, v, position, valid, append)
+    def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:
         c, layout = self._c, self._layout
         clock = ctypes.c_void_p(self._clock.data_ptr())
         c.position = -append  # attention follows the appending, which moves the clock on
@@ -158,8 +178,16 @@ class GeneralDecodePlan(CudaDecodePlan):
 class TensorCoreDecodePlan(CudaDecodePlan):
     """The layouts of `fits_tensor_cores`: append, attention, merge and statistics in the one kernel of `decode.cu`."""
 
-    def __init__(self, launcher: Launcher, c: abi.KvcDecode, rows: Rows, tail: Tail, sinks: Tensor | None) -> None:
-        super().__init__(launcher, c, rows, tail, sinks)
+    def __init__(
+        self,
+        launcher: Launcher,
+        c: abi.KvcDecode,
+        rows: Rows,
+        tail: Tail,
+        sinks: Tensor | None,
+        key_shift: Tensor | None,
+    ) -> None:
+        super().__init__(launcher, c, rows, tail, sinks, key_shift)
         head_dim, device = self._layout.head_dim, self._device
         heads = 8 if c.group <= 8 else 16  # that are handled together
         self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}_{heads}"
@@ -181,16 +209,7 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         statistics = c.sum_field >= 0 or c.square_field >= 0
         self._logits = rows.count * tiles * self._widths.tiles * TILE * heads if statistics else 0
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        position: int,
-        valid: Tensor | None = None,
-        append: bool = True,
-    ) -> Tensor:
-        self._prepare(q, k, v, position, valid, append)
+    def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:
         c, layout = self._c, self._layout
         c.position, c.append = 0, append
         c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()

@@ -47,6 +47,7 @@ typedef struct {  // one new token per sequence: append to the tail, attend to e
   int64_t out_b, out_h;
   const float* sinks;                     // [q_heads] extra logit in the denominator, or null
   const uint8_t* valid;                   // [batch] 0 = the new token is padding (not stored, output zero), or null
+  const void* key_shift;                  // [batch, kv_heads, D] native dtype, taken off k as it is written, or null (CPU)
   float scale, softcap;                   // softcap 0 = none
   int32_t window;                         // attend only where query position - slot position < window; 0 = none
   int32_t position_field;                 // index of the int32 position field; -1 when window is 0

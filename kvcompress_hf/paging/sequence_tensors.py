@@ -61,6 +61,7 @@ class SequenceTensors:
         self.dtype, self.device = dtype, device
         self.version = 0  # changes whenever a tensor that kernels read moves in memory
         self.values: dict[str, torch.Tensor] = {}
+        self._changed_by: dict[tuple[str, ...], list[str]] = {}  # names, for `note`
         for each in self.declared.values():
             if each.always:
                 self.make(each.name)
@@ -202,7 +203,9 @@ class SequenceTensors:
             `dict[str, torch.Tensor]`: All there is, by name.
         """
         noted: dict[str, torch.Tensor] = dict(self.values)
-        names = [name for name in noted if self.declared[name].changed_by in changing]
+        if changing not in self._changed_by:
+            self._changed_by[changing] = [name for name, each in self.declared.items() if each.changed_by in changing]
+        names = [name for name in self._changed_by[changing] if name in noted]
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # copies that may be changed in place later, in whatever mode
                 noted.update((name, noted[name].clone()) for name in names)

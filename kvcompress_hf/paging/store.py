@@ -56,6 +56,17 @@ class PagedStore(StoredRows):
         """
         return self._keys.centre(layer, keys)
 
+    def key_shift_of(self, layer: int) -> torch.Tensor | None:
+        """What [`PagedStore.centre`] takes off the keys of a layer.
+
+        Args:
+            layer (`int`): Index of the layer.
+
+        Returns:
+            `torch.Tensor` or `None`: Native dtype `[batch, kv_heads, 1, head_dim]`; `None` if keys stay as they are.
+        """
+        return None if self.key_shift is None else self.key_shift[layer]
+
     def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
         """The inverse of [`PagedStore.centre`]; see [`KeyCentring.whole`].
 

@@ -18,7 +18,7 @@ from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.layer_work import LayerWork
-from kvcompress_hf.runtime.state import AttentionState, LayerState, RunStatistics, layout_for
+from kvcompress_hf.runtime.state import AttentionState, RunStatistics, layout_for
 
 __all__ = ["AttentionState", "PagedAttention", "RunStatistics", "layout_for"]
 
@@ -87,18 +87,35 @@ class PagedAttention(LayerWork):
         self, layer_idx: int, new: AttentionCall, mask: torch.Tensor | None, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         layer, counters, key = self.layers[layer_idx], self.counters, new.key
-        tokens = key.shape[2]
+        batch, heads, tokens, _ = key.shape
+        _, q_heads, queries, _ = new.query.shape
         position = new.position = layer.seen
         if position == counters.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
             counters = self.counters
-        store = self._store_of(layer_idx, layer, key)
+        store = layer.store
+        if store is None:
+            store = self._first_keys(layer_idx, key)
+        geometry = store.geometry
+        if heads != geometry.kv_heads or batch != counters.batch or key.dtype is not geometry.dtype:
+            raise ValueError(
+                f"Layer {layer_idx} holds {self.batch} sequences x {geometry.kv_heads} KV heads in "
+                f"{geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh "
+                "cache."
+            )
         if mask is not None:
             read = self._read_mask(mask)
-            new.valid = read.real_tokens(new.query.shape[2], tokens, key.shape[0])
+            new.valid = read.real_tokens(queries, tokens, batch)
             if tokens > 1 or not position or read.biased:  # a decoded token sees all there is
                 new.mask = read
-        layer.group = new.query.shape[1] // key.shape[1]
+        layer.group = q_heads // heads
+        looked_at = self.recording or self._observes_steps or self._reading_again
+        if tokens == 1 and position and new.mask is None and not looked_at:  # nobody else needs the key centred
+            output = self._decode(layer, store, new, centred=False)
+            layer.seen = position + 1
+            if position == counters.seen:
+                counters.seen = position + 1
+            return output
         # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
         if position == 0 and self.recipe.centres_keys and new.softcap is None and new.sinks is None:
             looks = None if self.recipe.centre_keys else new.query.detach()[:, :, -32:] * new.scaling
@@ -108,11 +125,11 @@ class PagedAttention(LayerWork):
         if self._reading_again:
             return self._read_again(layer, store, new.detached())
         if tokens == 1 and position and new.mask is None:
-            output = self._decode(layer, store, new)
+            output = self._decode(layer, store, new, centred=True)
         elif self._verifies(layer, new):
             outputs = []
             for token in new.singly():
-                outputs.append(self._decode(layer, store, token))
+                outputs.append(self._decode(layer, store, token, centred=True))
                 layer.seen += 1
             output = torch.cat(outputs, dim=1)
         else:
@@ -121,29 +138,19 @@ class PagedAttention(LayerWork):
         counters.seen = max(counters.seen, layer.seen)
         return output
 
-    def _store_of(self, layer_idx: int, layer: LayerState, key: torch.Tensor) -> PagedStore:
-        """The store of a layer, made when its first keys arrive; refuses keys of another shape."""
-        store = layer.store
-        if store is None:
-            note = self.rollback.note
-            if note is not None and note.counters.seen:
-                missed = note.counters.seen
-                self._waiting.clear()
-                self.rollback.commit()
-                self.reset()
-                raise RuntimeError(
-                    f"A forward pass stopped half way, so layer {layer_idx} has not seen the first {missed} tokens. "
-                    "The cache has been emptied: begin again with the first token."
-                )
-            return self.place(layer_idx, key)
-        geometry = store.geometry
-        if key.dtype is not geometry.dtype or key.shape[1] != geometry.kv_heads or key.shape[0] != self.batch:
-            raise ValueError(
-                f"Layer {layer_idx} holds {self.batch} sequences x {geometry.kv_heads} KV heads in "
-                f"{geometry.dtype}, but keys of shape {tuple(key.shape)} in {key.dtype} arrived; use a fresh "
-                "cache."
+    def _first_keys(self, layer_idx: int, key: torch.Tensor) -> PagedStore:
+        """Finds or makes the store of a layer whose first keys have arrived."""
+        note = self.rollback.note
+        if note is not None and note.counters.seen:
+            missed = note.counters.seen
+            self._waiting.clear()
+            self.rollback.commit()
+            self.reset()
+            raise RuntimeError(
+                f"A forward pass stopped half way, so layer {layer_idx} has not seen the first {missed} tokens. "
+                "The cache has been emptied: begin again with the first token."
             )
-        return store
+        return self.place(layer_idx, key)
 
     def attend_shared(
         self,
@@ -301,7 +308,7 @@ class PagedAttention(LayerWork):
             for token in range(count):
                 for layer, tokens in zip(self.layers, held, strict=True):
                     if layer.store is not None and tokens:
-                        self._decode(layer, layer.store, tokens[token])
+                        self._decode(layer, layer.store, tokens[token], centred=True)
                         layer.seen += 1
                 self.counters.seen += 1
                 self._end_forward()

@@ -26,8 +26,8 @@ class LayerWork(Past):
 
     _reading_again = False  # tokens are looked at once more, and not stored
 
-    def _decode(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
-        """Appends one token to the tail and attends to everything."""
+    def _decode(self, layer: LayerState, store: PagedStore, new: AttentionCall, centred: bool) -> torch.Tensor:
+        """Appends one token to the tail and attends to everything; its key is centred on the way if it is not yet."""
         tensors = store.tensors
         moved = layer.plan_key[0] != tensors.version or layer.tail_used >= layer.plan_room
         if moved and (layer.tail_used >= store.tail_capacity or store.tail_is_shared):
@@ -41,7 +41,7 @@ class LayerWork(Past):
             if self.recording:
                 layer.held.append(new)
             else:
-                sum_field, square_field = observer.sum_field, observer.square_field
+                sum_field, square_field = self._sum_field, self._square_field
                 fields = self._before_counting(observer, layer, store, new)
         before = store.tail_lengths[layer.index].clone() if fields else None
         valid = new.valid
@@ -49,13 +49,14 @@ class LayerWork(Past):
             sinks = new.sinks
             plan_key = (
                 tensors.version,
-                new.query.shape[1],
+                layer.group,
                 new.scaling,
                 new.softcap,
                 new.window,
                 None if sinks is None else sinks.data_ptr(),
                 sum_field,
                 square_field,
+                centred,
             )
             plan = layer.plan
             if plan is None or layer.plan_key != plan_key:
@@ -69,6 +70,7 @@ class LayerWork(Past):
                     sum_field=sum_field,
                     square_field=square_field,
                     q_heads=new.query.shape[1],
+                    key_shift=None if centred else store.key_shift_of(layer.index),
                 )
                 layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
@@ -81,13 +83,13 @@ class LayerWork(Past):
         self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall
     ) -> dict[str, torch.Tensor]:
         """Makes ready for statistics of a decode step; returns the new token's fields, if it has any beforehand."""
-        if observer.sum_field or observer.square_field:
+        if self._sum_field or self._square_field:
             if store.arena.shared:
                 store.own_all()
             if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
-                store.clear_field(str(observer.sum_field), layer.index)
+                store.clear_field(str(self._sum_field), layer.index)
         # This may copy pages, so it comes before the decode plan is made.
-        return self._observe(observer, layer, store, new.detached()) if observer.observes_steps else {}
+        return self._observe(observer, layer, store, new.detached()) if self._observes_steps else {}
 
     def _observe(
         self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall

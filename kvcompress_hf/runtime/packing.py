@@ -139,8 +139,10 @@ def packs_next(state: CacheState) -> bool:
     Returns:
         `bool`: True after a chunk of a prompt, or once a tail is full.
     """
+    if state.counters.unfinished:
+        return True
     every = state.recipe.when.every
-    return state.counters.unfinished or any(state.tail_used(owned) >= every for owned in state.owned.values())
+    return any(layer.tail_used >= every for layer in state.layers)
 
 
 def pack_tails(state: CacheState) -> None:

@@ -31,10 +31,11 @@ class Past(CacheState):
         self.compression = Compression(self, self.rollback)
         observer = self.recipe.observer
         self._observer = observer
-        # What a decode step adds to the statistics of stored slots.
-        self._counts_steps = observer is not None and bool(
-            observer.sum_field or observer.square_field or observer.observes_steps
-        )
+        # What a decode step adds to the statistics of stored slots; asked for once, as every layer's step needs it.
+        self._sum_field = None if observer is None else observer.sum_field
+        self._square_field = None if observer is None else observer.square_field
+        self._observes_steps = observer is not None and observer.observes_steps
+        self._counts_steps = bool(self._sum_field or self._square_field or self._observes_steps)
         self._new_valid: torch.Tensor | None = None  # bool [batch, tokens] on the host: real tokens of this chunk
         self._masks: dict[int, Mask] = {}  # of this forward pass, by the tensor's id
         self._waiting: list[Callable[[], None]] = []  # deferred stores: layers that share these K/V run first

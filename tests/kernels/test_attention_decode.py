@@ -189,6 +189,26 @@ def test_plan_matches_direct_call(build_cache, backend):
         assert torch.equal(plan.run(q, k, v, 500 + step), expected)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_keys_are_shifted_on_their_way_into_the_tail(build_cache, backend, dtype):
+    """To the bit as if the caller had taken the shift off; attention sees the shifted keys; padding is left out."""
+    cache, other = (build_cache(backend, dtype=dtype, head_dim=80, seed=3) for _ in range(2))
+    shift = 3.0 * cache.randn(2, cache.kv_heads, 1, 80).to(dtype)
+    options = dict(scale=0.1, q_heads=cache.q_heads)
+    shifting = backend.plan_decode(cache.rows, cache.tail, key_shift=shift, **options)
+    plain = backend.plan_decode(other.rows, other.tail, **options)
+    valid = torch.tensor([True, False])
+    for step in range(3):
+        q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
+        padding = valid if step == 1 else None
+        expected = plain.run(q, k - shift, v, 500 + step, padding)
+        assert torch.equal(shifting.run(q, k, v, 500 + step, padding), expected)
+        torch.testing.assert_close(cache.tail.k, other.tail.k, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(cache.tail.lengths, other.tail.lengths)
+    with pytest.raises(ValueError, match="key_shift"):
+        backend.plan_decode(cache.rows, cache.tail, key_shift=shift[:, :1], **options)
+
+
 @pytest.mark.parametrize("outliers", [0, 1, 2, 40])
 def test_outliers_in_the_query(build_cache, backend, exact, relative_error, outliers):
     """Dims far larger than the rest, more than fit into the quads that get two bytes, and a query of zeros."""
