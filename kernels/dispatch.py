@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -27,23 +28,34 @@ def get_backend(device: torch.device | str) -> Backend:
     """
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
-        return _backend_for(device.type, None)
+        return _backend_for(device.type, device.index if device.type != "cuda" else None)
     return _backend_for(device.type, torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _cpu(index: int | None) -> Backend:
+    return CpuBackend()
+
+
+def _cuda(index: int | None) -> Backend:
+    if index is None:
+        return ReferenceBackend(reason="PyTorch sees no CUDA device")
+    if torch.version.cuda is None:
+        return ReferenceBackend(reason="this PyTorch is not built for CUDA")
+    try:
+        return CudaBackend(launcher_for(index))
+    except (DriverError, NvrtcError) as error:
+        reason = f"the CUDA kernels cannot be used: {error}"
+        warnings.warn(f"kvcompress_hf falls back to plain torch on cuda:{index}, which is slow; {reason}")
+        return ReferenceBackend(reason=reason)
+
+
+#: What makes the backend of a device, by `torch.device.type`; it is given the device's index, or `None`.
+MAKERS: dict[str, Callable[[int | None], Backend]] = {"cpu": _cpu, "cuda": _cuda}
 
 
 @functools.cache
 def _backend_for(device_type: str, index: int | None) -> Backend:
-    if device_type == "cpu":
-        return CpuBackend()
-    if device_type == "cuda":
-        if index is None:
-            return ReferenceBackend(reason="PyTorch sees no CUDA device")
-        if torch.version.cuda is None:
-            return ReferenceBackend(reason="this PyTorch is not built for CUDA")
-        try:
-            return CudaBackend(launcher_for(index))
-        except (DriverError, NvrtcError) as error:
-            reason = f"the CUDA kernels cannot be used: {error}"
-            warnings.warn(f"kvcompress_hf falls back to plain torch on cuda:{index}, which is slow; {reason}")
-            return ReferenceBackend(reason=reason)
-    return ReferenceBackend(reason=f"there is no native backend for {device_type} tensors")
+    make = MAKERS.get(device_type)
+    if make is None:
+        return ReferenceBackend(reason=f"there is no native backend for {device_type} tensors")
+    return make(index)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ExpectedAttention,
         GroupMeanScores,
         KeyDiff,
+        Observer,
         PersistenceScores,
         Recency,
         ReconstructionScores,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from kvcompress_hf.patches import patch, patched, unpatch
     from kvcompress_hf.patches.prefill import prefill
     from kvcompress_hf.perplexity import PerplexityReport, perplexity
-    from kvcompress_hf.plans import LowestPlan, PagePlan, RateDistortion, ThresholdPlan
+    from kvcompress_hf.plans import LowestPlan, PagePlan, Plan, RateDistortion, ThresholdPlan
     from kvcompress_hf.presets import get_preset, presets
     from kvcompress_hf.recipe import Budget, Protect, Recipe, When
     from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, plot_slots
@@ -41,9 +42,11 @@ __all__ = [
     "KeyDiff",
     "LowestPlan",
     "MemoryReport",
+    "Observer",
     "PagePlan",
     "PerplexityReport",
     "PersistenceScores",
+    "Plan",
     "Protect",
     "RateDistortion",
     "Recency",
@@ -76,12 +79,12 @@ _NAMES = {
     "cache": "CompressedPagedCache",
     "compat": "cache_of",
     "errors": "CacheFormatError CacheMemoryError UnsupportedFeatureError UnsupportedModelError",
-    "observers": "Chance ExpectedAttention GroupMeanScores KeyDiff PersistenceScores Recency ReconstructionScores "
-    "RunningScores WindowScores",
+    "observers": "Chance ExpectedAttention GroupMeanScores KeyDiff Observer PersistenceScores Recency "
+    "ReconstructionScores RunningScores WindowScores",
     "patches": "patch patched report unpatch",
     "patches.prefill": "prefill",
     "perplexity": "PerplexityReport perplexity",
-    "plans": "LowestPlan PagePlan RateDistortion ThresholdPlan",
+    "plans": "LowestPlan PagePlan Plan RateDistortion ThresholdPlan",
     "presets": "get_preset presets",
     "recipe": "Budget Protect Recipe When",
     "reports": "MemoryReport RowReport RunReport plot_slots",

@@ -9,11 +9,15 @@ import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvcompress_hf.bounded_json import parse_json
 from kvcompress_hf.units import parse_bytes
 from kvcompress_hf.validation import MOST_TOKENS, check_flags, check_ints, require_int, shown
+
+if TYPE_CHECKING:  # what runs imports nothing of them
+    from kvcompress_hf.observers.base import Observer
+    from kvcompress_hf.plans.base import Plan
 
 __all__ = ["MOST_PAGE_BYTES", "POSITIONS", "TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
 
@@ -66,9 +70,40 @@ class Part:
         """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the class known by its `kind`.
+
+        Raises:
+            ValueError: If another class has that `kind`. The same class may be defined again, as in a notebook.
+        """
         super().__init_subclass__(**kwargs)
-        if cls.__dict__.get("kind"):
-            Part._known[cls.family, cls.kind] = cls
+        if not cls.__dict__.get("kind"):
+            return
+        other = Part._known.get((cls.family, cls.kind))
+        if other is not None and _place(other) != _place(cls):
+            raise ValueError(
+                f"{cls.__qualname__} has the kind {cls.kind!r}, which is that of the {cls.family} {_place(other)}: "
+                "recipes in JSON and saved caches would change their meaning. Give it a kind of its own."
+            )
+        Part._known[cls.family, cls.kind] = cls
+
+    def check_class(self) -> None:
+        """Refuses a part whose class could not be found again from JSON, or could change after it was checked.
+
+        Raises:
+            TypeError: If the class is not a frozen dataclass, or has no `kind` of its own.
+        """
+        mine = type(self)
+        parameters = mine.__dict__.get("__dataclass_params__")
+        if parameters is None or not parameters.frozen:
+            raise TypeError(
+                f"{mine.__name__} must be a frozen dataclass, so that recipes compare by value and can be written to "
+                f"JSON: put @dataclass(frozen=True) above class {mine.__name__}."
+            )
+        if not mine.__dict__.get("kind"):
+            taken = f", and {mine.kind!r} is that of the class it derives from" if mine.kind else ""
+            raise TypeError(
+                f'{mine.__name__} has no kind of its own{taken}; give it one, as in kind = "{mine.__name__.lower()}".'
+            )
 
     @classmethod
     def make(cls, family: str, values: Mapping[str, Any]) -> "Part":
@@ -86,13 +121,29 @@ class Part:
         """
         arguments = dict(values)
         kind = arguments.pop("kind", None)
-        if (family, str(kind)) not in cls._known and family in _BUILT_IN:
+        known = cls.kinds(family)
+        if str(kind) not in known:
+            raise ValueError(f"Unknown kind {kind!r} of {family}; the kinds are {', '.join(known)}.")
+        return _construct(family, known[str(kind)], arguments)
+
+    @classmethod
+    def kinds(cls, family: str) -> dict[str, type["Part"]]:
+        """The registry: every class that a recipe can name, those of the user included.
+
+        Args:
+            family (`str`): `"observer"` or `"plan"`.
+
+        Returns:
+            `dict[str, type]`: Class by `kind`, in the order of the kinds.
+        """
+        if family in _BUILT_IN:
             importlib.import_module(_BUILT_IN[family])
-        known = cls._known.get((family, str(kind)))
-        if known is None:
-            names = sorted(name for fam, name in cls._known if fam == family)
-            raise ValueError(f"Unknown kind {kind!r} of {family}; the kinds are {', '.join(names)}.")
-        return _construct(family, known, arguments)
+        return {kind: part for (of, kind), part in sorted(cls._known.items()) if of == family}
+
+
+def _place(kind: type) -> str:
+    """Where a class is defined, which is what tells it from others of its name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -215,10 +266,10 @@ class Recipe:
     """
 
     name: str = "custom"
-    observer: Any = None
+    observer: "Observer | None" = None
     protect: Protect = field(default_factory=Protect)
     budget: Budget | None = None
-    plan: Any = None
+    plan: "Plan | None" = None
     tiers: tuple[str, ...] = ("native",)
     when: When = field(default_factory=When)
     page_bytes: int | None = None
@@ -228,14 +279,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Recipe.name is {self.name!r}; it must be a string.")
-        for part, kind in _PARTS.items():
-            value = getattr(self, part)
-            if not isinstance(value, kind) and not (value is None and part == "budget"):
-                raise TypeError(f"Recipe.{part} is {value!r}; it must be a {kind.__name__}.")
+        for name, kind in _PARTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name == "budget"):
+                raise TypeError(f"Recipe.{name} is {value!r}; it must be a {kind.__name__}.")
         for family in _FAMILIES:
             value = getattr(self, family)
             if value is not None and (not isinstance(value, Part) or value.family != family):
                 raise TypeError(f"Recipe.{family} is {value!r}; it must be one of the {family} classes, or None.")
+            if value is not None:
+                value.check_class()
         self._check_tiers()
         if self.page_bytes is not None:
             require_int("Recipe", "page_bytes", self.page_bytes, 1, MOST_PAGE_BYTES)

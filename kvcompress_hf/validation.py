@@ -4,7 +4,9 @@ Numbers must be Python's own `int` and `float` (or subclasses, such as `numpy.fl
 NaN, infinities, strings and other number types are refused, because each of them gets past a comparison somewhere.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from kvcompress_hf.units import parse_bytes
@@ -16,6 +18,8 @@ __all__ = [
     "check_flags",
     "check_ints",
     "check_numbers",
+    "check_returned",
+    "naming",
     "require_bytes",
     "require_int",
     "shown",
@@ -159,6 +163,46 @@ def check_choice(part: Any, name: str, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         words = " or ".join(map(repr, allowed)) if len(allowed) == 2 else f"one of {', '.join(allowed)}"
         raise ValueError(f"{type(part).__name__}.{name} is {shown(value)}; it must be {words}.")
+
+
+@contextlib.contextmanager
+def naming(part: Any, method: str) -> Iterator[None]:
+    """Adds the name of a class to whatever its method raises.
+
+    Args:
+        part (`Any`): An instance of the class.
+        method (`str`): Name of the method that is called inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Raised in {type(part).__name__}.{method}, from {type(part).__module__}.")
+        raise
+
+
+def check_returned(part: Any, what: str, value: Any, dtype: Any, shape: tuple[int, ...], dims: str) -> None:
+    """Refuses what a method returned if it is not a tensor of a dtype and a shape.
+
+    Args:
+        part (`Any`): Whose method it is.
+        what (`str`): The method.
+        value (`Any`): What it returned.
+        dtype (`torch.dtype`): What it should be.
+        shape (`tuple[int, ...]`): What it should be.
+        dims (`str`): What the dimensions mean, as in `"[batch, rows, slots]"`.
+
+    Raises:
+        TypeError: If it is no tensor, or of another dtype.
+        ValueError: If it is of another shape.
+    """
+    wanted = f"it must be {str(dtype).removeprefix('torch.')} {dims}, here {list(shape)}"
+    called = f"{type(part).__name__}.{what}"
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{called} returned {type(value).__name__}; {wanted}.")
+    if value.dtype != dtype:
+        raise TypeError(f"{called} returned a tensor of {value.dtype}; {wanted}.")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{called} returned a tensor of shape {list(value.shape)}; {wanted}.")
 
 
 def finite(value: object) -> float | None:

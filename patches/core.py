@@ -13,12 +13,10 @@ from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
 from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
+from kvcompress_hf.patches.families import swapped_classes
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
 from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of
 from kvcompress_hf.patches.implementation import configs_of, has_implementation, set_implementation
-from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
-from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
-from kvcompress_hf.patches.qwen import PagedQwen2Attention, PagedQwen3Attention, PagedQwen3MoeAttention
 from kvcompress_hf.patches.support import check_model, text_config, unwrap
 from kvcompress_hf.patches.swap import restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
@@ -32,17 +30,7 @@ logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-_PAGED: tuple[type[nn.Module], ...] = (
-    PagedLlamaAttention,
-    PagedGraniteAttention,
-    PagedMistralAttention,
-    PagedMixtralAttention,
-    PagedQwen2Attention,
-    PagedQwen3Attention,
-    PagedQwen3MoeAttention,
-)
-#: Stock class to paged class: the second base is the stock one.
-_SWAPPED: dict[type[nn.Module], type[nn.Module]] = {paged.__bases__[1]: paged for paged in _PAGED}
+_SWAPPED = swapped_classes()
 
 
 def patch(
@@ -68,8 +56,8 @@ def patch(
         model (`PreTrainedModel`): A decoder-only language model, or a PEFT model around one.
         recipe (`str`, `Recipe` or `dict`, *optional*): A preset name, a recipe, or its parts. Left out, it is
             `"k8v4"`, which keeps every token; with a `budget` it is `"auto"`.
-        route (`str`): How to install: `"swap"` replaces the attention modules (Llama, Mistral), `"interface"`
-            goes through transformers' attention interface, `"auto"` takes the first that fits and passes its check.
+        route (`str`): How to install: `"swap"` replaces the attention modules (`families.py`), `"interface"` goes
+            through transformers' attention interface, `"auto"` takes the first that fits and passes its check.
             While other threads are inside a [`patched`] block of the model, the route it goes stays.
         check (`bool`): Whether to compare with the stock model before the patch is relied on. `False` saves about ten
             forward passes over a few tokens, and takes models that the comparison refuses; what they then say is on

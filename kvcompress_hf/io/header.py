@@ -292,8 +292,9 @@ def _read_recipe(values: dict[str, Any]) -> Recipe:
     if any(not -_MOST <= number <= _MOST for number in _integers(values)):
         raise ValueError("it has numbers beyond 32 bits")
     recipe = Recipe.from_dict(values)
-    if getattr(recipe.observer, "pool", 0) > _MOST_POOL:
-        raise ValueError(f"its scores are pooled over {recipe.observer.pool} neighbours")
+    pool = getattr(recipe.observer, "pool", 0)
+    if pool > _MOST_POOL:
+        raise ValueError(f"its scores are pooled over {pool} neighbours")
     if recipe.page_bytes is not None and recipe.page_bytes > _MOST_PAGE_BYTES:
         raise ValueError(f"page_bytes is {recipe.page_bytes}")
     amount = None if recipe.budget is None else recipe.budget.amount

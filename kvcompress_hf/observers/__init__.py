@@ -1,8 +1,12 @@
 """Observers: from attention statistics to one importance score per slot.
 
-Importing any of them imports all, so that recipes in JSON can name each.
+Importing any of them imports all, so that recipes in JSON can name each: a new one is a file here and a line below.
+What a class of one's own needs is here too: [`Observer`], and what it is given, [`Chunk`] and [`Slots`].
 """
 
+from kvcompress_hf.paging.slots import Slots
+
+from .base import Chunk, Observer
 from .expected import ExpectedAttention
 from .per_query import GroupMeanScores, PersistenceScores
 from .reconstruction import ReconstructionScores
@@ -12,12 +16,15 @@ from .window import WindowScores
 
 __all__ = [
     "Chance",
+    "Chunk",
     "ExpectedAttention",
     "GroupMeanScores",
     "KeyDiff",
+    "Observer",
     "PersistenceScores",
     "Recency",
     "ReconstructionScores",
     "RunningScores",
+    "Slots",
     "WindowScores",
 ]

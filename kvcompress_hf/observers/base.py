@@ -65,6 +65,28 @@ class Observer(Part, abc.ABC):
     def fields(self) -> tuple[str, ...]:
         """`tuple[str, ...]`: Names of the float32 slot fields it keeps, at most three."""
 
+    def check_class(self) -> None:
+        """Refuses classes whose properties contradict each other; called when a recipe is made.
+
+        Raises:
+            TypeError: If `fields` is not a tuple of names.
+            ValueError: If another property names a field that is not among them.
+        """
+        super().check_class()
+        name, fields = type(self).__name__, self.fields
+        if not isinstance(fields, tuple) or not all(isinstance(each, str) for each in fields):
+            raise TypeError(f'{name}.fields is {fields!r}; it must be a tuple of names, as in ("score",).')
+        if len(set(fields)) < len(fields) or "position" in fields:
+            raise ValueError(
+                f"{name}.fields is {fields!r}; give each name once, and not 'position': it is always kept."
+            )
+        used: dict[str, tuple[str | None, ...]] = {"describes": self.describes, "fading": self.fading[0]}
+        used |= {"sum_field": (self.sum_field,), "square_field": (self.square_field,)}
+        for what, names in used.items():
+            unknown = [each for each in names if each is not None and each not in fields]
+            if unknown:
+                raise ValueError(f"{name}.{what} names {unknown[0]!r}, which is not among its fields {fields!r}.")
+
     @property
     def describes(self) -> tuple[str, ...]:
         """`tuple[str, ...]`: Those of the fields that follow from keys and values alone, by [`Observer.describe`]."""

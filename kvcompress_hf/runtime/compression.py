@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
+from kvcompress_hf.observers import checked
 from kvcompress_hf.paging.slots import (
     Decision,
     Slots,
@@ -202,7 +203,7 @@ class Compression:
         slots = replace(slots, positions=padding_first(slots.positions, counters.gaps), padding=padding)
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
-        importance, spread = observer.importance(slots), observer.spread(slots)
+        importance, spread = checked.rank(observer, slots)
         views = [
             make_view(
                 each.recipe,

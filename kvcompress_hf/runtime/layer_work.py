@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from kvcompress_hf.observers import checked
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import on_host
@@ -119,9 +120,9 @@ class LayerWork(Past):
         fields: dict[str, torch.Tensor] = {}
         with store.reading:
             if self._reading_again:
-                observer.observe_again(chunk)
+                checked.observe_again(observer, chunk)
             else:
-                fields = observer.observe(chunk)
+                fields = checked.observe(observer, chunk)
         self.statistics.seconds_planning += time.perf_counter() - started
         return fields
 

@@ -1,9 +1,11 @@
 """New tokens on their way into a store: into the tail, or, for a chunk of a prompt, straight into pages."""
 
 import time
+from functools import partial
 
 import torch
 
+from kvcompress_hf.observers import checked
 from kvcompress_hf.paging.store import Describe, PagedStore
 from kvcompress_hf.paging.waiting import known_as, to_device
 from kvcompress_hf.runtime.call import AttentionCall
@@ -22,7 +24,7 @@ def describe_of(state: CacheState) -> Describe | None:
         `Callable` or `None`: See [`PagedStore.describe`].
     """
     observer = state.recipe.observer
-    return observer.describe if observer is not None and observer.describes else None
+    return partial(checked.describe, observer) if observer is not None and observer.describes else None
 
 
 def append(

@@ -15,8 +15,8 @@ from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import as_argument, cache_of, find_cache
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import core, is_patched, patch, patched, unpatch
+from kvcompress_hf.patches.families import PagedLlamaAttention
 from kvcompress_hf.patches.generation import record_of
-from kvcompress_hf.patches.llama import PagedLlamaAttention
 
 ROUTES = [("llama", "swap"), ("llama", "interface"), ("mistral", "swap"), ("gemma2", "interface")]
 

@@ -1,0 +1,36 @@
+"""A call of a plan that checks what comes back, so that a slip in somebody's own class is reported by its name."""
+
+from typing import Any
+
+import torch
+
+from kvcompress_hf.plans.base import EVICT, Plan, PlanView
+from kvcompress_hf.validation import check_returned, naming
+
+
+def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
+    """Asks a plan for its decision.
+
+    Args:
+        plan (`Plan`): The plan.
+        view (`PlanView`): Every slot.
+
+    Returns:
+        `torch.Tensor`: As from [`Plan.targets`].
+
+    Raises:
+        TypeError: If it returned something else.
+        ValueError: If it is of another shape, or names a tier that is not there. On a GPU tiers are not looked at: it
+            would have to be waited for.
+    """
+    with naming(plan, "targets"):
+        targets: Any = plan.targets(view)
+    check_returned(plan, "targets", targets, torch.int64, tuple(view.filled.shape), "[batch, rows, slots]")
+    if targets.device.type == "cpu":
+        unknown = view.filled & ((targets < EVICT) | (targets >= view.tiers))
+        if bool(unknown.any()):
+            raise ValueError(
+                f"{type(plan).__name__}.targets returned the tier {int(targets[unknown][0])}; tiers are 0 to "
+                f"{view.tiers - 1}, and EVICT ({EVICT}) drops a slot."
+            )
+    return targets
