@@ -53,7 +53,7 @@ def run(model: LlamaForCausalLM, recipe: kvc.Recipe, prompt: int, tokens: int) -
                 rates.append(MARK / (now - started))
                 started = now
     quarter = max(1, len(rates) // 4)
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     rows = store.lengths.shape[1]
     return {
         "bytes_first": sizes[0],

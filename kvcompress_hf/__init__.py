@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from kvcompress_hf.plans import LowestPlan, PagePlan, Plan, RateDistortion, ThresholdPlan
     from kvcompress_hf.presets import get_preset, presets
     from kvcompress_hf.recipe import Budget, Protect, Recipe, When
-    from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, plot_slots
+    from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport, plot_slots
 
 __all__ = [
     "Budget",
     "CacheFormatError",
     "CacheMemoryError",
+    "CacheParts",
     "Chance",
     "CompressedPagedCache",
     "ExpectedAttention",
@@ -87,7 +88,7 @@ _NAMES = {
     "plans": "LowestPlan PagePlan Plan RateDistortion ThresholdPlan",
     "presets": "get_preset presets",
     "recipe": "Budget Protect Recipe When",
-    "reports": "MemoryReport RowReport RunReport plot_slots",
+    "reports": "CacheParts MemoryReport RowReport RunReport plot_slots",
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 _NAME_THERE = {"report": "last_run_report"}

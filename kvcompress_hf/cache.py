@@ -27,7 +27,7 @@ from kvcompress_hf.io import (
 from kvcompress_hf.layers import KVHandle, LayerFace, layer_sharing, layer_windows
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
-from kvcompress_hf.reports import MemoryReport, RowReport, RunReport, measure_memory, measure_rows
+from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
 from kvcompress_hf.sequence_indices import as_integer, as_sequences
@@ -647,6 +647,23 @@ class CompressedPagedCache(Cache):
         """
         self._check_unread()
         return measure_rows(self._attention)
+
+    def inspect(self) -> CacheParts:
+        """The parts that the cache is made of, for tests, tools and the curious; nothing of them may be changed.
+
+        Returns:
+            `CacheParts`: Stores, arenas, statistics and the like, as they are now.
+
+        Example:
+
+        ```python
+        >>> cache = kvc.prefill(model, ids, "k8v4")  # doctest: +SKIP
+        >>> [tier.key_bits for tier in cache.inspect().stores[0].layout.tiers]  # doctest: +SKIP
+        [8]
+
+        ```
+        """
+        return CacheParts.of(self._attention)
 
     def __repr__(self) -> str:
         # Cheap, since transformers puts it into warnings at every call: nothing on a device is read for it.

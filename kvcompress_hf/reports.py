@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime.attention import PagedAttention, RunStatistics
 from kvcompress_hf.units import format_bytes
@@ -161,6 +163,53 @@ def measure_rows(attention: PagedAttention) -> list[RowReport]:
                 )
             )
     return sorted(reports, key=lambda report: (report.layer, report.sequence, report.head))
+
+
+@dataclass(frozen=True)
+class CacheParts:
+    """What a cache is made of, to look at: the parts themselves and no copies, so change nothing.
+
+    Args:
+        stores (`tuple[PagedStore, ...]`): Rows of layers of one shape and device each: tables, lengths, tail, layout.
+        layers (`tuple[tuple[int, ...], ...]`): Layers of the model in each of the stores, in the order of its rows.
+        arenas (`tuple[Arena, ...]`): The page pools: one per device and size of page.
+        recipes (`tuple[Recipe, ...]`): One for all sequences, or one per sequence.
+        statistics (`RunStatistics`): What was counted.
+        padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens seen by each sequence.
+        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, where the recipe
+            asks for it.
+        closed (`str`, *optional*): Why the cache can no longer be used, if so.
+    """
+
+    stores: tuple[PagedStore, ...]
+    layers: tuple[tuple[int, ...], ...]
+    arenas: tuple[Arena, ...]
+    recipes: tuple[Recipe, ...]
+    statistics: RunStatistics
+    padding: torch.Tensor | None
+    inv_freq: torch.Tensor | None
+    closed: str | None
+
+    @classmethod
+    def of(cls, attention: PagedAttention) -> "CacheParts":
+        """The parts of a cache.
+
+        Args:
+            attention (`PagedAttention`): The inside of the cache.
+
+        Returns:
+            `CacheParts`: As they are now; later forward passes may replace some.
+        """
+        return cls(
+            stores=tuple(attention.stores),
+            layers=tuple(map(tuple, attention.layers_of_stores)),
+            arenas=tuple(attention.arenas),
+            recipes=attention.recipes,
+            statistics=attention.statistics,
+            padding=attention.counters.padding,
+            inv_freq=attention.inv_freq,
+            closed=attention.rollback.closed,
+        )
 
 
 class RunReport:

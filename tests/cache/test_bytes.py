@@ -108,13 +108,13 @@ def test_memory_is_returned_when_a_cache_goes_or_is_reset(model):
     assert held_bytes(cache) < 4096 and cache.memory().total == 0 and cache.get_seq_length() == 0
     with kvc.patched(model, "k8v4"):
         cache = generate(model, 64, 40)
-    slab = cache._attention.arenas[0].slabs[0]
+    slab = cache.inspect().arenas[0].slabs[0]
     import weakref
 
     gc.disable()
     try:
         alive = weakref.ref(slab.untyped_storage())
-        gone = weakref.ref(cache._attention)
+        gone = weakref.ref(cache.inspect().stores[0])
         del slab, cache
         assert gone() is None and alive() is None  # without waiting for the garbage collector
     finally:

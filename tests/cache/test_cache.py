@@ -158,7 +158,7 @@ def test_forks_go_their_own_ways(model, recipe, how):
 def test_a_fork_that_reads_on_leaves_its_parent_alone(model, recipe):
     cache = fresh(model, recipe)
     logits(model, tokens(1, 200), cache)
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     before = [store.read_field(0, name) for name in store.layout.fields]
     logits(model, tokens(1, 20, seed=3), cache.fork())
     for name, values in zip(store.layout.fields, before, strict=True):
@@ -171,8 +171,8 @@ def test_ten_forks_cost_little_until_they_diverge(model):
     logits(model, tokens(1, 1), cache)
     one = cache.memory().total
     forks = [cache.fork() for _ in range(10)]
-    stores = [fork._attention.stores[0] for fork in forks]
-    assert {store.tail_keys.data_ptr() for store in stores} == {cache._attention.stores[0].tail_keys.data_ptr()}
+    stores = [fork.inspect().stores[0] for fork in forks]
+    assert {store.tail_keys.data_ptr() for store in stores} == {cache.inspect().stores[0].tail_keys.data_ptr()}
     assert (
         sum(store.usage().tables for store in stores) <= 0.025 * one
     )  # heads of 16: real ones have pages 8 times as large

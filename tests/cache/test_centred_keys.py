@@ -67,7 +67,7 @@ def fresh(model, recipe=CENTRED):
 
 
 def store_of(cache):
-    return cache._attention.stores[0]
+    return cache.inspect().stores[0]
 
 
 def close(a, b):

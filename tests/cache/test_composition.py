@@ -191,7 +191,7 @@ def test_bytes_stay_flat_in_a_long_decode(preset):
     for seen, planned in read(cache, states_of(160 + 304), [160] + [1] * 304):
         if planned and seen > 160:
             sizes.append(cache.memory().total)
-    layout = cache._attention.stores[0].layout
+    layout = cache.inspect().stores[0].layout
     assert len(sizes) == 19
     assert max(sizes) - min(sizes) <= LAYERS * KV_HEADS * layout.page_bytes * len(recipe.tiers)
 
@@ -220,7 +220,7 @@ def test_statistics_are_fp32_and_finite_in_half_precision(preset, dtype):
     cache = cache_of(recipe)
     for _ in read(cache, states, [100, 60] + [1] * 36):
         pass
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     for name in set(store.layout.fields) - {"position"}:
         for tier in range(len(recipe.tiers)):
             values = store.read_field(tier, name)
@@ -228,7 +228,7 @@ def test_statistics_are_fp32_and_finite_in_half_precision(preset, dtype):
 
 
 def check_budget(cache, recipe, tokens, case):
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     slots = store.slots()
     assert int(store.tail_lengths.max()) == 0
     if recipe.budget is None:

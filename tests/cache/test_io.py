@@ -152,10 +152,10 @@ def test_models_with_windows_and_several_stores(family, recipe, tmp_path):
     else:
         model = build(prefix, **changes)
     cache, mask = filled(model, recipe, prompt=120, pads=(0, 40))
-    assert len(cache._attention.stores) == (2 if family == "gemma2" else 1)
+    assert len(cache.inspect().stores) == (2 if family == "gemma2" else 1)
     cache.save(tmp_path / "cache")
     loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)
-    assert len(loaded._attention.stores) == len(cache._attention.stores)
+    assert len(loaded.inspect().stores) == len(cache.inspect().stores)
     goes_on_alike(model, cache, loaded, mask)
 
 
@@ -215,7 +215,7 @@ def test_rows_of_a_batch_with_recipes_of_their_own(model, tmp_path):
     mask = mask.flip(0)
     cache.save(tmp_path / "cache")
     loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)
-    assert loaded._attention.recipes == cache._attention.recipes
+    assert loaded.inspect().recipes == cache.inspect().recipes
     kept = [sum(row.kept for row in loaded.rows() if row.sequence == i) for i in (0, 1)]
     assert 2 * kept[0] < kept[1]
     goes_on_alike(model, cache, loaded, mask)
@@ -242,7 +242,7 @@ def test_the_file_is_plain_safetensors_and_holds_the_pages_as_they_are(model, tm
         pages = file.get_tensor("store.0.pages")
         assert metadata["format"] == "kvcompress_hf.cache" and metadata["tokens"] == "2020"
         assert {"checksums", "model.weights", "store.0.lengths", "store.0.table.0"} <= set(file.keys())
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     assert pages.shape == (store.usage().pages, store.layout.page_bytes)
     assert torch.equal(pages, store.arena.read(store.live_ids()))
     memory = cache.memory()
@@ -301,7 +301,7 @@ def test_layers_on_several_devices_get_stores_of_their_own(model, tmp_path, monk
     cache.save(tmp_path / "cache")
     monkeypatch.setattr("kvcompress_hf.cache.layer_devices", lambda *_: [torch.device("cpu:0"), torch.device("cpu")])
     loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)
-    assert len(loaded._attention.stores) == len(loaded._attention.arenas) == 2
+    assert len(loaded.inspect().stores) == len(loaded.inspect().arenas) == 2
     for step in range(40):
         more = tokens(4, 1, seed=step)
         mask = torch.cat([mask, torch.ones_like(more)], dim=1)
@@ -531,7 +531,7 @@ def test_rows_tell_what_each_head_keeps(model):
     rows = cache.rows()
     assert [(r.layer, r.sequence, r.head) for r in rows] == [(l, s, h) for l in (0, 1) for s in (0, 1) for h in (0, 1)]
     slots = torch.stack(cache.slots())
-    layout = cache._attention.stores[0].layout
+    layout = cache.inspect().stores[0].layout
     for row in rows:
         assert row.kept == int(slots[row.layer, row.sequence, row.head]) == row.positions.numel()
         assert row.pages == sum(-(-row.slots[t] // layout.tiers[i].slots) for i, t in enumerate(cache.recipe.tiers))
@@ -539,7 +539,7 @@ def test_rows_tell_what_each_head_keeps(model):
         assert bool((row.positions.diff() > 0).all()) and int(row.positions.max()) == 619
         assert int(row.positions.min()) == (100 if row.sequence else 0)  # the sinks; padding is never kept
         assert f"layer {row.layer}, sequence {row.sequence}, head {row.head}" in str(row) and "KiB" in str(row)
-    assert sum(row.pages for row in rows) == cache._attention.stores[0].usage().pages
+    assert sum(row.pages for row in rows) == cache.inspect().stores[0].usage().pages
     plain = filled(model, "k8v4")[0].rows()
     assert plain[0].positions is None and plain[0].slots == {"k8v4": 300} and plain[0].tail == 20
 

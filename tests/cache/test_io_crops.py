@@ -90,7 +90,7 @@ def test_memory_behind_the_slots_of_a_row_does_not_get_into_the_file(model, tmp_
     logits(model, tokens(2, 1), cache, mask)
     files = []
     for secret in (7.0, 9.0):
-        store = cache._attention.stores[0]
+        store = cache.inspect().stores[0]
         store.tail_keys[:, 1] = store.tail_values[:, 1] = secret
         cache.save(tmp_path / "cache")
         files.append((tmp_path / "cache").read_bytes())

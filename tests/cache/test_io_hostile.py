@@ -114,7 +114,7 @@ def load_and_use(model, data, folder):
         assert str(path) in str(error) and len(str(error)) < 1000 + len(str(path))
         return False
     batch = max(cache.batch_size, 1)
-    for store in cache._attention.stores:
+    for store in cache.inspect().stores:
         ids = store.live_ids()
         assert not ids.numel() or (int(ids.min()) >= 0 and bool((store.arena.references[ids.long()] > 0).all()))
         assert int(store.lengths.min()) >= 0

@@ -172,7 +172,7 @@ def test_a_file_that_could_not_be_loaded_is_not_written(cache, model, tmp_path, 
     cache.save(path)
     before = path.read_bytes()
     fork = cache.fork()
-    fork._attention.stores[0].tail_lengths[0, 0] = 5  # in a tail of no tokens
+    fork.inspect().stores[0].tail_lengths[0, 0] = 5  # in a tail of no tokens
     with pytest.raises(RuntimeError, match="could be read again"):
         fork.save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["cache"]

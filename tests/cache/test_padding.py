@@ -98,9 +98,9 @@ def test_a_saved_cache_knows_where_its_padding_was(model, tmp_path):
 def test_crop_takes_padding_back_too(model):
     both, _, _ = _talk(model, "lossless", TURNS["right"])
     both.crop(-24)
-    assert both._attention.counters.padding.tolist() == [0, 16]
+    assert both.inspect().padding.tolist() == [0, 16]
     both.crop(-10)
-    assert both._attention.counters.padding.tolist() == [0, 6]
+    assert both.inspect().padding.tolist() == [0, 6]
 
 
 def test_runs_of_padding():

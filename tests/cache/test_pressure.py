@@ -29,7 +29,7 @@ def ids(tokens, batch=1):
 
 
 def page_bytes(cache):
-    return sum(arena.nbytes for arena in cache._attention.arenas)
+    return sum(arena.nbytes for arena in cache.inspect().arenas)
 
 
 def feed(model, cache, tokens, chunk):
@@ -101,7 +101,7 @@ def test_when_all_is_protected_it_says_so_and_the_cache_stays_usable(model, chun
             # What it holds is whole: the same next token as a cache that never met a limit.
             last = tokens[:, position : position + 1]
             fork._attention.max_bytes = None
-            for arena in fork._attention.arenas:
+            for arena in fork.inspect().arenas:
                 arena.max_bytes = None
             expected = model(last, past_key_values=reference, use_cache=True).logits
             torch.testing.assert_close(model(last, past_key_values=fork, use_cache=True).logits, expected)

@@ -144,8 +144,8 @@ def test_logits_are_those_of_keys_rotated_by_their_place_among_what_is_kept(stoc
     for part in ids.split(list(pieces), dim=1):
         torch.testing.assert_close(logits(model, part, cache), plain.step(part), atol=1e-4, rtol=1e-4)
         plain.keep(kept(cache))
-    assert cache._attention.statistics.plans > 3
-    assert cache._attention.statistics.evicted_slots > 30
+    assert cache.inspect().statistics.plans > 3
+    assert cache.inspect().statistics.evicted_slots > 30
     if recipe is STREAMING:
         for positions in kept(cache).values():
             assert positions[:4].tolist() == [0, 1, 2, 3]
@@ -163,7 +163,7 @@ def test_evictions_under_memory_pressure_re_index_too(stock, model, preset):
             plain.keep(kept(cache))  # room for a chunk is made before it attends
         torch.testing.assert_close(found, plain.step(part), atol=1e-4, rtol=1e-4)
         plain.keep(kept(cache))
-    assert cache._attention.statistics.evicted_slots > 900
+    assert cache.inspect().statistics.evicted_slots > 900
 
 
 def test_absolute_positions_give_other_logits(stock, model):
@@ -257,7 +257,7 @@ def attend(cache, key):
 
 def stored(cache):
     """Keys and positions of the packed slots of each row, oldest first, and how many slots are in its tail."""
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     width = int(store.lengths.max())
     keys, _ = store.backend.read_slots(store.rows(), 0, width)
     positions, tails = store.read_field(0, "position"), store.tail_lengths.flatten().repeat_interleave(2)
@@ -269,7 +269,7 @@ def stored(cache):
 def drift(config, recipe, dtype, steps, head_dim=16, batch=2):
     """Largest distance of a stored key from the original rotated to where it now is, relative to its length."""
     cache = kvc.CompressedPagedCache(config, recipe)
-    inv_freq = cache._attention.inv_freq
+    inv_freq = cache.inspect().inv_freq
     generator = torch.Generator().manual_seed(3)
     raw = torch.randn((batch, 2, PROMPT + steps, head_dim), generator=generator)
     places = torch.arange(PROMPT + steps).repeat(batch * 2)
@@ -293,14 +293,14 @@ def test_after_any_plan_a_key_is_the_original_rotated_to_its_place_among_what_is
     recipe = recipe_of(preset, budget=24, protect={"recent": 3})
     worst, cache = drift(config, recipe, torch.float32, 40)
     assert worst < 1e-5
-    assert cache._attention.statistics.evicted_slots > 60
+    assert cache.inspect().statistics.evicted_slots > 60
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.04), (torch.float16, 0.008), (torch.float32, 2e-5)])
 def test_rounding_adds_up_slowly_over_a_hundred_plans(dtype, bound):
     config = LlamaConfig(**{**BASE, "num_hidden_layers": 1, "head_dim": 64})
     worst, cache = drift(config, STREAMING.with_overrides(when={"every": 1}), dtype, 100, head_dim=64, batch=1)
-    assert cache._attention.statistics.plans >= 100
+    assert cache.inspect().statistics.plans >= 100
     assert worst < bound
 
 

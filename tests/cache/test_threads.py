@@ -76,7 +76,7 @@ def in_parallel(work, threads=THREADS):
 
 
 def pages_named(cache):
-    return sum(store.live_ids().numel() for store in cache._attention.stores)
+    return sum(store.live_ids().numel() for store in cache.inspect().stores)
 
 
 RECIPES = {
@@ -92,7 +92,7 @@ def test_forks_of_one_cache(model, name):
     base = kvc.prefill(model, ids(0, 90), kvc.get_preset(name).with_overrides(**RECIPES[name]))
     alone = [talk(model, base.fork(), seed) for seed in range(3)]
     gc.collect()
-    arena, before = base._attention.arenas[0], base._attention.arenas[0].live
+    arena, before = base.inspect().arenas[0], base.inspect().arenas[0].live
 
     def work(i):
         assert torch.equal(talk(model, base.fork(), i % 3), alone[i % 3]), f"thread {i}"
@@ -105,7 +105,7 @@ def test_forks_of_one_cache(model, name):
 
 def test_caches_dropped_by_the_collector_of_another_thread(model):
     base = kvc.prefill(model, ids(0, 90), kvc.get_preset("k8v4").with_overrides(when={"every": 4}))
-    alone, before = talk(model, base.fork(), 1), base._attention.arenas[0].live
+    alone, before = talk(model, base.fork(), 1), base.inspect().arenas[0].live
     stop = threading.Event()
 
     def work(i):
@@ -127,7 +127,7 @@ def test_caches_dropped_by_the_collector_of_another_thread(model):
     left = set(range(1, 4))
     assert in_parallel(work, 4) == []
     gc.collect()
-    assert base._attention.arenas[0].live == before
+    assert base.inspect().arenas[0].live == before
 
 
 def test_a_file_loaded_twice_and_a_cache_saved_while_its_forks_run(model, tmp_path):
@@ -157,7 +157,7 @@ def test_a_file_loaded_twice_and_a_cache_saved_while_its_forks_run(model, tmp_pa
 def test_a_limit_holds_whoever_asks(model):
     """Forks that fill an arena together are refused one by one; nobody's answer and nobody's page suffers."""
     base = kvc.prefill(model, ids(0, 90), kvc.get_preset("k8v4").with_overrides(when={"every": 4}))
-    alone, arena = talk(model, base.fork(), 0), base._attention.arenas[0]
+    alone, arena = talk(model, base.fork(), 0), base.inspect().arenas[0]
     gc.collect()
     before = arena.live
     arena.max_bytes = arena.nbytes + 12 * arena.page_bytes

@@ -65,7 +65,7 @@ def test_lossless_gives_the_tokens_of_the_stock_model(build_model, on_shim, dtyp
     with kvc.patched(model, "lossless"):
         result = generate(model, **options)
     assert torch.equal(result.sequences, stock)
-    assert all(store.backend is on_shim for store in kvc.cache_of(result)._attention.stores)
+    assert all(store.backend is on_shim for store in kvc.cache_of(result).inspect().stores)
 
 
 @pytest.mark.parametrize(

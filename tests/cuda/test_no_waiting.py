@@ -93,10 +93,10 @@ def test_decoding_asks_nothing(model, monkeypatch, shim, preset, changes, max_by
     with torch.no_grad(), kvc.patched(model, recipe):
         model(ids, past_key_values=cache)
         for _ in range(36):
-            packings = cache._attention.statistics.packings
+            packings = cache.inspect().statistics.packings
             with monkeypatch.context() as patch, Questions(patch) as questions:
                 model(ids[:, :1], past_key_values=cache)
-            if cache._attention.statistics.packings == packings:
+            if cache.inspect().statistics.packings == packings:
                 assert questions.asked == []
                 quiet += 1
     assert 30 < quiet < 36

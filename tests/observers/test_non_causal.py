@@ -118,7 +118,7 @@ def cache_with(observer, config):
 
 
 def stored(cache):
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     positions = store.read_field(0, "position").view(KV_HEADS, -1)
     return store.read_field(0, "score").view(KV_HEADS, -1).gather(-1, positions.long().argsort(dim=-1))
 
@@ -182,7 +182,7 @@ def test_layers_and_models_that_cannot_be_turned_have_the_window_alone():
 def test_queries_are_turned_as_the_model_would(family):
     """Every family that is said to be known, against its own rotary embedding at two positions."""
     config = CONFIG_MAPPING[family]()
-    inv_freq = kvc.CompressedPagedCache(config, "auto")._attention.inv_freq
+    inv_freq = kvc.CompressedPagedCache(config, "auto").inspect().inv_freq
     package = type(config).__module__.rsplit(".", 1)[0]
     code = importlib.import_module(f"{package}.modeling_{package.rsplit('.', 1)[1]}")
     embedding = next(c for name, c in vars(code).items() if name.endswith("RotaryEmbedding"))

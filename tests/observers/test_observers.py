@@ -37,7 +37,7 @@ def probabilities(query, key, first):
 
 def stored(cache, field):
     """A field of layer 1 in position order, `[batch, kv_heads, slots]`."""
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     positions = store.read_field(0, "position").view(2, BATCH, KV_HEADS, -1)[1]
     values = store.read_field(0, field).view(2, BATCH, KV_HEADS, -1)[1]
     return values.gather(-1, positions.long().argsort(dim=-1))
@@ -157,7 +157,7 @@ def test_persistence_of_the_published_matrix():
     cache = cache_with(kvc.PersistenceScores(count="above"), heads=1, group=1)
     for layer in range(2):
         cache.attend(layer, query, key, key, None, scaling=1.0, dense=lambda: torch.zeros(1))
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     assert store.read_field(0, "count")[0].tolist() == vectors["count_above_uniform"]
 
 

@@ -59,7 +59,7 @@ def dense_scores(model, ids, score, chunk):
 
 
 def stored(cache):
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     order = store.read_field(0, "position").long().argsort(-1)
     scores = store.read_field(0, "score").gather(-1, order)
     return scores.view(store.layers, store.batch, -1, scores.shape[-1])

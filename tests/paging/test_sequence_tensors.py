@@ -38,7 +38,7 @@ def test_a_made_up_tensor_lives_the_life_of_the_cache(declare, dims):
     plain = fill(kvc.CompressedPagedCache(CONFIG, "k8v4"), 20)
     declare(dtype=torch.float32, dims=dims, kind="metadata", always=True)
     cache = fill(kvc.CompressedPagedCache(CONFIG, "k8v4"), 20)
-    (store,) = cache._attention.stores
+    (store,) = cache.inspect().stores
     value = store.tensors.values["made_up"]
     value.copy_(torch.arange(value.numel()).view(value.shape))
     kept = value.clone()
@@ -47,9 +47,9 @@ def test_a_made_up_tensor_lives_the_life_of_the_cache(declare, dims):
     assert cache.memory().metadata == plain.memory().metadata + value.nbytes
 
     fork = cache.fork()
-    fork._attention.stores[0].tensors.values["made_up"].add_(1)
+    fork.inspect().stores[0].tensors.values["made_up"].add_(1)
     assert torch.equal(store.tensors.values["made_up"], kept)
-    assert torch.equal(fork._attention.stores[0].tensors.values["made_up"], kept + 1)
+    assert torch.equal(fork.inspect().stores[0].tensors.values["made_up"], kept + 1)
 
     state = store.state(1)["made_up"]
     one_layer = kept.unflatten(1, (2, 4))[:, 0] if "rows" in dims else kept.narrow(dims.index("layers"), 0, 1)
@@ -64,14 +64,14 @@ def test_a_made_up_tensor_lives_the_life_of_the_cache(declare, dims):
         assert torch.equal(new, kept.index_select(dims.index("batch"), torch.tensor([1, 1, 0])))
 
     cache.reset()
-    assert not cache._attention.stores
+    assert not cache.inspect().stores
 
 
 @pytest.mark.parametrize("changed_by", ["step", "packing", "statistics"])
 def test_a_made_up_tensor_is_taken_back(declare, monkeypatch, changed_by):
     declare(dtype=torch.int32, dims=("layers", "batch"), changed_by=changed_by, always=True)
     cache = fill(kvc.CompressedPagedCache(CONFIG, kvc.get_preset("h2o").with_overrides(budget=100)), 20)
-    store = cache._attention.stores[0]
+    store = cache.inspect().stores[0]
     backend = type(store.backend)
     real = backend.window_scores
 

@@ -160,7 +160,7 @@ def test_device_map_of_a_folder(family, route, build_model, run_generate, tmp_pa
     assert not hasattr(CompressedPagedCache, "to")
     out = run_generate(model, "padded", 16, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
-    assert {arena.device.type for arena in cache_of(out)._attention.arenas} == {"cpu"}
+    assert {arena.device.type for arena in cache_of(out).inspect().arenas} == {"cpu"}
     unpatch(model)
     assert torch.equal(run_generate(model, "padded", 16), expected)
 

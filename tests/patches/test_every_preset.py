@@ -17,7 +17,7 @@ def model(build_model):
 
 def rows_of(cache, sequence, padding):
     """Positions of every row of one sequence, sorted, counted from its first real token."""
-    (store,) = cache._attention.stores
+    (store,) = cache.inspect().stores
     heads, found = store.geometry.kv_heads, []
     for row in range(store.layers * store.batch * heads):
         if row % store.rows_per_layer // heads == sequence:
@@ -61,7 +61,7 @@ def test_half_precision_does_not_invert_the_scope_of_roco(dtype, build_model, pr
             with torch.no_grad():
                 for part in ids.split(100, dim=1):
                     model(part, past_key_values=cache)
-        (store,) = cache._attention.stores
+        (store,) = cache.inspect().stores
         slots = gather_slots([StorePart(store, (0, 1), (2, 2))], recipe.observer.fields, 600, 600)
         mean, spread = recipe.observer.importance(slots), recipe.observer.spread(slots)
         flushed = (mean.square() < 6e-8).float().mean()

@@ -42,7 +42,7 @@ def _state(cache, seen):
     cache = cache.fork()
     cache.crop(min(0, seen - cache.get_seq_length()))
     state = []
-    for store in cache._attention.stores:
+    for store in cache.inspect().stores:
         for name in store.layout.fields:
             for tier in range(len(store.layout.tiers)):
                 state.append(store.read_field(tier, name).double().sort(-1).values)

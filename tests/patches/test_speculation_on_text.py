@@ -145,8 +145,8 @@ def test_memory_limits_hold_after_a_speculative_turn(model, prompt):
     text = _generate(model, prompt(), cache, prompt_lookup_num_tokens=3)
     text = torch.cat([text, prompt(tokens=200, seed=3)], 1)
     _generate(model, text, cache, tokens=100)
-    assert all(arena.live * arena.page_bytes <= 800 * 1024 for arena in cache._attention.arenas)
-    assert cache._attention.statistics.plans > 1
+    assert all(arena.live * arena.page_bytes <= 800 * 1024 for arena in cache.inspect().arenas)
+    assert cache.inspect().statistics.plans > 1
 
 
 def test_a_cache_made_for_the_call_is_returned_without_recording(model, prompt):

@@ -54,7 +54,7 @@ def run(recipe, chunks, group=1):
             key = keys[layer, :, :, part]
             cache.attend(layer, query[:, :, part], key, key, None, scaling=1.0, dense=lambda: torch.zeros(1))
         start += count
-        store = cache._attention.stores[0]
+        store = cache.inspect().stores[0]
         positions = store.read_field(0, "position")
         rows = [positions[r, : int(store.lengths[0, r])].tolist() for r in range(LAYERS * KV_HEADS)]
         yield [[sorted(rows[layer * KV_HEADS + h]) for h in range(KV_HEADS)] for layer in range(LAYERS)]

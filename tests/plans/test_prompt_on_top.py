@@ -36,7 +36,7 @@ def test_the_prompt_stays_and_the_budget_is_for_the_rest(preset, budget):
         chunk = (q[:, :, part], k[:, :, part], v[:, :, part])
         cache.attend(0, *chunk, None, scaling=DIM**-0.5, dense=lambda: torch.zeros(1))
         start += count
-    (store,) = cache._attention.stores
+    (store,) = cache.inspect().stores
     tail = int(store.tail_lengths.max())
     for row in range(HEADS):
         kept = [store.read_field(t, "position")[row, : int(n)] for t, n in enumerate(store.lengths[:, row])]

@@ -126,10 +126,10 @@ def test_both_tiers_shrink_and_give_pages_back_while_decoding():
         for part in [slice(0, prompt), *(slice(i, i + 1) for i in range(prompt, prompt + steps))]:
             q, k = query[:, :, part], key[:, :, part]
             cache.attend(0, q, k, k, None, scaling=dim**-0.5, dense=lambda: torch.zeros(1))
-            (store,) = cache._attention.stores
+            (store,) = cache.inspect().stores
             if cache.run_report.statistics.plans > len(history):
                 old = [store.read_field(t, "position")[0, : int(n)] < prompt for t, n in enumerate(store.lengths[:, 0])]
-                history.append((int(old[0].sum()), int(old[1].sum()), cache._attention.arenas[0].live))
+                history.append((int(old[0].sum()), int(old[1].sum()), cache.inspect().arenas[0].live))
         counts[half_life] = history
     first, last = counts[32][0], counts[32][-1]
     assert first[0] + first[1] > 100  # the prompt was there
