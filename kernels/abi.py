@@ -144,10 +144,6 @@ class KvcDense(Structure):
     _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="k v", i64="stride")]
 
 
-class KvcCopy(Structure):
-    _fields_ = _fields(ptr="slabs", i64="page_bytes", i32="slab_shift n", ptr_b="dst src")
-
-
 class KvcConvert(Structure):
     _fields_ = _fields(ptr="layout from_pages to_pages", i32="tier n to_canonical reserved")
 
@@ -159,7 +155,6 @@ OPERATIONS: dict[str, type[Structure]] = {
     "retier": KvcRetier,
     "fields": KvcFields,
     "dense": KvcDense,
-    "copy": KvcCopy,
     "convert": KvcConvert,
     "decode": KvcDecode,
     "chunk": KvcChunk,

@@ -9,11 +9,12 @@ happens in place; an operation that raises has changed nothing unless stated.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
+from . import checks
 from .layout import PageLayout
 from .types import Rows, Tail
 
@@ -216,24 +217,6 @@ class Backend(abc.ABC):
             ValueError: The tier does not exist.
         """
 
-    @abc.abstractmethod
-    def copy_pages(
-        self, slabs: Sequence[Tensor], slab_addresses: Tensor, slab_shift: int, dst: Tensor, src: Tensor
-    ) -> None:
-        """Copies whole pages.
-
-        Args:
-            slabs: As in `Rows`.
-            slab_addresses: As in `Rows`.
-            slab_shift: As in `Rows`.
-            dst: `int32 [n]` page ids to write.
-            src: `int32 [n]` page ids to read; no page is both a source and a destination.
-
-        Raises:
-            ValueError: A shape or dtype is wrong.
-        """
-
-    @abc.abstractmethod
     def decode_attention(
         self,
         q: Tensor,
@@ -252,7 +235,7 @@ class Backend(abc.ABC):
         sum_field: str | None = None,
         square_field: str | None = None,
     ) -> Tensor:
-        """Attention of one new token per sequence over all packed slots and the tail.
+        """Attention of one new token per sequence over all packed slots and the tail: a plan for a single step.
 
         Logits are `scale * q.k`, then `softcap * tanh(logit / softcap)`.
 
@@ -279,6 +262,19 @@ class Backend(abc.ABC):
         Raises:
             ValueError: A shape, dtype or field name is wrong, or the tail is full.
         """
+        checks.check_query(q, tail.k.shape[1], rows.layout, tail.k.device)
+        plan = self.plan_decode(
+            rows,
+            tail,
+            scale=scale,
+            q_heads=q.shape[1],
+            softcap=softcap,
+            window=window,
+            sinks=sinks,
+            sum_field=sum_field,
+            square_field=square_field,
+        )
+        return plan.run(q, k_new, v_new, position, valid, append)
 
     @abc.abstractmethod
     def chunk_attention(

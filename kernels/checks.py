@@ -278,21 +278,6 @@ def check_pages(layout: PageLayout, tier: int, pages: Tensor, device: torch.devi
     check_tensor("pages", pages, (None, layout.page_bytes), torch.uint8, device)
 
 
-def check_page_ids(slabs: Sequence[Tensor], slab_shift: int, dst: Tensor, src: Tensor, device: torch.device) -> None:
-    """Checks lists of page ids `[n]`."""
-    check_tensor("src", src, (None,), torch.int32, device)
-    check_tensor("dst", dst, (src.shape[0],), torch.int32, device)
-    for name, ids in (("src", src), ("dst", dst)):
-        if ids.numel():
-            low, high = bounds(ids)
-            if low < 0 or (high >> slab_shift) >= len(slabs):
-                raise ValueError(f"{name} must be page ids of {len(slabs)} slabs, got {low} to {high}")
-            sizes = torch.tensor([slab.shape[0] for slab in slabs], device=device)
-            beyond = (ids & ((1 << slab_shift) - 1)) >= sizes[(ids >> slab_shift).long()]
-            if bool(beyond.any()):
-                raise ValueError(f"{name} names page {int(ids[beyond][0])}, which is in none of the slabs")
-
-
 def check_block(q: Tensor, k: Tensor, rows: Rows, tail: Tail | None, device: torch.device) -> None:
     """Checks a block of queries and new keys against the rows and the tail."""
     layout = rows.layout

@@ -292,14 +292,6 @@ class ReferenceBackend(Backend):
             return slots.k, slots.v
         return hadamard(slots.k, rows.layout.rotation_block), slots.v
 
-    def copy_pages(
-        self, slabs: Sequence[Tensor], slab_addresses: Tensor, slab_shift: int, dst: Tensor, src: Tensor
-    ) -> None:
-        checks.check_page_ids(slabs, slab_shift, dst, src, src.device)
-        mask = (1 << slab_shift) - 1
-        for to, of in zip(dst.tolist(), src.tolist(), strict=True):
-            slabs[to >> slab_shift][to & mask] = slabs[of >> slab_shift][of & mask]
-
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
         checks.check_pages(layout, tier, pages, pages.device)
         return pages.clone()

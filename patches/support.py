@@ -16,7 +16,6 @@ from kvcompress_hf.errors import UnsupportedModelError
 __all__ = [
     "check_adapters",
     "check_model",
-    "_reason_against_heads",
     "text_config",
     "unwrap",
 ]

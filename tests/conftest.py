@@ -1,9 +1,10 @@
 """What all tests share: one thread for the whole suite (tiny models gain nothing from two, and two that spin on a busy
-machine lose), and a small Llama."""
+machine lose), a small Llama, and the walk that honest bytes are checked by."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+_HOLDS_NO_TENSOR = (str, bytes, int, float, type, torch.dtype, torch.device, torch.nn.Module)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,7 +24,35 @@ def tiny_llama():
     defaults = {**sizes, **heads, "initializer_range": 0.2, "eos_token_id": None}
 
     def build(seed=0, **config):
+        from transformers import LlamaConfig, LlamaForCausalLM  # not for tests of kernels alone
+
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**{**defaults, **config})).eval()
 
     return build
+
+
+def _held_bytes(*roots):
+    seen, storages, queue = set(), {}, list(roots)
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, _HOLDS_NO_TENSOR):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            queue += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            queue += list(item)
+        else:
+            queue += list(getattr(item, "__dict__", {}).values())
+            queue += [getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name)]
+    return sum(storages.values())
+
+
+@pytest.fixture(scope="session")
+def held_bytes():
+    """`held_bytes(*roots)`: bytes of every distinct tensor storage reachable through attributes and containers."""
+    return _held_bytes

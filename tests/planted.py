@@ -4,7 +4,7 @@ import torch
 
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.patches import interface, swap
-from kvcompress_hf.patches.llama import PagedLlamaAttention
+from kvcompress_hf.patches.families import PagedLlamaAttention
 
 
 def in_attend(change):

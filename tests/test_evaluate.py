@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import kvcompress_hf as kvc
 from kvcompress_hf.cli import main, parse_budget, suites, suites_run
@@ -41,19 +41,8 @@ def tokenizer(text):
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+def model(tiny_llama):
+    return tiny_llama(eos_token_id=2, vocab_size=400)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.observers.expected import ExpectedAttention
@@ -116,19 +115,13 @@ def test_deeply_nested_json(depth, reason):
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        pad_token_id=0,
+def model(tiny_llama):
+    return kvc.patch(
+        tiny_llama(
+            eos_token_id=2, initializer_range=0.02, hidden_size=32, intermediate_size=32, head_dim=16, pad_token_id=0
+        ),
+        "k8v4",
     )
-    torch.manual_seed(0)
-    return kvc.patch(LlamaForCausalLM(config).eval(), "k8v4")
 
 
 @pytest.mark.parametrize("value", [*(v for v in NEVER if v is not None), 0, 0.0, 1e9, "", "-1MiB", "9" * 400 + "B"])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 
@@ -11,19 +10,8 @@ TOKENS = 300
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.2,  # attention that looks at something, so that losing it shows
-    )
-    return LlamaForCausalLM(config).eval()
+def model(tiny_llama):
+    return tiny_llama(eos_token_id=2, vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")

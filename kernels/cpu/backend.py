@@ -161,17 +161,6 @@ class CpuBackend(Backend):
         self._call("dense", c)
         return k, v
 
-    def copy_pages(
-        self, slabs: Sequence[Tensor], slab_addresses: Tensor, slab_shift: int, dst: Tensor, src: Tensor
-    ) -> None:
-        checks.check_page_ids(slabs, slab_shift, dst, src, CPU)
-        checks.check_tensor("slab_addresses", slab_addresses, (len(slabs),), torch.int64, CPU)
-        if src.numel() == 0:
-            return
-        c = abi.KvcCopy(page_bytes=slabs[0].shape[1], slab_shift=slab_shift, n=src.shape[0])
-        c.slabs, c.dst, c.src = slab_addresses.data_ptr(), dst.data_ptr(), src.data_ptr()
-        self._call("copy", c)
-
     def _convert(self, layout: PageLayout, tier: int, pages: Tensor, to_canonical: bool) -> Tensor:
         checks.check_pages(layout, tier, pages, CPU)
         pages = pages.contiguous()
@@ -189,38 +178,6 @@ class CpuBackend(Backend):
         return self._convert(layout, tier, pages, False)
 
     # ---------------------------------------------------------------------------------------- attention
-    def decode_attention(
-        self,
-        q: Tensor,
-        k_new: Tensor | None,
-        v_new: Tensor | None,
-        rows: Rows,
-        tail: Tail,
-        *,
-        position: int,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
-        valid: Tensor | None = None,
-        append: bool = True,
-        sum_field: str | None = None,
-        square_field: str | None = None,
-    ) -> Tensor:
-        checks.check_query(q, tail.k.shape[1], rows.layout, CPU)
-        plan = self.plan_decode(
-            rows,
-            tail,
-            scale=scale,
-            q_heads=q.shape[1],
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
-            sum_field=sum_field,
-            square_field=square_field,
-        )
-        return plan.run(q, k_new, v_new, position, valid, append)
-
     def plan_decode(
         self,
         rows: Rows,

@@ -78,7 +78,6 @@ KVC_OPERATION(move, KvcMove)
 KVC_OPERATION(retier, KvcRetier)
 KVC_OPERATION(fields, KvcFields)
 KVC_OPERATION(dense, KvcDense)
-KVC_OPERATION(copy, KvcCopy)
 KVC_OPERATION(convert, KvcConvert)
 KVC_OPERATION(decode, KvcDecode)
 KVC_OPERATION(chunk, KvcChunk)
@@ -92,7 +91,7 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
   } sizes[] = {
       {"layout", sizeof(KvcLayout)}, {"append", sizeof(KvcAppend)}, {"pack", sizeof(KvcPack)},
       {"move", sizeof(KvcMove)},     {"retier", sizeof(KvcRetier)}, {"fields", sizeof(KvcFields)},
-      {"dense", sizeof(KvcDense)},   {"copy", sizeof(KvcCopy)},     {"convert", sizeof(KvcConvert)},
+      {"dense", sizeof(KvcDense)},   {"convert", sizeof(KvcConvert)},
       {"decode", sizeof(KvcDecode)}, {"chunk", sizeof(KvcChunk)},   {"scores", sizeof(KvcScores)},
   };
   for (const auto& entry : sizes) {

@@ -20,7 +20,6 @@
   int retier(KvcRetier*);         \
   int fields(KvcFields*);         \
   int dense(KvcDense*);           \
-  int copy(KvcCopy*);             \
   int convert(KvcConvert*);       \
   int decode(KvcDecode*);         \
   int chunk(KvcChunk*);           \

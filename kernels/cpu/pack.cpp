@@ -633,16 +633,6 @@ int dense(KvcDense* args) {
   return KVC_OK;
 }
 
-int copy(KvcCopy* args) {
-  const KvcCopy& a = *args;
-#pragma omp parallel for schedule(static) if (a.n * a.page_bytes > (1 << 18))
-  for (int i = 0; i < a.n; i++) {
-    memcpy(page_address(a.slabs, a.slab_shift, a.page_bytes, a.dst[i]),
-           page_address(a.slabs, a.slab_shift, a.page_bytes, a.src[i]), static_cast<size_t>(a.page_bytes));
-  }
-  return KVC_OK;
-}
-
 int convert(KvcConvert* args) {
   const KvcConvert& a = *args;
   const Tier t(a.layout, a.tier);

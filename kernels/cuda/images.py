@@ -40,7 +40,6 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "kvc_retier",
         "kvc_fields",
         "kvc_dense",
-        "kvc_copy",
         "kvc_append",
         "kvc_advance",
     ),

@@ -1,4 +1,4 @@
-// Storing and moving slots: append, pack, move, retier, fields, dense, copy. One warp works on one slot; in canonical
+// Storing and moving slots: append, pack, move, retier, fields, dense. One warp works on one slot; in canonical
 // order no two slots share a byte, so no order among warps matters. Compiled without fusing multiply and add: the
 // codes must be those of quantize.py, bit for bit.
 #include "pages.cuh"
@@ -200,13 +200,6 @@ KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_dense(KVC_PARAMETER KvcLayout l
     for (int d = thread_lane(); d < layout.head_dim; d += 32) to[d] = scratch.x[d];
     __syncwarp();
   }
-}
-
-// One block per page.
-KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_copy(KVC_PARAMETER KvcCopy a) {
-  uint8_t* to = page_address(a.slabs, a.slab_shift, a.page_bytes, a.dst[blockIdx.x]);
-  const uint8_t* of = page_address(a.slabs, a.slab_shift, a.page_bytes, a.src[blockIdx.x]);
-  copy_words(to, of, static_cast<int>(a.page_bytes), threadIdx.x, blockDim.x);
 }
 
 // One block per new token of a sequence. Lengths stay as they are: other blocks read them; kvc_advance follows.

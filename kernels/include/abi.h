@@ -139,13 +139,6 @@ typedef struct {  // dequantised, un-rotated slots as float [rows, stride, D]
   int64_t stride;
 } KvcDense;
 
-typedef struct {  // whole pages dst <- src (any slab)
-  const int64_t* slabs;
-  int64_t page_bytes;
-  int32_t slab_shift, n;
-  const int32_t *dst, *src;               // checked by the caller
-} KvcCopy;
-
 typedef struct {  // pages in CPU order <-> canonical order (page_layout.h); bytes outside the sections are copied
   const KvcLayout* layout;
   const uint8_t* from;                    // [n, page_bytes]

@@ -9,9 +9,13 @@ import torch
 
 from kvcompress_hf import kernels
 from kvcompress_hf.io.container import StoredFile
-from kvcompress_hf.io.form import BLOCK, live_entries, most_capacity, tail_shapes
+from kvcompress_hf.io.form import BLOCK, live_entries, most_capacity
 from kvcompress_hf.io.header import Header
+from kvcompress_hf.paging import stored_rows
 from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.key_centring import KEY_SHIFT
+from kvcompress_hf.paging.means import MEANS
+from kvcompress_hf.paging.sequence_tensors import of_layers, shape_of
 from kvcompress_hf.paging.store import Geometry, PagedStore
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime.attention import AttentionState, layout_for
@@ -22,6 +26,7 @@ _ALIGNMENT = 64  # of a slab's first byte: vector loads never straddle a cache l
 _ENTRIES = 2**17  # of tables and lengths that are worked on at a time
 _SPARE_TAIL = 24 * 2**20  # bytes of all tails of a file that are allocated for tokens to come
 _CPU = torch.device("cpu")
+_MEANS = [each.name for each in MEANS]
 
 
 class StorePart:
@@ -55,28 +60,29 @@ class StorePart:
         self._batch, self._capacity = state.batch, values.tail_capacity
         self._spare = _SPARE_TAIL // len(header.stores)
         self._starts = [sum(counts[:tier]) for tier in range(len(tiers) + 1)]
+        self._declared = {each.name: each for each in stored_rows.declare(self.layout, _CPU)}
+        heads, dim = self.geometry.kv_heads, self.geometry.head_dim
+        self._sizes = dict(layers=len(self.layers), batch=state.batch, kv_heads=heads, head_dim=dim)
+        self._sizes |= dict(tiers=len(tiers), fields=len(self.layout.fields))
         self._tensors = self._read(recipe, state)
         self._check_tail(state)
         self._check_lengths(state)
         self._references = torch.cat([self._check_table(tier) for tier in range(len(tiers))])
 
     def _read(self, recipe: Recipe, state: AttentionState) -> dict[str, torch.Tensor]:
-        layers, batch, heads, dim = len(self.layers), self._batch, self.geometry.kv_heads, self.geometry.head_dim
-        rows, dtype = layers * batch * heads, self.geometry.dtype
         used = max(state.tail_used[layer] for layer in self.layers)
-        shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
-        shapes["lengths"] = (torch.int32, (len(self.layout.tiers), rows))
-        shapes["tail_lengths"] = (torch.int32, (layers, batch))
         present = {name for name in self._file.entries if name.startswith(f"{self._name}.")}
-        if used or f"{self._name}.tail_keys" in present:
-            shapes |= tail_shapes(self.geometry, self.layout, layers, batch, used)
-        if recipe.observer is not None and recipe.observer.describes and f"{self._name}.sums" in present:
-            shapes["sums"] = (torch.float32, (2, layers, batch, heads, dim))
-            shapes["summed"] = (torch.float32, (layers, batch))
-        if recipe.centres_keys and f"{self._name}.key_shift" in present:
-            shapes["key_shift"] = (dtype, (layers, batch, heads, 1, dim))
-        for tier in range(len(self.layout.tiers)):
-            shapes[f"table.{tier}"] = (torch.int32, (rows, None))
+        tail = used > 0 or f"{self._name}.tail_keys" in present
+        # What else a file may lack is only taken where the recipe has a use for it.
+        optional = {name: recipe.observer is not None and bool(recipe.observer.describes) for name in _MEANS}
+        optional[KEY_SHIFT.name] = recipe.centres_keys
+        shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
+        for name, each in self._declared.items():
+            wanted = tail if "slots" in each.dims else each.always or f"{self._name}.{name}" in present
+            if wanted and each.saved and optional.get(name, True):
+                shape = zip(each.dims, shape_of(each, {**self._sizes, "slots": used}), strict=True)
+                dims = tuple(None if dim == "columns" else size for dim, size in shape)
+                shapes[name] = each.dtype or self.geometry.dtype, dims
         for name, what in shapes.items():  # nothing is read before all of it is known to fit
             self._file.expect(f"{self._name}.{name}", *what)
         unknown = present - {f"{self._name}.{name}" for name in (*shapes, "pages")}
@@ -199,18 +205,10 @@ class StorePart:
 
     def _of_layers(self, layers: Sequence[int]) -> dict[str, torch.Tensor]:
         """The tensors of some layers."""
-        per_layer = self._batch * self.geometry.kv_heads
         chosen = torch.tensor(list(layers))
-        rows = (chosen[:, None] * per_layer + torch.arange(per_layer)).flatten()
-        tensors = {}
-        for name, tensor in self._tensors.items():
-            if name.startswith("table."):
-                tensors[name] = tensor[rows]
-            elif name == "lengths":
-                tensors[name] = tensor[:, rows].contiguous()
-            else:
-                tensors[name] = tensor[:, chosen].contiguous() if name == "sums" else tensor[chosen]
-        return tensors
+        return {
+            name: of_layers(self._declared[name], tensor, chosen, self._sizes) for name, tensor in self._tensors.items()
+        }
 
     def _live_blocks(
         self, tensors: Mapping[str, torch.Tensor], tier: int

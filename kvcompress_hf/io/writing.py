@@ -20,15 +20,17 @@ import torch
 
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import Section, tensor_bytes, write
-from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSION, ORDERS, live_entries, most_capacity, tail_shapes
+from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSION, ORDERS, live_entries, most_capacity
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.io.reading import check_file
+from kvcompress_hf.paging.sequence_tensors import shape_of
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.runtime.attention import AttentionState, PagedAttention
 
 __all__ = ["save_cache"]
 
 _NOT_WRITTEN = ("weights", "layers", "shards")  # of an identity: a tensor, and what holds for this process only
+_COUNTED = ("layers", "batch", "slots")  # dimensions that the lengths of tails tell of
 
 
 def save_cache(attention: PagedAttention, identity: ModelIdentity, path: str | os.PathLike[str]) -> None:
@@ -176,24 +178,22 @@ def _fill_tail(store: PagedStore, tensors: dict[str, torch.Tensor], used: int) -
     found; it must not get into a file.
     """
     lengths = tensors["tail_lengths"]
-    layers, batch = lengths.shape
+    layers = lengths.shape[0]
     filled = torch.arange(used, device=lengths.device) < lengths[..., None]  # [layers, batch, used]
     if not used or ("tail_keys" in tensors and tensors["tail_keys"].shape[3] == used and bool(filled.all())):
         return
-    wide = filled[:, :, None, :, None]
-    masks = {
-        "tail_keys": wide,
-        "tail_values": wide,
-        "tail_positions": filled,
-        "tail_fields": filled[:, None, :, None],
-    }
-    for name, (dtype, shape) in tail_shapes(store.geometry, store.layout, layers, batch, used).items():
-        whole = torch.zeros(shape, dtype=dtype, device=lengths.device)
+    sizes = {**store.tensors.sizes, "layers": layers, "slots": used}
+    for name, each in store.tensors.declared.items():
+        if "slots" not in each.dims:
+            continue
+        shape = shape_of(each, sizes)
+        whole = torch.zeros(shape, dtype=each.dtype or store.geometry.dtype, device=lengths.device)
         held = tensors.get(name)
         if held is not None:
-            axis = 3 if masks[name] is wide else len(shape) - 1
+            axis = each.dims.index("slots")
             whole.narrow(axis, 0, held.shape[axis]).copy_(held)
-            whole.masked_fill_(~masks[name], 0)
+            counted = [size if dim in _COUNTED else 1 for dim, size in zip(each.dims, shape, strict=True)]
+            whole.masked_fill_(~filled.view(counted), 0)
         tensors[name] = whole
 
 

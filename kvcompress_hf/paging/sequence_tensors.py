@@ -43,6 +43,48 @@ class Declared:
     always: bool = False
 
 
+def shape_of(each: Declared, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a tensor by its declaration.
+
+    Args:
+        each (`Declared`): Which.
+        sizes (`Mapping[str, int]`): `layers`, `batch`, `kv_heads`, `head_dim`, `tiers` and `fields`; `slots` and
+            `columns` are 0 when left out.
+
+    Returns:
+        `tuple[int, ...]`: The shape.
+    """
+    known = {"columns": 0, "slots": 0, **sizes}
+    known["rows"] = known["layers"] * known["batch"] * known["kv_heads"]
+    return tuple(dim if isinstance(dim, int) else known[dim] for dim in each.dims)
+
+
+def of_layers(each: Declared, value: torch.Tensor, index: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+    """The part that some layers have in a tensor.
+
+    Args:
+        each (`Declared`): Which tensor.
+        value (`torch.Tensor`): Its value.
+        index (`torch.Tensor`): `int64` `[layers]`, on the value's device.
+        sizes (`Mapping[str, int]`): `batch` and `kv_heads`.
+
+    Returns:
+        `torch.Tensor`: A copy with these layers.
+    """
+    if "layers" in each.dims:
+        return value.index_select(each.dims.index("layers"), index)
+    return _of_rows(each, value, 0, index, sizes)
+
+
+def _of_rows(
+    each: Declared, value: torch.Tensor, part: int, index: torch.Tensor, sizes: Mapping[str, int]
+) -> torch.Tensor:
+    dim = each.dims.index("rows")
+    # One size is left to be found out, as a file may hold fewer layers than the store.
+    whole = value.unflatten(dim, (-1, sizes["batch"], sizes["kv_heads"]))
+    return whole.index_select(dim + part, index).flatten(dim, dim + 2)
+
+
 class SequenceTensors:
     """The declared tensors of one store; those that are not there yet have no entry in `values`.
 
@@ -104,9 +146,7 @@ class SequenceTensors:
         Returns:
             `tuple[int, ...]`: Its shape.
         """
-        known = {"columns": 0, "slots": 0, **self.sizes, **sizes}
-        known["rows"] = known["layers"] * known["batch"] * known["kv_heads"]
-        return tuple(dim if isinstance(dim, int) else known[dim] for dim in each.dims)
+        return shape_of(each, {**self.sizes, **sizes})
 
     # -- along a dimension -----------------------------------------------------------------------------------------
 
@@ -123,28 +163,7 @@ class SequenceTensors:
         """
         if "batch" in each.dims:
             return value.index_select(each.dims.index("batch"), index)
-        return self._of_rows(each, value, 1, index)
-
-    def of_layers(self, each: Declared, value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The part of some layers.
-
-        Args:
-            each (`Declared`): Which tensor.
-            value (`torch.Tensor`): Its value.
-            index (`torch.Tensor`): `int64` `[layers]`, on the value's device.
-
-        Returns:
-            `torch.Tensor`: A copy with these layers.
-        """
-        if "layers" in each.dims:
-            return value.index_select(each.dims.index("layers"), index)
-        return self._of_rows(each, value, 0, index)
-
-    def _of_rows(self, each: Declared, value: torch.Tensor, part: int, index: torch.Tensor) -> torch.Tensor:
-        dim = each.dims.index("rows")
-        # One size is left to be found out, as a file may hold fewer layers than the store.
-        whole = value.unflatten(dim, (-1, self.sizes["batch"], self.sizes["kv_heads"]))
-        return whole.index_select(dim + part, index).flatten(dim, dim + 2)
+        return _of_rows(each, value, 1, index, self.sizes)
 
     def _first_layers(self, each: Declared, value: torch.Tensor, layers: int) -> torch.Tensor:
         if "layers" in each.dims:

@@ -4,49 +4,21 @@ import gc
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 
 HEAD_DIM, KV_HEADS, LAYERS = 128, 2, 2
 
 
-def held_bytes(root):
-    """Bytes of every distinct tensor storage reachable from an object through attributes and containers."""
-    seen, storages, queue = set(), {}, [root]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen or isinstance(item, (str, bytes, int, float, type, torch.dtype, torch.device)):
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            queue += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            queue += list(item)
-        else:
-            queue += list(getattr(item, "__dict__", {}).values())
-            queue += [getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name)]
-    return sum(storages.values())
-
-
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
+def model(tiny_llama):
+    return tiny_llama(
+        initializer_range=0.02,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
         max_position_embeddings=32768,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ).to(torch.bfloat16)
 
 
 def dense_bytes(tokens, batch=1):
@@ -65,7 +37,7 @@ def generate(model, tokens, new, **kwargs):
     [("k8v4", {}, 0.42), ("k4v2", {}, 0.225), ("k8v8", {}, 0.55), ("kv-compress", {"budget": 1 / 8}, 0.135)],
 )
 @pytest.mark.parametrize("new", [1, 257])
-def test_4096_tokens_take_their_share_of_the_dense_cache(model, recipe, overrides, most, new):
+def test_4096_tokens_take_their_share_of_the_dense_cache(model, recipe, overrides, most, new, held_bytes):
     with kvc.patched(model, recipe, **overrides):
         cache = generate(model, 4096, new)
     tokens = cache.get_seq_length()
@@ -77,7 +49,7 @@ def test_4096_tokens_take_their_share_of_the_dense_cache(model, recipe, override
     assert memory.dense == dense_bytes(tokens)
 
 
-def test_the_walk_itself_sees_a_dense_cache(model):
+def test_the_walk_itself_sees_a_dense_cache(model, held_bytes):
     cache = generate(model, 300, 1)
     assert held_bytes(cache) >= dense_bytes(300)
 
@@ -91,7 +63,7 @@ def test_heads_hold_different_numbers_of_slots(model):
 
 
 @pytest.mark.parametrize("chunk", [512])
-def test_a_long_prompt_in_chunks_never_holds_more_than_budget_and_chunk(model, chunk):
+def test_a_long_prompt_in_chunks_never_holds_more_than_budget_and_chunk(model, chunk, held_bytes):
     with kvc.patched(model, "kv-compress", budget=1 / 16):
         cache = generate(model, 16384, 1, prefill_chunk_size=chunk)
         peak = kvc.report(model).statistics.peak_bytes
@@ -101,7 +73,7 @@ def test_a_long_prompt_in_chunks_never_holds_more_than_budget_and_chunk(model, c
     assert peak >= held_bytes(cache)
 
 
-def test_memory_is_returned_when_a_cache_goes_or_is_reset(model):
+def test_memory_is_returned_when_a_cache_goes_or_is_reset(model, held_bytes):
     with kvc.patched(model, "k8v4"):
         cache = generate(model, 1024, 4)
     cache.reset()
@@ -131,7 +103,7 @@ def test_the_report_prints_parts_that_add_up(model):
 
 
 @pytest.mark.parametrize("new", (1, 2, 20, 70))
-def test_the_peak_is_never_below_what_is_held(model, new):
+def test_the_peak_is_never_below_what_is_held(model, new, held_bytes):
     with kvc.patched(model, "lossless"):
         cache = generate(model, 55, new)
     assert cache.run_report.statistics.peak_bytes >= cache.memory().total == held_bytes(cache)

@@ -4,27 +4,15 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
 
 
 @pytest.fixture(scope="module")
-def stock():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        eos_token_id=None,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+def stock(tiny_llama):
+    return tiny_llama(vocab_size=96, intermediate_size=96, num_hidden_layers=3, head_dim=16)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -26,22 +24,10 @@ CENTRED = kvc.Recipe(name="centred", centre_keys=True)
 
 
 @pytest.fixture(scope="module")
-def stock():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        attention_bias=True,
-        rope_theta=1e6,
-        eos_token_id=None,
-        initializer_range=0.2,
+def stock(tiny_llama):
+    model = tiny_llama(
+        vocab_size=96, intermediate_size=96, num_hidden_layers=3, head_dim=16, attention_bias=True, rope_theta=1e6
     )
-    model = LlamaForCausalLM(config).eval()
     for layer in model.model.layers:  # offsets in the slowest channels, as in Qwen2
         layer.self_attn.k_proj.bias.data.view(2, 2, 8)[..., 5:] = torch.tensor([20.0, -30.0, 40.0])
     return model

@@ -66,29 +66,6 @@ def filled(model, recipe, prompt=300, decoded=20, batch=2, pads=(), **kwargs):
     return cache, mask
 
 
-def held_bytes(*roots):
-    """Bytes of every distinct tensor storage reachable from objects through attributes and containers."""
-    seen, storages, queue = set(), {}, list(roots)
-    while queue:
-        item = queue.pop()
-        if id(item) in seen or isinstance(item, (str, bytes, int, float, type, torch.dtype, torch.device)):
-            continue
-        seen.add(id(item))
-        if isinstance(item, (torch.nn.Module, transformers.PreTrainedConfig)):
-            continue
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, dict):
-            queue += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            queue += list(item)
-        else:
-            queue += list(getattr(item, "__dict__", {}).values())
-            queue += [getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name)]
-    return sum(storages.values())
-
-
 def goes_on_alike(model, cache, loaded, mask=None, steps=40):
     """Chunk and single tokens: the same logits to the last bit, and the same file at the end."""
     batch = cache.batch_size
@@ -323,7 +300,7 @@ def test_a_device_map_says_where_layers_live():
     assert set(offloaded.weights) == {-1} and identity.difference(offloaded) is None
 
 
-def test_memory_counts_mapped_pages_as_what_they_are(model, tmp_path):
+def test_memory_counts_mapped_pages_as_what_they_are(model, tmp_path, held_bytes):
     cache, _ = filled(model, "kv-compress", prompt=2000)
     cache.save(tmp_path / "cache")
     loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)

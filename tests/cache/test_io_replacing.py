@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.io.replace import replace_file
@@ -19,18 +18,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions and pip
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=16,
-        eos_token_id=None,
+def model(tiny_llama):
+    return kvc.patch(
+        tiny_llama(initializer_range=0.02, hidden_size=32, intermediate_size=32, num_attention_heads=2, head_dim=16),
+        "lossless",
     )
-    return kvc.patch(LlamaForCausalLM(config).eval(), "lossless")
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,16 @@
 """One context and many questions, chats that keep their cache, and what forks cost."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import kvcompress_hf as kvc
 
 ROOT = Path(__file__).parents[2]
 NAME = ROOT / "examples" / "models" / "kvlm-tiny"
-
-
-@pytest.fixture(scope="module")
-def held_bytes():
-    """The walk over storages of `test_io.py`."""
-    spec = importlib.util.spec_from_file_location("test_io_walk", Path(__file__).with_name("test_io.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.held_bytes
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +100,10 @@ def test_a_prompt_that_the_cache_already_holds_is_refused(model, tokenizer, cont
 
 
 @pytest.mark.parametrize("recipe", ["k8v4", "kv-compress"])
-def test_ten_forks_of_4096_tokens_cost_little_until_they_diverge(recipe, held_bytes):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
-        max_position_embeddings=8192,
+def test_ten_forks_of_4096_tokens_cost_little_until_they_diverge(recipe, held_bytes, tiny_llama):
+    model = tiny_llama(eos_token_id=2, initializer_range=0.02, head_dim=128, max_position_embeddings=8192).to(
+        torch.bfloat16
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     cache = kvc.prefill(model, torch.randint(0, 64, (1, 4096)), recipe)
     kvc.patch(model, recipe)
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcompress_hf import CompressedPagedCache, get_preset, patch, presets
 from kvcompress_hf.compat import as_argument
@@ -19,20 +18,8 @@ TURNS = {
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return patch(LlamaForCausalLM(config).eval(), "lossless", check=False)
+def model(tiny_llama):
+    return patch(tiny_llama(initializer_range=0.02, vocab_size=160, pad_token_id=0), "lossless", check=False)
 
 
 def _turn(lengths, behind, seed):

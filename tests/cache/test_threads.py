@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.paging.arena import Arena
@@ -23,20 +22,10 @@ def often_switched():
 
 
 @pytest.fixture(scope="module")
-def model():
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        pad_token_id=0,
-        initializer_range=0.2,
+def model(tiny_llama):
+    return kvc.patch(
+        tiny_llama(eos_token_id=2, hidden_size=32, intermediate_size=32, head_dim=16, pad_token_id=0), "k8v4"
     )
-    torch.manual_seed(0)
-    return kvc.patch(LlamaForCausalLM(config).eval(), "k8v4")
 
 
 def ids(seed, tokens, batch=1):

@@ -32,8 +32,6 @@ for head_dim, group, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHA
         backend.retier(rows, row, tier, src, (tier + 1) % len(tiers), dst)
         backend.read_slots(rows, tier, 50)
         backend.write_field(rows, tier, "sum", torch.zeros(4, 50))
-    pages = rows.tables[0].flatten()
-    backend.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, pages[:1], pages[1:2])
     backend.chunk_attention(q, k, v, rows, tail, position=900, scale=0.1, return_lse=True)
     backend.chunk_attention(q[:, :, :1], k, v, rows, tail, position=900, scale=0.1, window=99)
     many = [twins.randn(heads, 70) for heads in (6, 2, 2)]

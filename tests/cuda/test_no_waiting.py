@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
@@ -45,13 +44,8 @@ class Questions(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=101, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().half()
+def model(tiny_llama):
+    return tiny_llama(eos_token_id=2, initializer_range=0.02, vocab_size=101, num_hidden_layers=1, head_dim=64).half()
 
 
 def test_questions_are_noticed(monkeypatch):

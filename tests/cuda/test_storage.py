@@ -85,14 +85,6 @@ def test_append(make_twins, backend, exact, dtype):
         backend.append(twins.tail, *(twins.randn(2, 20) for _ in range(2)), 107)
 
 
-def test_copy_pages(make_twins, backend, exact):
-    twins = make_twins()
-    src, dst = twins.rows.tables[0][:2].flatten().contiguous(), twins.rows.tables[0][2:].flatten().contiguous()
-    for b, rows in ((backend, twins.rows), (exact, twins.expected_rows)):
-        b.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, dst, src)
-    twins.assert_same_pages()
-
-
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_sequence_of_moves_and_retiers(make_twins, shim, exact, data):

@@ -79,16 +79,6 @@ def test_pack(broken, backend):
     assert all(torch.equal(slab, before) for slab, before in zip(rows.slabs, contents, strict=True))
 
 
-def test_whole_pages(build_cache, backend):
-    cache = build_cache(backend)
-    rows = cache.rows
-    rows.slabs[0] = rows.slabs[0][:2]
-    for dst, src in ((0, 2), (3, 1), (0, -1), (len(rows.slabs) << rows.slab_shift, 0)):
-        ids = (torch.tensor([each], dtype=torch.int32) for each in (dst, src))
-        with pytest.raises(ValueError, match="page"):
-            backend.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, *ids)
-
-
 def test_a_plan_notices_ids_that_came_after_it(build_cache, backend):
     """Page ids of slabs that were added later mean nothing to the addresses that a plan holds."""
     cache = build_cache(backend, tiers=[(8, 4)])

@@ -18,7 +18,6 @@ LIBRARY = FOLDER / "libkvc_cpu.so"
 CHOSEN = [
     "storage/test_fields.py",
     "storage/test_move.py::test_any_sequence_of_moves_and_retiers",
-    "storage/test_move.py::test_copy_pages",
     "storage/test_move.py::test_move_fills_holes_with_the_last_slots",
     "storage/test_pack.py",
     "test_attention_chunk.py::test_allowed_and_bias",

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 import kvcompress_hf as kvc
@@ -14,20 +13,8 @@ TOKENS, LEAD = 70, 8
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config).eval()
+def model(tiny_llama):
+    return tiny_llama(eos_token_id=2, vocab_size=97, head_dim=16, initializer_range=0.3, attn_implementation="eager")
 
 
 def prompt(batch=1, seed=0):

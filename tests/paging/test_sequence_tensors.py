@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.paging import stored_rows
 from kvcompress_hf.paging.sequence_tensors import Declared
 
-CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64)
+SIZES = dict(vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=2, head_dim=16)
+CONFIG = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
 DIMS = [("layers", "batch", "kv_heads"), ("batch", 3, "layers"), ("tiers", "rows"), (2, "layers", "batch", "head_dim")]
 
 
@@ -34,7 +35,7 @@ def fill(cache, count, seed=0, batch=2):
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_a_made_up_tensor_lives_the_life_of_the_cache(declare, dims):
+def test_a_made_up_tensor_lives_the_life_of_the_cache(declare, dims, tmp_path):
     plain = fill(kvc.CompressedPagedCache(CONFIG, "k8v4"), 20)
     declare(dtype=torch.float32, dims=dims, kind="metadata", always=True)
     cache = fill(kvc.CompressedPagedCache(CONFIG, "k8v4"), 20)
@@ -62,6 +63,11 @@ def test_a_made_up_tensor_lives_the_life_of_the_cache(declare, dims):
         assert torch.equal(new, old[:, :, [1, 1, 0]])
     else:
         assert torch.equal(new, kept.index_select(dims.index("batch"), torch.tensor([1, 1, 0])))
+
+    cache.save(tmp_path / "made-up")
+    loaded = kvc.CompressedPagedCache.load(tmp_path / "made-up", LlamaForCausalLM(CONFIG))
+    (there,) = loaded.inspect().stores
+    assert torch.equal(there.tensors.values["made_up"], store.tensors.values["made_up"])
 
     cache.reset()
     assert not cache.inspect().stores

@@ -10,7 +10,6 @@ from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import is_patched, patch, patched, swap, unpatch
 from kvcompress_hf.patches.dry_run import trial
 from kvcompress_hf.patches.dry_run.stock import Notes, StockCache, behind_a_past
-from kvcompress_hf.patches.families import PagedLlamaAttention
 from kvcompress_hf.patches.generation import record_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

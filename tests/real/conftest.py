@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress_hf.cli.fetch import REAL_MODELS, fetch
@@ -49,29 +48,3 @@ def prose():
         return ids[:, :count]
 
     return prose
-
-
-@pytest.fixture(scope="session")
-def held_bytes():
-    """Adds up every distinct tensor storage that is reachable from an object."""
-
-    def held_bytes(root):
-        seen, storages, queue = set(), {}, [root]
-        while queue:
-            item = queue.pop()
-            if id(item) in seen or isinstance(item, (str, bytes, int, float, type, torch.dtype, torch.device)):
-                continue
-            seen.add(id(item))
-            if isinstance(item, torch.Tensor):
-                storage = item.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-            elif isinstance(item, dict):
-                queue += [*item.keys(), *item.values()]
-            elif isinstance(item, (list, tuple, set, frozenset)):
-                queue += list(item)
-            else:
-                queue += list(getattr(item, "__dict__", {}).values())
-                queue += [getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name)]
-        return sum(storages.values())
-
-    return held_bytes

@@ -1,4 +1,4 @@
-"""move, retier and copy_pages against the reference."""
+"""move and retier against the reference."""
 
 import pytest
 import torch
@@ -104,19 +104,6 @@ def test_any_sequence_of_moves_and_retiers(make_twins, make_states, data):
     twins.assert_same_pages()
 
 
-def test_copy_pages(make_twins, make_states, backend):
-    twins = make_twins(backend, 64, torch.float16, [(8, 4)])
-    _fill(twins, make_states, _ints([[60, 64], [1, 2]]))
-    pages = twins.rows.tables[0][:2].flatten()
-    dst, src = twins.rows.tables[0][2:].flatten(), pages
-    for b, rows in ((backend, twins.rows), (twins.reference, twins.expected)):
-        b.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, dst, src)
-    twins.assert_same_pages()
-    twins.rows.lengths[0][2:] = twins.rows.lengths[0][:2]
-    k, _ = backend.read_slots(twins.rows, 0, 64)
-    assert torch.equal(k[0], k[2])
-
-
 @pytest.mark.parametrize("make", [CpuBackend, ReferenceBackend])
 def test_errors_name_what_is_wrong(make_twins, make):
     twins = make_twins(make(), 32, torch.float32, [(8, 4), (4, 2)], count=2, room=64)
@@ -136,7 +123,5 @@ def test_errors_name_what_is_wrong(make_twins, make):
         backend.retier(rows, one, 0, torch.tensor([0]), 1, one)
     with pytest.raises(ValueError, match="tier must be between"):
         backend.retier(rows, one, 0, one, 2, one)
-    with pytest.raises(ValueError, match="page ids"):
-        backend.copy_pages(rows.slabs, rows.slab_addresses, rows.slab_shift, one, _ints([10**6]))
     backend.move(rows, 0, _ints([]), _ints([]), _ints([]))
     assert backend.retier(rows, _ints([]), 0, _ints([]), 1, _ints([])) == 0
