@@ -1,5 +1,6 @@
 # make demo   makes .venv, installs what the demonstration needs, and runs it
 # make test   adds what lint and the tests need, and runs lint and the whole test suite
+# make test-fast   ruff and the quick tests, one or two of every room: under a minute on two quiet cores
 # make test-transformers TRANSFORMERS=5.23.0   the tests of what we rely on, on another transformers: a version,
 #             `lowest` (of the range in pyproject.toml) or `newest` (on the package index)
 # make test-torch TORCH=torch==2.11.0   the same on another torch, in .venv-torch; fetches that torch (gigabytes, where
@@ -35,13 +36,22 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfi
 # What another transformers or torch could break: the contract, the patches, the cache's face.
 CONTRACT := tests/patches tests/cache
 
-.PHONY: demo test lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
+# Of every room what tells most in little time.
+FAST := tests/test_recipe.py tests/test_imports.py tests/paging tests/plans tests/observers/test_every_kind.py \
+	tests/kernels/storage/test_layout.py tests/kernels/storage/test_pack.py tests/cache/test_masks.py \
+	tests/cache/test_cache.py tests/cache/test_io_crops.py tests/patches/test_layers.py
+
+.PHONY: demo test test-fast lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
 
 demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
 
 test: lint
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.dev-$(KIND)
+	$(BIN)/ruff check .
+	$(PYTEST) $(FAST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-$(KIND)
 	$(BIN)/ruff check .

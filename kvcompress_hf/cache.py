@@ -153,14 +153,15 @@ class CompressedPagedCache(Cache):
         sliding_window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Stores new tokens and attends to everything stored; see [`PagedAttention.attend`].
+        """Stores new tokens and attends to everything stored.
 
         Args:
             layer_idx (`int`): Index of the layer.
             query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
             key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
             value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
-            attention_mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, tokens, tokens]`.
+            attention_mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, tokens, tokens]`; who of the new
+                tokens sees whom. A token that may not see itself is padding.
             scaling (`float`): Factor on the logits.
             dense (`Callable`): The stock attention over the new tokens, `[batch, tokens, q_heads, head_dim]`.
             softcap (`float`, *optional*): Soft cap on the logits.
@@ -174,6 +175,9 @@ class CompressedPagedCache(Cache):
             UnsupportedFeatureError: If the mask is not over the new tokens only.
             CacheMemoryError: If the cache would grow beyond its `max_bytes`.
             CacheFormatError: If the cache comes from a file whose pages are damaged.
+            ValueError: If the batch size, heads, head_dim, dtype or device are not those of the stored tokens.
+            RuntimeError: If an earlier forward pass stopped half way; its tokens are taken back. Or if the cache had to
+                be closed.
         """
         self._pending[layer_idx] = 0
         self._check_unread()
@@ -206,7 +210,7 @@ class CompressedPagedCache(Cache):
         sliding_window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends to what an earlier layer has stored, and stores nothing; see [`PagedAttention.attend_shared`].
+        """Attends to what an earlier layer has stored, and stores nothing.
 
         Args:
             layer_idx (`int`): Index of the layer that reads.

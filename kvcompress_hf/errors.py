@@ -1,7 +1,5 @@
 """The errors a person can meet. Each message names the value got, what is allowed, and what to do."""
 
-import torch
-
 __all__ = [
     "CacheFormatError",
     "CacheMemoryError",
@@ -43,6 +41,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         `bool`: True for Python's and torch's errors of this kind. On the CPU torch raises a bare `RuntimeError`, which
         only its words tell from others.
     """
+    import torch  # only here: the command's --help and the names of errors need none of it
+
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

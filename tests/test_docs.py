@@ -46,7 +46,19 @@ def test_pages_promise_nothing_open():
         assert "TODO" not in page.read_text(), f"{page.name} still has an open place"
 
 
+ROOMS = [*ROOT.glob("*/README.md"), *(ROOT / "kvcompress_hf").glob("*/README.md")]
+OUR_ROOMS = ("kernels", "patches", "kvcompress_hf", "runtime", "observers", "plans", "paging", "io", "cli")
+
+
+def test_every_room_says_what_belongs_there():
+    assert {page.parent.name for page in ROOMS} >= set(OUR_ROOMS)
+    for page in ROOMS:
+        for name in re.findall(r"`(\w+\.py)`", page.read_text()):
+            places = [page.parent / name, ROOT / "kvcompress_hf" / name]
+            assert any(place.exists() for place in places), f"{page} names {name}, which is not there"
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in [*PAGES, *ROOMS, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

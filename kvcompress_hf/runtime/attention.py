@@ -47,29 +47,22 @@ class PagedAttention(LayerWork):
     ) -> torch.Tensor:
         """Attention of new queries over everything stored and the new keys, which are stored on the way.
 
+        What [`CompressedPagedCache.attend`] says of arguments, result and errors holds here too.
+
         Args:
-            layer_idx (`int`): Index of the layer.
-            query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, after rotary embedding.
-            key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
-            value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, new tokens only.
-            mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, tokens, tokens]`; who of the new tokens
-                sees whom. A token that may not see itself is padding.
+            layer_idx (`int`): As there, like the others.
+            query (`torch.Tensor`): After rotary embedding.
+            key (`torch.Tensor`): New tokens only.
+            value (`torch.Tensor`): New tokens only.
+            mask (`torch.Tensor`, *optional*): `attention_mask` there. A token that may not see itself is padding.
             scaling (`float`): Factor on the logits.
-            dense (`Callable[[], torch.Tensor]`): The model's own attention over the new tokens,
-                `[batch, tokens, q_heads, head_dim]`; used while nothing is stored.
+            dense (`Callable[[], torch.Tensor]`): Used while nothing is stored.
             softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
-            window (`int`, *optional*): Sliding window in tokens.
-            sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
+            window (`int`, *optional*): `sliding_window` there.
+            sinks (`torch.Tensor`, *optional*): Extra logit per query head.
 
         Returns:
             `torch.Tensor`: `[batch, tokens, q_heads, head_dim]`.
-
-        Raises:
-            UnsupportedFeatureError: If the mask is not over the new tokens only.
-            CacheMemoryError: If the cache would grow beyond its `max_bytes`.
-            ValueError: If the batch size, heads, head_dim, dtype or device are not those of the stored tokens.
-            RuntimeError: If an earlier forward pass stopped half way; its tokens are taken back. Or if the cache had to
-                be closed.
         """
         last = layer_idx == len(self.layers) - 1 and not self._reading_again
         try:
@@ -169,24 +162,7 @@ class PagedAttention(LayerWork):
     ) -> torch.Tensor:
         """Attention of a layer that reads the keys and values of an earlier one; nothing is stored or scored.
 
-        Args:
-            layer_idx (`int`): Index of the layer that reads.
-            source_idx (`int`): Index of the layer whose keys and values they are; its own [`attend`] came before.
-            query (`torch.Tensor`): `[batch, q_heads, queries, head_dim]`; the newest tokens, possibly fewer than keys.
-            key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, the same new tokens as there.
-            value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
-            mask (`torch.Tensor`, *optional*): bool or additive, `[batch, 1, queries, tokens]`.
-            scaling (`float`): As in [`attend`].
-            dense (`Callable[[], torch.Tensor]`): As in [`attend`].
-            softcap (`float`, *optional*): As in [`attend`].
-            window (`int`, *optional*): As in [`attend`].
-            sinks (`torch.Tensor`, *optional*): As in [`attend`].
-
-        Returns:
-            `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
-
-        Raises:
-            UnsupportedFeatureError: If that layer is not known to be read by others, or the mask has another width.
+        Arguments, result and errors are those of [`CompressedPagedCache.attend_shared`], under the names of [`attend`].
         """
         last = layer_idx == len(self.layers) - 1
         try:
