@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfi
 CONTRACT := tests/patches tests/cache
 
 # Of every room what tells most in little time.
-FAST := tests/test_recipe.py tests/test_imports.py tests/paging tests/plans tests/observers/test_every_kind.py \
+FAST := tests/test_architecture.py tests/test_recipe.py tests/paging tests/plans tests/observers/test_every_kind.py \
 	tests/kernels/storage/test_layout.py tests/kernels/storage/test_pack.py tests/cache/test_masks.py \
 	tests/cache/test_cache.py tests/cache/test_io_crops.py tests/patches/test_layers.py
 

@@ -89,7 +89,7 @@ def forward(cache, new):
 def contents(cache, scores=True):
     """Everything that can be seen of what is stored: which slots, their codes, fields and the tail."""
     held = [cache.get_seq_length(), cache.batch_size]
-    for store in cache._attention.stores:
+    for store in cache.inspect().stores:
         held += [store.lengths.clone(), store.tail_lengths.clone(), store.arena.live]
         if not scores:
             continue
@@ -119,8 +119,8 @@ def same(first, second):
 
 def check_pages(cache):
     """No page is lost, and none is named that is free."""
-    for arena in cache._attention.arenas:
-        stores = [store for store in cache._attention.stores if store.arena is arena]
+    for arena in cache.inspect().arenas:
+        stores = [store for store in cache.inspect().stores if store.arena is arena]
         named = torch.cat([store.live_ids() for store in stores])
         assert arena.live == named.unique().numel()
         assert [slab.data_ptr() for slab in arena.slabs if slab.shape[0]] == [
@@ -167,7 +167,7 @@ def test_a_forward_pass_stopped_anywhere_can_be_repeated(name, kind):
         except RuntimeError as error:
             if "closed" in str(error):
                 closed += 1
-                assert cache.get_seq_length() == 0 and not cache._attention.arenas
+                assert cache.get_seq_length() == 0 and not cache.inspect().arenas
                 cache.reset()
                 forward(cache, tokens(40, seed=0))  # as good as new
                 continue
@@ -220,7 +220,7 @@ def test_any_other_change_stopped_anywhere_can_be_repeated(name):
     before = contents(cache)
     with StopAt() as counter:
         change(cache)
-    after, live = contents(cache), [arena.live for arena in cache._attention.arenas]
+    after, live = contents(cache), [arena.live for arena in cache.inspect().arenas]
     stopped = 0
     for line in sorted({1, 2, counter.count, *range(3, counter.count, max(1, counter.count // 11))}):
         cache = prepare()
@@ -232,11 +232,11 @@ def test_any_other_change_stopped_anywhere_can_be_repeated(name):
         else:
             continue  # a finalizer was stopped, which nobody notices
         gc.collect()  # what the change had made is gone
-        if cache._attention.rollback.closed is not None:
+        if cache.inspect().closed is not None:
             assert may_close, stop.place
             with pytest.raises(RuntimeError, match="closed"):
                 forward(cache, tokens(1, seed=1))
-            assert not cache._attention.arenas
+            assert not cache.inspect().arenas
             continue
         if same(contents(cache), after) and not same(after, before):
             assert line > 0.9 * counter.count, stop.place  # it was through
@@ -246,6 +246,6 @@ def test_any_other_change_stopped_anywhere_can_be_repeated(name):
             change(cache)
         gc.collect()
         assert same(contents(cache), after), stop.place
-        assert [arena.live for arena in cache._attention.arenas] == live, stop.place
+        assert [arena.live for arena in cache.inspect().arenas] == live, stop.place
         check_pages(cache)
     assert stopped > 8

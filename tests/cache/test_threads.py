@@ -174,7 +174,7 @@ def test_pages_stay_where_they_are_while_a_cache_is_saved(model, tmp_path, monke
         with torch.no_grad():
             model(ids(seed, 300), past_key_values=cache)
     cache.save(tmp_path / "before")
-    arena, read, trims = cache._attention.arenas[0], Arena.read, []
+    arena, read, trims = cache.inspect().arenas[0], Arena.read, []
     other = early[0].fork()
     with torch.no_grad():
         model(ids(9, 900), past_key_values=other)

@@ -212,7 +212,7 @@ def wrong_tables(cache):
     import torch
 
     counts = {}
-    for store in cache._attention.stores:
+    for store in cache.inspect().stores:
         named = counts.setdefault(store.arena, torch.zeros_like(store.arena.references))
         for tier, (table, lengths) in enumerate(zip(store.tables, store.lengths, strict=True)):
             pages = -(-lengths // store.layout.tiers[tier].slots)
