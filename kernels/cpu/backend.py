@@ -442,10 +442,12 @@ class _CpuDecodePlan(DecodePlan):
         self._dtype = rows.layout.dtype
         self._q_shape = torch.Size((batch, q_heads, 1, head_dim))
         self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
-        # With its strides, which is quicker than `torch.empty`.
-        self._out_shape = (batch, 1, q_heads, head_dim)
-        self._out_strides = (q_heads * head_dim, q_heads * head_dim, head_dim, 1)
+        # The quickest way to an output is to ask for one like something of its shape. This has no memory of its own.
+        shape = (batch, 1, q_heads, head_dim)
+        self._like = tail.k.as_strided(shape, (0, 0, 0, 0)) if tail.k.numel() else torch.empty(shape, dtype=self._dtype)
+        # What the struct holds from the last step: only what differs is written.
         self._strides: tuple = ()
+        self._appends = self._padded = False
 
     def run(
         self,
@@ -479,13 +481,16 @@ class _CpuDecodePlan(DecodePlan):
         if not 0 <= position <= checks.LAST_POSITION:
             checks.check_positions(position, 1)
         c.position = position
-        c.append = append
+        if append is not self._appends:
+            c.append = self._appends = append
         if valid is None:
-            c.valid = None
+            if self._padded:
+                c.valid, self._padded = None, False
         else:
+            self._padded = True
             checks.check_tensor("valid", valid, self._q_shape[:1], torch.bool, CPU)
             c.valid = valid.data_ptr()
-        out = torch.empty_strided(self._out_shape, self._out_strides, dtype=dtype)
+        out = torch.empty_like(self._like)
         c.out = out.data_ptr()
         status = self._function(self._isa, self._address)
         if status:
