@@ -129,10 +129,13 @@ class CompressedPagedCache(Cache):
         patch = None if self._patch is None else self._patch()  # weak: a cache keeps no model alive
         if waiting or (self._patch is not None and (patch is None or not patch.installed)):
             self._pending = [0] * len(self._pending)
+            with contextlib.suppress(RuntimeError):  # layers that are through are taken back
+                self._attention.settle()
             raise UnsupportedFeatureError(
                 f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
                 "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
-                "something else of the keys before it attends."
+                "something else of the keys before it attends. Or the last forward pass stopped half way there: then "
+                "repeat it."
             )
         self._pending[layer_idx] = key_states.shape[2]
         keys, values = key_states.view_as(key_states), value_states.view_as(value_states)

@@ -90,7 +90,7 @@ class PagedAttention(LayerWork):
         batch, heads, tokens, _ = key.shape
         _, q_heads, queries, _ = new.query.shape
         position = new.position = layer.seen
-        if position == counters.seen and not self._reading_again:
+        if position >= counters.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
             counters = self.counters
         store = layer.store

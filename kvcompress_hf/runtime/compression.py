@@ -203,6 +203,9 @@ class Compression:
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
         importance, spread = observer.importance(slots), observer.spread(slots)
+        if freeing and self.rollback.note is not None:
+            # If room is not made, the token under way is taken back, and what was recent then must still be there.
+            slots = replace(slots, seen=min(slots.seen, self.rollback.note.counters.seen))
         views = [
             make_view(
                 each.recipe,

@@ -210,8 +210,8 @@ class CacheState:
 
     def give_back(self) -> None:
         """Lets arenas return what is free beyond what comes next."""
-        for layer in self.layers:
-            layer.plan = None  # a plan holds on to the tables and slabs it was made for
+        for owned in self.owned.values():
+            owned.store.tensors.plans.clear()  # a plan holds on to the tables and slabs it was made for
         room = self.counters.room
         for arena in self.pools.values():
             arena.trim(None if room is None else room // len(self.pools))

@@ -416,7 +416,13 @@ class Scenario:
             return self._resume_other(cache, history)
         data = self.data[len(self.passes) - 1]
         number = len(self.passes) - 1
-        check(seen in (before, after), "length", f"{seen}, not {before} or {after}")
+        if seen not in (before, after):
+            try:
+                self._pass(cache, history.copy(), data, number)
+            except RuntimeError as error:  # a cache that had to be closed is empty
+                check(not seen and "reset()" in str(error), "length", f"{seen}, not {before} or {after}")
+                return self._after_words(error, cache, history, data, number)
+            raise Fault("length", f"{seen}, not {before} or {after}")
         if seen == after != before:
             later = history.copy()
             later.append(data[1], data[2], torch.ones(self.batch, data[0][0].shape[2], dtype=torch.bool))
