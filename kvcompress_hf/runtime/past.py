@@ -202,9 +202,10 @@ class Past(CacheState):
 
     def reset(self) -> None:
         """Forgets everything and gives all pages back."""
-        self.clear()
+        self.rollback.closed = "reset() was stopped in the middle; call reset() again."
         self._forget_pass()
         self.rollback.commit()
+        self.clear()
         self.rollback.closed = None
 
     def fork(self: _Self) -> _Self:

@@ -6,6 +6,8 @@ that nothing disturbed.
 """
 
 import contextlib
+import dis
+import functools
 import gc
 import os
 import sys
@@ -49,6 +51,22 @@ class Counter:
             raise self.error
 
 
+@functools.cache
+def _impossible(code):
+    """Offsets at which no interrupt comes, as Python looks for one behind calls and at jumps only.
+
+    On the way out of a `with` block and at the `try:` of a `try` block a trace function could raise, and no handler
+    would see it: locks would stay taken.
+    """
+    instructions = list(dis.get_instructions(code))
+    never = {each.offset for each in instructions if each.opname == "NOP"}
+    for at, each in enumerate(instructions):
+        behind = instructions[at + (each.opname == "SWAP") :][:3]
+        if len(behind) == 3 and all(one.opname == "LOAD_CONST" and one.argval is None for one in behind):
+            never.add(each.offset)
+    return never
+
+
 @contextlib.contextmanager
 def lines(counter, opcodes=False):
     """Every line of the package that runs, as an interrupt may come there; with `opcodes` every instruction."""
@@ -56,7 +74,7 @@ def lines(counter, opcodes=False):
     def local(frame, event, argument):
         if opcodes:
             frame.f_trace_opcodes = True
-        if event == ("opcode" if opcodes else "line"):
+        if event == ("opcode" if opcodes else "line") and frame.f_lasti not in _impossible(frame.f_code):
             counter.hit(lambda: f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}")
         return local
 
@@ -486,7 +504,13 @@ class Scenario:
         if self.action == "reset":
             later = History(SHAPES[self.shape].sources, self.batch)
             if cache.batch_size == -1 and cache.get_seq_length() == 0:
-                _same(self.answer(cache, later), self.undisturbed["after"], "wrong answers after it")
+                try:
+                    got = self.answer(cache, later)
+                except RuntimeError as error:
+                    check("reset()" in str(error), "unclear error", str(error)[:120])
+                    cache.reset()
+                    got = self.answer(cache, History(SHAPES[self.shape].sources, self.batch))
+                _same(got, self.undisturbed["after"], "wrong answers after it")
                 return "after"
         keeps = self.action in ("save", "load", "fork")
         try:

@@ -36,6 +36,7 @@ def owners(arena):
 
 def references(arena):
     """References by page id, -1 where there is no page."""
+    assert arena.live >= 0  # which gives back what finalisers have left
     return arena.references.long()
 
 

@@ -83,6 +83,8 @@ def main():
             ended["fault"] += 1
             known = found.setdefault(what, {"times": 0, "kinds": {}, "where": {}})
             known["times"] += 1
+            if known["times"] <= 3:
+                print(f"{name}, {kind} {at}: {what}: {result.get('where')}: {result.get('says', '')}", flush=True)
             known["kinds"][kind] = known["kinds"].get(kind, 0) + 1
             place = result.get("where") or result.get("raised", "?").strip().splitlines()[-1][:120]
             if place not in known["where"] and len(known["where"]) < 400:
