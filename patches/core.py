@@ -1,6 +1,7 @@
 """`patch`, `unpatch`, `patched`: installing the routes on a model and taking them off again."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from kvcompress_hf.patches import interface
 from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check_transformers
 from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
-from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of
+from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of, surely
 from kvcompress_hf.patches.implementation import configs_of, has_implementation, set_implementation
 from kvcompress_hf.patches.llama import PagedGraniteAttention, PagedLlamaAttention
 from kvcompress_hf.patches.mistral import PagedMistralAttention, PagedMixtralAttention
@@ -306,11 +307,7 @@ def _install_anew(model: PreTrainedModel, route: str, check: bool) -> PatchRecor
 
 def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
     """Makes the model what it was before, whoever holds the patch. Once begun, an interrupt comes after it."""
-    try:
-        _take_off(model, record)
-    except BaseException:
-        _take_off(model, record)
-        raise
+    surely(functools.partial(_take_off, model, record))
 
 
 def _take_off(model: PreTrainedModel, record: PatchRecord) -> None:

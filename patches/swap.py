@@ -20,9 +20,7 @@ from kvcompress_hf.patches.call import as_autocast, check_call
 __all__ = ["PagedForward", "paged_view", "paged_views", "restore_originals", "swap_modules"]
 
 
-def paged_views(
-    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
-) -> list[tuple[nn.Module, nn.Module]]:
+def paged_views(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
     """Makes a paged view of each module of exactly a class in `classes`; the model does not change yet.
 
     Args:

@@ -179,8 +179,11 @@ class Arena:
         self.broken = True
         while self._abandoned:
             owner = self._abandoned[0]
-            self.release(owner.live_ids())
-            self.unregister(owner)
+            known = self._owners.get(id(owner))
+            # The garbage collector clears references before it finalises: such an owner has been, or will be, lost.
+            if known is not None and known[0]() is owner:
+                self.release(owner.live_ids())
+                self.unregister(owner)
             self._abandoned.popleft()
 
     def recount(self) -> None:

@@ -51,11 +51,6 @@ def arena_bytes(arena):
     return sum(slab.untyped_storage().nbytes() for slab in arena.slabs if slab.shape[0])
 
 
-def _layers(cache):
-    attention = _attention(cache)
-    return attention._layers if hasattr(attention, "_layers") else attention.layers
-
-
 def allocating_classes():
     """Classes whose methods allocate: what an allocator may refuse."""
     from kvcompress_hf.paging.arena import Arena
@@ -70,11 +65,6 @@ def kernel_classes():
     backend = type(kernels.get_backend("cpu"))
     module = sys.modules[backend.__module__]
     return [backend, module._CpuDecodePlan]
-
-
-def needs_collecting(cache):
-    """Whether only the garbage collector finds this cache (see `known.NOT_YET`)."""
-    return any(layer.held for layer in _layers(cache))
 
 
 def held_bytes(root):

@@ -14,7 +14,6 @@ import warnings
 import torch
 from children import in_children
 from drive import kind_of, replay, shorten, world_of
-from known import NOT_YET
 from record import heading, write
 from shapes import SHAPES
 
@@ -26,7 +25,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first world")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--everything", action="store_true", help="also what is known to fail (known.py)")
     parser.add_argument("--output")
     options = parser.parse_args()
 
@@ -41,11 +39,11 @@ def main():
 
     def work(number):
         made_of, steps = world_of(options.seed, number, options.length)
-        error, done = replay(made_of, steps, options.everything)
+        error, done = replay(made_of, steps)
         result = {"done": done, "operations": collections.Counter(name for name, _ in steps[:done])}
         if error is not None:
             kind = kind_of(error)
-            fewer = shorten(made_of, steps[:done], kind, options.everything)
+            fewer = shorten(made_of, steps[:done], kind)
             result["fault"] = {"kind": kind, "says": str(error)[:200], "made of": made_of, "steps": fewer}
         return result
 
@@ -75,7 +73,6 @@ def main():
         seconds=round(time.time() - started),
         workers=options.workers,
         operations=dict(sorted(operations.items())),
-        left_out={} if options.everything else NOT_YET,
         found=list(found.values()),
     )
     write(options.output, record)

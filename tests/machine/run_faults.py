@@ -16,7 +16,6 @@ import model_faults
 import torch
 from children import in_children
 from faults import KINDS, Fault, scenario, scenarios
-from known import NOT_YET_AFTER_FAULTS
 from record import heading, write
 from shapes import SHAPES
 
@@ -99,7 +98,6 @@ def main():
         workers=options.workers,
         scenarios=places,
         ended=dict(ended),
-        left_out=NOT_YET_AFTER_FAULTS,
         found=found,
     )
     write(options.output, record)
