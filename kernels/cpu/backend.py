@@ -486,6 +486,7 @@ class _CpuDecodePlan(DecodePlan):
         self._q_shape = torch.Size((batch, q_heads, 1, head_dim))
         self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
         self._like = torch.empty((batch, 1, q_heads, head_dim), dtype=self._dtype)  # quicker than to give a shape
+        self.nbytes = self._like.nbytes
         self._strides: tuple = ()
 
     def run(
