@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import Cache, PreTrainedConfig
-from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError
+from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.gradients import GradientGuard
 from kvcompress_hf.io import (
     UnreadPages,
@@ -409,13 +409,19 @@ class CompressedPagedCache(Cache):
         Raises:
             ValueError: If the number is positive, or not an integer.
             UnsupportedFeatureError: If some of these tokens have been compressed with eviction already.
+            CacheMemoryError: If what was recorded does not fit. All tokens are there still, and recording goes on; some
+                may have been committed.
         """
         tokens_to_remove = as_integer("tokens_to_remove", tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; write crop(-n)."
             )
-        self._attention.crop(-tokens_to_remove)
+        try:
+            self._attention.crop(-tokens_to_remove)
+        except CacheMemoryError:
+            self._recorded_from = self._attention.seen  # some may have been committed
+            raise
         self._recorded_from = self._attention.seen
 
     def reset(self) -> None:

@@ -121,7 +121,7 @@ class Arena:
         self.section = threading.Lock()  # taken inside `lock` by the outermost of nested changes
         self.broken = False  # a change has begun and not ended
         self._live = 0  # pages with at least one reference
-        self._owners: dict[int, tuple[weakref.ref[PageOwner], threading.Lock]] = {}
+        self._owners: dict[int, tuple[weakref.ref[PageOwner], Any]] = {}  # and a `threading.RLock`
         self._abandoned: deque[PageOwner] = deque()
         self._lost: deque[weakref.ref[PageOwner]] = deque()  # owners that are gone without a word
 
@@ -132,11 +132,11 @@ class Arena:
             owner (`PageOwner`): Called back on relocation and on slab changes.
 
         Returns:
-            `threading.Lock`: To be held while kernels read the owner's pages outside of a change. Who holds it must
+            `threading.RLock`: To be held while kernels read the owner's pages outside of a change. Who holds it must
             not begin a change.
         """
         with self.lock:
-            reading = threading.Lock()
+            reading = threading.RLock()
             self._owners[id(owner)] = weakref.ref(owner, self._lost.append), reading
             return reading
 
@@ -159,8 +159,10 @@ class Arena:
             try:
                 if not self.section.locked():  # else this thread is in the middle of a change
                     self._settle()
-                    if self.pages - self._live > self._live // _SLACK:
-                        self.trim(patience=0.0)  # those who are left may be parked, and take no step by themselves
+                    # Those who are left may be parked, and take no step by themselves. Not while this thread reads.
+                    reads = any(reading._is_owned() for _, reading in list(self._owners.values()))
+                    if not reads and self.pages - self._live > self._live // _SLACK:
+                        self.trim(patience=0.0)
             finally:
                 self.lock.release()
 
@@ -434,7 +436,7 @@ class Arena:
 
     @contextlib.contextmanager
     def _standstill(self, patience: float) -> Iterator[bool]:
-        """Whether no kernel reads pages, of other threads or of this one; none begins to while this lasts."""
+        """Whether no other thread's kernel reads pages; none begins to while this lasts."""
         until = time.monotonic() + patience
         with contextlib.ExitStack() as held:
             for _, reading in list(self._owners.values()):

@@ -266,6 +266,8 @@ class PagedAttention(LayerWork):
 
         Raises:
             UnsupportedFeatureError: If some of them have been compressed already.
+            CacheMemoryError: If what was recorded does not fit. The first of these tokens may have been committed and
+                compressed then; the others are held back still, and all are there.
         """
         self.settle()
         target = max(0, self.seen - tokens)
@@ -299,7 +301,7 @@ class PagedAttention(LayerWork):
         The queries of the tokens that stayed are counted one by one, as if each had been decoded by itself; so
         importance, packing and plans are those of plain decoding.
         """
-        held = [list(layer.held) for layer in self.layers]
+        held, seen = [list(layer.held) for layer in self.layers], self.seen
         count = max((len(tokens) for tokens in held), default=0)
         self.recording = False
         try:
@@ -312,10 +314,31 @@ class PagedAttention(LayerWork):
                         layer.seen += 1
                 self.counters.seen += 1
                 self._end_forward()
+                if self.rollback.note is not None and self.rollback.note.overwriting is not None:
+                    self.rollback.renew()  # what was evicted cannot come back
             if not count:
                 self._end_forward()
+        except BaseException:
+            if self.rollback.note is not None and self.rollback.note.renewed:
+                self.rollback.undo()
+                self._hold_again(held, seen - self.seen)
+            raise
         finally:
             self.recording = True
+
+    def _hold_again(self, held: list[list[AttentionCall]], count: int) -> None:
+        """Puts the last of the recorded tokens back into the tail, as they were before they were to be committed."""
+        self.recording = True
+        try:
+            for token in range(-count, 0):
+                for layer, tokens in zip(self.layers, held, strict=True):
+                    if layer.store is not None and tokens:
+                        self._decode(layer, layer.store, tokens[token], centred=True)
+                        layer.seen += 1
+                self.counters.seen += 1
+        except BaseException:
+            self.rollback.close("Committing recorded tokens")
+            raise
 
     def _rewind(self, target: int) -> None:
         """Takes recorded tokens out of the tail, which holds all of them."""

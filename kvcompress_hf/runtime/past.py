@@ -134,9 +134,8 @@ class Past(CacheState):
     def _end_forward(self) -> None:
         """Stores what waited, packs, plans and gives pages back, over all layers together."""
         self._masks = {}
-        seen = self.seen if self.rollback.note is None else self.rollback.note.counters.seen
         if not self.compression.make_room():
-            raise self.compression.no_room(seen)
+            raise self.compression.no_room()
         waiting, self._waiting = self._waiting, []
         for store in waiting:
             store()

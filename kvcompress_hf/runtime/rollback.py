@@ -35,6 +35,7 @@ class Note:
         overwriting (`str`, *optional*): What is writing over stored slots, once that has begun.
         counted (`list[Counted]`): What decode steps have added to statistics that `stores` have no copies of.
         undoing (`bool`): Whether going back has begun.
+        renewed (`bool`): Whether a part of the change is through, and stays.
     """
 
     counters: Counters
@@ -47,6 +48,7 @@ class Note:
     overwriting: str | None = None
     counted: list["Counted"] = field(default_factory=list)
     undoing: bool = False
+    renewed: bool = False
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -95,6 +97,7 @@ class Rollback:
         held: bool = False,
         tail: bool = False,
         sequences: bool = False,
+        renewed: bool = False,
     ) -> Note:
         """Notes everything; from now on [`Rollback.undo`] comes back to this moment.
 
@@ -104,6 +107,7 @@ class Rollback:
             held (`bool`): Whether held tokens may be taken.
             tail (`bool`): Whether slots of the tail may be written over.
             sequences (`bool`): Whether other sequences take the places of these, and nothing else happens.
+            renewed (`bool`): Whether what the change under way has done so far stays.
 
         Returns:
             `Note`: The note.
@@ -115,12 +119,13 @@ class Rollback:
         }
         note = Note(
             counters=state.counters.copy(),
-            recording=state.recording,
+            recording=self.note.recording if renewed and self.note is not None else state.recording,
             layers=[(layer.tail_used, layer.uneven, layer.tails, len(layer.held)) for layer in state.layers],
             stores=noted,
             held=[list(layer.held) for layer in state.layers] if held else None,
             packs=packs,
             statistics=statistics,
+            renewed=renewed,
         )
         self.note = note
         return note
@@ -148,12 +153,19 @@ class Rollback:
         From now on undoing keeps what it did and takes back what came before and after; statistics stay as they are.
         """
         note = self.note
-        if note is not None:
+        if note is not None and note.held is not None:
+            self.renew()  # recorded tokens that are committed: some may be packed already
+        elif note is not None:
             for geometry, noted in note.stores.items():
                 store = self.state.owned[geometry].store
                 store.note_before_packing(noted)
                 noted.evicted, noted.fields = store.evicted, []
             note.packs, note.overwriting = True, None
+
+    def renew(self) -> None:
+        """Notes everything anew in the middle of a change: what it has done so far stays, even if the rest is stopped."""
+        if self.note is not None:
+            self.begin(statistics=self.note.statistics, held=True, tail=True, renewed=True)
 
     def commit(self) -> None:
         """Ends the change: what it did stays."""
@@ -184,17 +196,25 @@ class Rollback:
             return
         note.undoing = True
         if note.overwriting is not None:
-            self.closed = (
-                f"{note.overwriting} was stopped in the middle, which cannot be taken back, so this cache has been "
-                "closed and its pages given back. Call reset() and begin again with the first token."
-            )
-            self.state.clear()
+            self.close(note.overwriting)
         elif not note.counters.seen:
             self.state.clear()
         else:
             self._restore(note)
         self.state.recording = note.recording
         self.note = None
+
+    def close(self, what: str) -> None:
+        """Gives everything back, as nobody knows what the cache holds; it says so until it is reset.
+
+        Args:
+            what (`str`): What was stopped, for the message.
+        """
+        self.closed = (
+            f"{what} was stopped in the middle, which cannot be taken back, so this cache has been closed and its "
+            "pages given back. Call reset() and begin again with the first token."
+        )
+        self.state.clear()
 
     def counts(self, layer: LayerState, new: AttentionCall) -> None:
         """Says that a decoded token is going to be counted in statistics of stored slots.

@@ -503,6 +503,7 @@ class World:
         """A cache at its limit compresses harder before it refuses; what it holds is still a part of its history."""
         cache, history = entry.cache, entry.history
         check(cache.get_seq_length() == history.seen, "refusal changed the length", f"{cache.get_seq_length()}")
+        entry.recorded_from = history.seen  # what could not be committed as a whole may have been in part
         entry.held = None
         entry.refresh = True
 
