@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import torch
 
-from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.layer_work import LayerWork
-from kvcompress_hf.runtime.state import AttentionState, RunStatistics, layout_for
+from kvcompress_hf.runtime.state import AttentionState, Counters, RunStatistics, layout_for
 
 __all__ = ["AttentionState", "PagedAttention", "RunStatistics", "layout_for"]
 
@@ -273,6 +273,7 @@ class PagedAttention(LayerWork):
         target = max(0, self.seen - tokens)
         removed = self.seen - target
         self._check_crop(removed)
+        held, counters = [list(layer.held) for layer in self.layers], self.counters.copy()
         with self.rollback.whole(statistics=self._counts_steps and self.recording, held=True, tail=self.recording):
             if removed:
                 for owned in self.owned.values():
@@ -283,7 +284,12 @@ class PagedAttention(LayerWork):
                 self.counters.seen = target
                 self.counters.uncount_padding(target)
             if self.recording:
-                self._commit()
+                try:
+                    self._commit()
+                except CacheMemoryError:
+                    if self.rollback.note is not None and self.rollback.note.renewed:
+                        self._hold_again(held, counters)
+                    raise
 
     def _check_crop(self, removed: int) -> None:
         for owned in self.owned.values():
@@ -301,12 +307,14 @@ class PagedAttention(LayerWork):
         The queries of the tokens that stayed are counted one by one, as if each had been decoded by itself; so
         importance, packing and plans are those of plain decoding.
         """
-        held, seen = [list(layer.held) for layer in self.layers], self.seen
-        count = max((len(tokens) for tokens in held), default=0)
+        held = [list(layer.held) for layer in self.layers]
+        count, note = max((len(tokens) for tokens in held), default=0), self.rollback.note
         self.recording = False
         try:
             if count:
                 self._rewind(self.seen - count)
+            if note is not None:
+                note.piecewise = count > 0
             for token in range(count):
                 for layer, tokens in zip(self.layers, held, strict=True):
                     if layer.store is not None and tokens:
@@ -318,27 +326,26 @@ class PagedAttention(LayerWork):
                     self.rollback.renew()  # what was evicted cannot come back
             if not count:
                 self._end_forward()
-        except BaseException:
-            if self.rollback.note is not None and self.rollback.note.renewed:
-                self.rollback.undo()
-                self._hold_again(held, seen - self.seen)
-            raise
         finally:
             self.recording = True
 
-    def _hold_again(self, held: list[list[AttentionCall]], count: int) -> None:
-        """Puts the last of the recorded tokens back into the tail, as they were before they were to be committed."""
+    def _hold_again(self, held: list[list[AttentionCall]], counters: Counters) -> None:
+        """Puts recorded tokens back into the tail behind those that have been committed.
+
+        Args:
+            held (`list[list[AttentionCall]]`): All recorded tokens, by layer.
+            counters (`Counters`): What was counted before any of them was taken back or committed.
+        """
+        self.rollback.restore()
         self.recording = True
-        try:
-            for token in range(-count, 0):
-                for layer, tokens in zip(self.layers, held, strict=True):
-                    if layer.store is not None and tokens:
-                        self._decode(layer, layer.store, tokens[token], centred=True)
-                        layer.seen += 1
-                self.counters.seen += 1
-        except BaseException:
-            self.rollback.close("Committing recorded tokens")
-            raise
+        for token in range(self.seen - counters.seen, 0):
+            for layer, tokens in zip(self.layers, held, strict=True):
+                if layer.store is not None and tokens:
+                    self._decode(layer, layer.store, tokens[token], centred=True)
+                    layer.seen += 1
+            self.counters.seen += 1
+        self.counters.padding, self.counters.gaps = counters.padding, counters.gaps
+        self.rollback.commit()  # until here, whatever stops this closes the cache
 
     def _rewind(self, target: int) -> None:
         """Takes recorded tokens out of the tail, which holds all of them."""

@@ -35,6 +35,7 @@ class Note:
         overwriting (`str`, *optional*): What is writing over stored slots, once that has begun.
         counted (`list[Counted]`): What decode steps have added to statistics that `stores` have no copies of.
         undoing (`bool`): Whether going back has begun.
+        piecewise (`bool`): Whether slots are packed and planned for in the middle of the change.
         renewed (`bool`): Whether a part of the change is through, and stays.
     """
 
@@ -48,6 +49,7 @@ class Note:
     overwriting: str | None = None
     counted: list["Counted"] = field(default_factory=list)
     undoing: bool = False
+    piecewise: bool = False
     renewed: bool = False
 
     @property
@@ -126,6 +128,7 @@ class Rollback:
             packs=packs,
             statistics=statistics,
             renewed=renewed,
+            overwriting="Committing recorded tokens" if renewed else None,
         )
         self.note = note
         return note
@@ -153,8 +156,8 @@ class Rollback:
         From now on undoing keeps what it did and takes back what came before and after; statistics stay as they are.
         """
         note = self.note
-        if note is not None and note.held is not None:
-            self.renew()  # recorded tokens that are committed: some may be packed already
+        if note is not None and note.piecewise:
+            self.renew()
         elif note is not None:
             for geometry, noted in note.stores.items():
                 store = self.state.owned[geometry].store
@@ -163,9 +166,10 @@ class Rollback:
             note.packs, note.overwriting = True, None
 
     def renew(self) -> None:
-        """Notes everything anew in the middle of a change: what it has done so far stays, even if the rest is stopped."""
+        """Notes everything anew in the middle of a change: what it has done so far stays, whatever comes."""
         if self.note is not None:
-            self.begin(statistics=self.note.statistics, held=True, tail=True, renewed=True)
+            note = self.begin(statistics=self.note.statistics, held=True, tail=True, renewed=True)
+            note.piecewise = True
 
     def commit(self) -> None:
         """Ends the change: what it did stays."""
@@ -196,25 +200,17 @@ class Rollback:
             return
         note.undoing = True
         if note.overwriting is not None:
-            self.close(note.overwriting)
+            self.closed = (
+                f"{note.overwriting} was stopped in the middle, which cannot be taken back, so this cache has been "
+                "closed and its pages given back. Call reset() and begin again with the first token."
+            )
+            self.state.clear()
         elif not note.counters.seen:
             self.state.clear()
         else:
-            self._restore(note)
+            self.restore()
         self.state.recording = note.recording
         self.note = None
-
-    def close(self, what: str) -> None:
-        """Gives everything back, as nobody knows what the cache holds; it says so until it is reset.
-
-        Args:
-            what (`str`): What was stopped, for the message.
-        """
-        self.closed = (
-            f"{what} was stopped in the middle, which cannot be taken back, so this cache has been closed and its "
-            "pages given back. Call reset() and begin again with the first token."
-        )
-        self.state.clear()
 
     def counts(self, layer: LayerState, new: AttentionCall) -> None:
         """Says that a decoded token is going to be counted in statistics of stored slots.
@@ -255,8 +251,11 @@ class Rollback:
         before = note.stores[store.geometry].tensors["tail_lengths"]
         return not torch.equal(store.tail_lengths[layer.index], before[layer.index])
 
-    def _restore(self, note: Note) -> None:
-        state = self.state
+    def restore(self) -> None:
+        """Goes back to what was noted; the change goes on."""
+        state, note = self.state, self.note
+        if note is None:
+            return
         self._uncount(note)
         # First, so that the next pass finds that this one is not through, wherever this stops.
         state.counters = note.counters.copy()
