@@ -73,6 +73,7 @@ class Entry:
     def __init__(self, cache, history, recipe, limited):
         self.cache, self.history, self.recipe, self.limited = cache, history, recipe, limited
         self.recording = False
+        self.partly = False  # a commit was refused, so nobody knows how many recorded tokens are held back still
         self.recorded_from = 0
         self.held = None  # per layer bool [batch, kv_heads, tokens], as of the last check
         self.refresh = True
@@ -153,7 +154,7 @@ class World:
         history = entry.history
         tokens = min(tokens, history.seen)
         before = self._look(entry)
-        held_back = entry.recording and tokens <= history.seen - entry.recorded_from
+        held_back = entry.recording and not entry.partly and tokens <= history.seen - entry.recorded_from
         try:
             entry.cache.crop(-tokens)
         except UnsupportedFeatureError:
@@ -166,7 +167,7 @@ class World:
             self._after_refusal(entry)
             return
         history.crop(tokens)
-        entry.held, entry.refresh = None, True
+        entry.held, entry.refresh, entry.partly = None, True, False
         if entry.recording:
             entry.recorded_from = history.seen
 
@@ -214,7 +215,7 @@ class World:
 
     def _add_twin(self, entry, cache):
         twin = Entry(cache, entry.history.copy(), entry.recipe, entry.limited)
-        twin.recording, twin.recorded_from = entry.recording, entry.recorded_from
+        twin.recording, twin.recorded_from, twin.partly = entry.recording, entry.recorded_from, entry.partly
         check(twin.cache.get_seq_length() == twin.history.seen, "copy differs", "tokens seen")
         self.entries.append(twin)
 
@@ -230,7 +231,7 @@ class World:
             try:
                 entry.cache.save(path)
             except RuntimeError:
-                check(held_back, "save refused", "nothing was held back")
+                check(held_back or entry.partly, "save refused", "nothing was held back")
                 check(not os.listdir(folder), "file left behind", str(os.listdir(folder)))
                 check(self._look(entry) == before, "refusal changed the cache", "save")
                 return
@@ -238,7 +239,7 @@ class World:
             limit = self.limit if entry.limited else None
             loaded = kvc.CompressedPagedCache.load(path, self.shape.model(), max_bytes=limit)
             twin = Entry(loaded, entry.history.copy(), entry.recipe, entry.limited)
-            twin.recording, twin.recorded_from = entry.recording, entry.recorded_from
+            twin.recording, twin.recorded_from, twin.partly = entry.recording, entry.recorded_from, entry.partly
             check(self._look(twin)[:-1] == before[:-1], "file differs from cache")
         if keep and len(self.entries) < MOST_CACHES:
             self.entries.append(twin)
@@ -257,6 +258,7 @@ class World:
         was_recording = entry.cache.is_recording_past(0)
         entry.history = History(self.shape.sources, entry.history.batch)
         entry.recording, entry.recorded_from, entry.held, entry.refresh = was_recording, 0, None, True
+        entry.partly = False
         check(entry.cache.get_seq_length() == 0 and entry.cache.batch_size == -1, "reset leaves something")
         check(entry.cache.memory().total == 0, "reset leaves bytes", lambda: str(entry.cache.memory()))
 
@@ -290,7 +292,7 @@ class World:
             check(entry.limited, "memory error without a limit", "stop_past_recording")
             self._after_refusal(entry)
             return
-        entry.recording, entry.held, entry.refresh = False, None, True
+        entry.recording, entry.held, entry.refresh, entry.partly = False, None, True, False
 
     def stop_half_way(self, which, tokens, layers):
         """Something in the model raises between two layers; the pass is repeated, and must be taken back first."""
@@ -503,7 +505,7 @@ class World:
         """A cache at its limit compresses harder before it refuses; what it holds is still a part of its history."""
         cache, history = entry.cache, entry.history
         check(cache.get_seq_length() == history.seen, "refusal changed the length", f"{cache.get_seq_length()}")
-        entry.recorded_from = history.seen  # what could not be committed as a whole may have been in part
+        entry.partly = entry.recording
         entry.held = None
         entry.refresh = True
 
