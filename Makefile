@@ -8,6 +8,7 @@
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make tsan   the native code in eight threads under ThreadSanitizer
 # make fuzz   100,000 cache files made wrong on purpose, then 10,000 more under AddressSanitizer
+# make machine  20,000 random steps on whole caches beside a dense model (a minute on two cores)
 # make soak   long runs: decodes, requests, parked caches, the state machine (about an hour; SOAK=0.05 for minutes)
 #
 # Variables:
@@ -35,7 +36,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfi
 # What another transformers or torch could break: the contract, the patches, the cache's face.
 CONTRACT := tests/patches tests/cache
 
-.PHONY: demo test lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
+.PHONY: demo test machine lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
 
 demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
@@ -83,6 +84,10 @@ tsan:
 fuzz: $(VENV)/.dev-$(KIND)
 	$(BIN)/python tests/fuzz/files.py --count 100000 --seed 0 --output benchmarks/results/fuzz_files.json
 	$(BIN)/python tests/fuzz/files.py --count 10000 --seed 1 --sanitize --output benchmarks/results/fuzz_files.json
+
+machine: $(VENV)/.dev-$(KIND)
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/machine/run.py --steps 20000 --workers 2 --output build/machine.json
 
 soak: $(VENV)/.dev-$(KIND)
 	mkdir -p build/soak
