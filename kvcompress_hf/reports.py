@@ -81,7 +81,7 @@ def measure_memory(attention: PagedAttention) -> MemoryReport:
         usage = store.usage()
         for kind in ("payload", "metadata", "fields", "tail", "tables", "slack"):
             kinds[kind] += getattr(usage, kind)
-        kinds["tables"] += sum(plan.nbytes for plan in list(store.tensors.plans.values()))
+        kinds["tables"] += store.plan_bytes
         mine[id(store.arena)] = mine.get(id(store.arena), 0) + usage.pages
     for arena in attention.arenas:
         kinds["tables"] += arena.table_bytes

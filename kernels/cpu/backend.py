@@ -485,8 +485,9 @@ class _CpuDecodePlan(DecodePlan):
         self._dtype = rows.layout.dtype
         self._q_shape = torch.Size((batch, q_heads, 1, head_dim))
         self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
-        self._like = torch.empty((batch, 1, q_heads, head_dim), dtype=self._dtype)  # quicker than to give a shape
-        self.nbytes = self._like.nbytes
+        # Quicker than to give a shape.
+        self._like = torch.empty(1, dtype=self._dtype).expand(batch, 1, q_heads, head_dim)
+        self.nbytes = self._like.untyped_storage().nbytes()
         self._strides: tuple = ()
 
     def run(

@@ -442,6 +442,11 @@ class StoredRows:
         """`int`: Bytes of tables, means and tail."""
         return sum(self.tensors.bytes_by_kind.values())
 
+    @property
+    def plan_bytes(self) -> int:
+        """`int`: Bytes that decode plans hold besides what they were made for."""
+        return sum(plan.nbytes for plan in list(self.tensors.plans.values()))
+
     @changes_pages
     def usage(self) -> Usage:
         """Where the bytes of this store go; pages that forks share are counted in each.

@@ -73,6 +73,8 @@ class LayerWork(Past):
                     key_shift=None if centred else store.key_shift_of(layer.index),
                 )
                 layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
+                if layer.index == store.layers - 1:
+                    self.note_peak()
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None:
             packing.write_tail_fields(store, layer, before, valid, fields)

@@ -116,9 +116,9 @@ class CacheState:
 
     @property
     def nbytes(self) -> int:
-        """`int`: Bytes allocated for slabs, tables and tails."""
+        """`int`: Bytes allocated for slabs, tables, tails and decode plans."""
         pools = sum(arena.nbytes + arena.table_bytes for arena in self.pools.values())
-        return pools + sum(owned.store.own_bytes for owned in self.owned.values())
+        return pools + sum(owned.store.own_bytes + owned.store.plan_bytes for owned in self.owned.values())
 
     def slots_per_head(self) -> list[torch.Tensor]:
         """Slots kept in each row.

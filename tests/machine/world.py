@@ -312,6 +312,10 @@ class World:
             return
         try:
             self._pass(entry, tokens, None, False, None)
+        except CacheMemoryError:  # of a first prompt, of which nobody can tell that a layer is missing
+            check(entry.limited and not seen, "memory error without a limit")
+            self._after_refusal(entry)
+            return
         except RuntimeError as error:
             check("stopped half way" in str(error), "half a pass is not named", str(error))
         else:
