@@ -9,6 +9,7 @@
 # make sanitize   all kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make tsan   the native code in eight threads under ThreadSanitizer
 # make fuzz   100,000 cache files made wrong on purpose, then 10,000 more under AddressSanitizer
+# make machine  20,000 random steps on whole caches beside a dense model (a minute on two cores)
 # make soak   long runs: decodes, requests, parked caches, the state machine (about an hour; SOAK=0.05 for minutes)
 #
 # Variables:
@@ -41,7 +42,7 @@ FAST := tests/test_architecture.py tests/test_recipe.py tests/paging tests/plans
 	tests/kernels/storage/test_layout.py tests/kernels/storage/test_pack.py tests/cache/test_masks.py \
 	tests/cache/test_cache.py tests/cache/test_io_crops.py tests/patches/test_layers.py
 
-.PHONY: demo test test-fast lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
+.PHONY: demo test test-fast machine lint sanitize tsan fuzz soak install lock test-transformers test-torch contract clean
 
 demo: $(VENV)/.demo-$(KIND)
 	$(BIN)/kvcompress demo
@@ -93,6 +94,10 @@ tsan:
 fuzz: $(VENV)/.dev-$(KIND)
 	$(BIN)/python tests/fuzz/files.py --count 100000 --seed 0 --output benchmarks/results/fuzz_files.json
 	$(BIN)/python tests/fuzz/files.py --count 10000 --seed 1 --sanitize --output benchmarks/results/fuzz_files.json
+
+machine: $(VENV)/.dev-$(KIND)
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/machine/run.py --steps 20000 --workers 2 --output build/machine.json
 
 soak: $(VENV)/.dev-$(KIND)
 	mkdir -p build/soak

@@ -42,6 +42,8 @@ class DecodePlan(abc.ABC):
     one of those tensors was replaced a new plan is needed.
     """
 
+    nbytes: int = 0  # of memory of its own, besides what it was made for
+
     @abc.abstractmethod
     def run(
         self,

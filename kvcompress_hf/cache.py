@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcompress_hf.compat import Cache, PreTrainedConfig
-from kvcompress_hf.errors import CacheFormatError, UnsupportedFeatureError
+from kvcompress_hf.errors import CacheFormatError, CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.gradients import GradientGuard
 from kvcompress_hf.io import (
     UnreadPages,
@@ -129,10 +129,13 @@ class CompressedPagedCache(Cache):
         patch = None if self._patch is None else self._patch()  # weak: a cache keeps no model alive
         if waiting or (self._patch is not None and (patch is None or not patch.installed)):
             self._pending = [0] * len(self._pending)
+            with contextlib.suppress(RuntimeError):  # layers that are through are taken back
+                self._attention.settle()
             raise UnsupportedFeatureError(
                 f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
                 "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
-                "something else of the keys before it attends."
+                "something else of the keys before it attends. Or the last forward pass stopped half way there: then "
+                "repeat it."
             )
         self._pending[layer_idx] = key_states.shape[2]
         keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -410,13 +413,19 @@ class CompressedPagedCache(Cache):
         Raises:
             ValueError: If the number is positive, or not an integer.
             UnsupportedFeatureError: If some of these tokens have been compressed with eviction already.
+            CacheMemoryError: If what was recorded does not fit. All tokens are there still, and recording goes on; some
+                may have been committed.
         """
         tokens_to_remove = as_integer("tokens_to_remove", tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to forget, got {tokens_to_remove}; write crop(-n)."
             )
-        self._attention.crop(-tokens_to_remove)
+        try:
+            self._attention.crop(-tokens_to_remove)
+        except CacheMemoryError:
+            self._recorded_from = self._attention.seen  # some may have been committed
+            raise
         self._recorded_from = self._attention.seen
 
     def reset(self) -> None:

@@ -28,8 +28,9 @@ class MemoryReport:
         payload (`int`): Codes or native elements of packed keys and values.
         metadata (`int`): Scales and offsets.
         fields (`int`): Slot fields: positions and scores.
-        tail (`int`): The newest tokens, not packed yet (capacity, not only what is used).
-        tables (`int`): Page tables, lengths, reference counts.
+        tail (`int`): The newest tokens, not packed yet (capacity, not only what is used), and those that are held back
+            while past recording is on.
+        tables (`int`): Page tables, lengths, reference counts, and what else is known of the sequences.
         slack (`int`): Unused space inside live pages.
         free (`int`): Allocated pages that nobody uses.
         forks (`int`): Pages of the same arena that only forks of this cache use.
@@ -82,12 +83,24 @@ def measure_memory(attention: PagedAttention) -> MemoryReport:
         usage = store.usage()
         for kind in ("payload", "metadata", "fields", "tail", "tables", "slack"):
             kinds[kind] += getattr(usage, kind)
+        kinds["tables"] += store.plan_bytes
         mine[id(store.arena)] = mine.get(id(store.arena), 0) + usage.pages
     for arena in attention.arenas:
         kinds["tables"] += arena.table_bytes
         kinds["free"] += (arena.pages - arena.live) * arena.page_bytes
         kinds["forks"] += (arena.live - mine.get(id(arena), 0)) * arena.page_bytes
+    counted = {_place(tensor) for store in attention.stores for tensor in store.tensors.values.values()}
+    for kind, tensors in zip(("tables", "tail"), attention.tensors_aside(), strict=True):
+        for tensor in tensors:
+            if _place(tensor) not in counted:
+                counted.add(_place(tensor))
+                kinds[kind] += tensor.untyped_storage().nbytes()
     return MemoryReport(**kinds, dense=attention.dense_bytes())
+
+
+def _place(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    """What tensors have in common that share memory."""
+    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`patch`, `unpatch`, `patched`: installing the routes on a model and taking them off again."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -15,10 +16,10 @@ from kvcompress_hf.patches.contract import CONTRACT, Item, check_contract, check
 from kvcompress_hf.patches.dry_run import StockNotes, check_dry_run, evaluating, observe_stock
 from kvcompress_hf.patches.families import swapped_classes
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
-from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of
+from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of, surely
 from kvcompress_hf.patches.implementation import configs_of, has_implementation, set_implementation
 from kvcompress_hf.patches.support import check_model, text_config, unwrap
-from kvcompress_hf.patches.swap import restore_originals, swap_modules
+from kvcompress_hf.patches.swap import paged_views, restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
@@ -84,7 +85,7 @@ def patch(
     ```
     """
     inner, resolved = _asked(model, recipe, route, overrides)
-    with lock_of(inner):
+    with _changing(inner):
         record = _ensure_installed(inner, resolved, route, check)
         own = record.holders.own()
         if own:
@@ -154,7 +155,7 @@ def patched(
     ```
     """
     inner, resolved = _asked(model, recipe, route, overrides)
-    with lock_of(inner):
+    with _changing(inner):
         record = _ensure_installed(inner, resolved, route, check)
         block = Holder(resolved, record.route, check)
         record.holders.blocks.append(block)
@@ -231,6 +232,19 @@ def _asked(model: Any, recipe: Any, route: str, overrides: dict[str, Any]) -> tu
     return inner, resolved
 
 
+@contextlib.contextmanager
+def _changing(model: PreTrainedModel) -> Iterator[None]:
+    """For whoever is going to hold a patch of the model: if that fails, a patch that nobody holds is taken off."""
+    with lock_of(model):
+        try:
+            yield
+        except BaseException:
+            record = record_of(model)
+            if record is not None and not record.holders:
+                _uninstall(model, record)
+            raise
+
+
 def _ensure_installed(model: PreTrainedModel, recipe: Recipe, route: str, check: bool) -> PatchRecord:
     """The record of a model that is patched by the route asked for; whoever held its patch before still does."""
     record = record_of(model)
@@ -280,7 +294,12 @@ def _install_anew(model: PreTrainedModel, route: str, check: bool) -> PatchRecor
 
 
 def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
-    """Makes the model what it was before, whoever holds the patch."""
+    """Makes the model what it was before, whoever holds the patch. Once begun, an interrupt comes after it."""
+    surely(functools.partial(_take_off, model, record))
+
+
+def _take_off(model: PreTrainedModel, record: PatchRecord) -> None:
+    """Undoes what of [`_install`] has been done; may be done again if it breaks off."""
     record.installed = False
     restore_originals(model, record.swapped)
     for config, before, installed in record.implementations:
@@ -288,7 +307,7 @@ def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
         if config._attn_implementation == installed:
             config._attn_implementation_internal = before
     unbind_methods(model, record)
-    del model.__dict__[RECORD]
+    model.__dict__.pop(RECORD, None)
 
 
 def _release(model: PreTrainedModel, block: Holder) -> None:
@@ -340,15 +359,14 @@ def _install(model: PreTrainedModel, record: PatchRecord) -> None:
             (config, old, config._attn_implementation) for config, old in before if config._attn_implementation != old
         ]
         if record.route == "swap":
-            record.swapped = swap_modules(model, _SWAPPED)
+            record.swapped = paged_views(model, _SWAPPED)
+            swap_modules(model, record.swapped)
         bind_methods(model, record)
         model.__dict__[RECORD] = record
     except BaseException:
-        record.installed = False
-        unbind_methods(model, record)
-        restore_originals(model, record.swapped)
         for config, old in before:
             config._attn_implementation_internal = old
+        _uninstall(model, record)
         raise
 
 

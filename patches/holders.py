@@ -6,13 +6,14 @@ Threads may share a model. What changes it is done under a lock of that model; t
 import contextvars
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from kvcompress_hf.recipe import Recipe
 
-__all__ = ["Holder", "Holders", "enter", "leave", "lock_of"]
+__all__ = ["Holder", "Holders", "enter", "leave", "lock_of", "surely"]
 
 #: Blocks entered in this context (thread or task), the innermost last. Blocks that others ended may still be in it.
 _ENTERED: contextvars.ContextVar[tuple["Holder", ...]] = contextvars.ContextVar("kvcompress_blocks", default=())
@@ -32,6 +33,19 @@ def lock_of(model: nn.Module) -> threading.RLock:  # type: ignore[valid-type]
     """
     with _LOCKS_GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
+
+
+def surely(undo: Callable[[], None]) -> None:
+    """Undoes something even if an interrupt comes while it is undone; the interrupt then comes afterwards.
+
+    Args:
+        undo (`Callable`): May be called again where it was stopped.
+    """
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
 
 
 @dataclass(eq=False)

@@ -17,31 +17,37 @@ from kvcompress_hf.compat import ALL_ATTENTION_FUNCTIONS, find_cache
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches.call import as_autocast, check_call
 
-__all__ = ["PagedForward", "paged_view", "restore_originals", "swap_modules"]
+__all__ = ["PagedForward", "paged_view", "paged_views", "restore_originals", "swap_modules"]
 
 
-def swap_modules(
-    model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
-) -> list[tuple[nn.Module, nn.Module]]:
-    """Replaces each module of exactly a class in `classes` by a paged view of it.
+def paged_views(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> list[tuple[nn.Module, nn.Module]]:
+    """Makes a paged view of each module of exactly a class in `classes`; the model does not change yet.
 
     Args:
         model (`nn.Module`): The model.
         classes (`dict[type, type]`): Stock class to paged class.
 
     Returns:
-        `list[tuple[nn.Module, nn.Module]]`: (paged, original) for each one replaced.
+        `list[tuple[nn.Module, nn.Module]]`: (paged, original) each.
 
     Raises:
-        UnsupportedModelError: If something other than accelerate replaced a module's `forward`. Nothing is
-            changed then.
+        UnsupportedModelError: If something other than accelerate replaced a module's `forward`.
     """
-    views: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        if type(module) in classes:
-            views[module] = paged_view(module, classes[type(module)], name)
-    _replace_children(model, views)
-    return [(paged, original) for original, paged in views.items()]
+    return [
+        (paged_view(module, classes[type(module)], name), module)
+        for name, module in model.named_modules()
+        if type(module) in classes
+    ]
+
+
+def swap_modules(model: nn.Module, views: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Replaces modules by paged views of them.
+
+    Args:
+        model (`nn.Module`): The model.
+        views (`list[tuple[nn.Module, nn.Module]]`): From [`paged_views`].
+    """
+    _replace_children(model, {original: paged for paged, original in views})
 
 
 def restore_originals(model: nn.Module, swapped: list[tuple[nn.Module, nn.Module]]) -> None:
@@ -49,7 +55,7 @@ def restore_originals(model: nn.Module, swapped: list[tuple[nn.Module, nn.Module
 
     Args:
         model (`nn.Module`): The model.
-        swapped (`list[tuple[nn.Module, nn.Module]]`): What `swap_modules` returned.
+        swapped (`list[tuple[nn.Module, nn.Module]]`): What `swap_modules` replaced, or a part of it.
     """
     for paged, original in swapped:
         state = dict(paged.__dict__)

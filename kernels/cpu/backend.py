@@ -442,9 +442,11 @@ class _CpuDecodePlan(DecodePlan):
         self._dtype = rows.layout.dtype
         self._q_shape = torch.Size((batch, q_heads, 1, head_dim))
         self._k_shape = torch.Size((batch, kv_heads, 1, head_dim))
-        # The quickest way to an output is to ask for one like something of its shape. This has no memory of its own.
-        shape = (batch, 1, q_heads, head_dim)
-        self._like = tail.k.as_strided(shape, (0, 0, 0, 0)) if tail.k.numel() else torch.empty(shape, dtype=self._dtype)
+        # The quickest way to an output is to ask for one like something of its shape: the tail, where there is one.
+        shape, empty = (batch, 1, q_heads, head_dim), not tail.k.numel()
+        like = torch.empty(1, dtype=self._dtype) if empty else tail.k
+        self._like = like.as_strided(shape, (0, 0, 0, 0))
+        self.nbytes = like.untyped_storage().nbytes() if empty else 0
         # What the struct holds from the last step: only what differs is written.
         self._strides: tuple = ()
         self._appends = self._padded = False

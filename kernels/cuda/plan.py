@@ -80,6 +80,7 @@ class CudaDecodePlan(DecodePlan):
             slots += -(-self._widths.width[tier] // TILE)
         self._widths.tiles = slots + -(-tail.capacity // TILE)
         self._lse = torch.empty(batch, self._q_heads, device=self._device)
+        self.nbytes = self._clock.nbytes + self._lse.nbytes
 
     def run(
         self,
@@ -196,6 +197,7 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         tiles = -(-c.group // heads)
         arrived = torch.zeros(rows.count * tiles + 2, dtype=torch.int32, device=device)
         self._workspace = (partial, arrived)
+        self.nbytes += partial.nbytes + arrived.nbytes
         at = partial.data_ptr()
         sums = 2 * self._blocks * heads * partial.element_size()
         self._pointers = KvcWorkspace(

@@ -26,6 +26,7 @@ from kvcompress_hf.units import format_bytes
 
 _SLAB_BYTES = 4 * 2**20  # an empty slab goes back to the allocator, so smaller slabs give memory back sooner
 _COPIED_BYTES = 2**20  # a slab up to this size grows in place of a further one
+_SLACK = 8  # once more than 1/8 of the live pages are free when a fork goes, memory is given back at once
 _GROWTH = 32  # a growing arena allocates 1/32 of its live pages ahead at most
 _PATIENCE = 0.005  # seconds that giving memory back waits for the kernels of other threads; else it is put off
 
@@ -120,8 +121,9 @@ class Arena:
         self.section = threading.Lock()  # taken inside `lock` by the outermost of nested changes
         self.broken = False  # a change has begun and not ended
         self._live = 0  # pages with at least one reference
-        self._owners: dict[int, tuple[weakref.ref[PageOwner], threading.RLock]] = {}  # type: ignore[valid-type]
+        self._owners: dict[int, tuple[weakref.ref[PageOwner], Any]] = {}  # and a `threading.RLock`
         self._abandoned: deque[PageOwner] = deque()
+        self._lost: deque[weakref.ref[PageOwner]] = deque()  # owners that are gone without a word
 
     def register(self, owner: PageOwner) -> Any:
         """Adds an owner of pages, held weakly.
@@ -134,8 +136,8 @@ class Arena:
             not begin a change.
         """
         with self.lock:
-            key, reading = id(owner), threading.RLock()
-            self._owners[key] = weakref.ref(owner, lambda _: self._owners.pop(key, None)), reading
+            reading = threading.RLock()
+            self._owners[id(owner)] = weakref.ref(owner, self._lost.append), reading
             return reading
 
     def unregister(self, owner: PageOwner) -> None:
@@ -157,6 +159,10 @@ class Arena:
             try:
                 if not self.section.locked():  # else this thread is in the middle of a change
                     self._settle()
+                    # Those who are left may be parked, and take no step by themselves. Not while this thread reads.
+                    reads = any(reading._is_owned() for _, reading in list(self._owners.values()))
+                    if not reads and self.pages - self._live > self._live // _SLACK:
+                        self.trim(patience=0.0)
             finally:
                 self.lock.release()
 
@@ -170,19 +176,26 @@ class Arena:
 
     def begin_change(self) -> None:
         """Puts right what an interrupted change and finalizers have left; see [`changes_pages`]."""
-        if self.broken:
+        if self.broken or self._lost:
             self.recount()
         self.broken = True
         while self._abandoned:
             owner = self._abandoned[0]
-            self.release(owner.live_ids())
-            self.unregister(owner)
+            known = self._owners.get(id(owner))
+            # The garbage collector clears references before it finalises: such an owner has been, or will be, lost.
+            if known is not None and known[0]() is owner:
+                self.release(owner.live_ids())
+                self.unregister(owner)
             self._abandoned.popleft()
 
     def recount(self) -> None:
         """Counts references from what owners hold, after a change broke off."""
         while self._abandoned:
             self.unregister(self._abandoned.popleft())
+        lost = len(self._lost)
+        for key, (ref, _) in list(self._owners.items()):
+            if ref() is None:
+                self._owners.pop(key, None)
         with torch.inference_mode(False):
             counts = torch.zeros_like(self.references)
             for owner in self._alive():
@@ -191,6 +204,8 @@ class Arena:
             counts[self.references < 0] = -1
         self.references, self._live = counts, int((counts > 0).sum())
         self.shared = bool((counts > 1).any())
+        for _ in range(lost):
+            self._lost.popleft()
         self.broken = False
 
     def has_other_owners(self, mine: Container[int]) -> bool:
@@ -203,7 +218,8 @@ class Arena:
             `bool`: True if there is another owner alive.
         """
         gone = {id(owner) for owner in list(self._abandoned)}
-        return any(owner not in mine and owner not in gone for owner in list(self._owners))
+        alive = [key for key, (ref, _) in list(self._owners.items()) if ref() is not None]
+        return any(owner not in mine and owner not in gone for owner in alive)
 
     @property
     def slabs(self) -> list[torch.Tensor]:
@@ -218,7 +234,7 @@ class Arena:
     @property
     def live(self) -> int:
         """`int`: Pages with at least one reference."""
-        if self._abandoned:
+        if self._abandoned or self._lost:
             self._settle()
         return self._live
 
@@ -358,12 +374,13 @@ class Arena:
         return taken.to(torch.int32)
 
     @changes_pages
-    def trim(self, room: int | None = None) -> None:
+    def trim(self, room: int | None = None, patience: float = _PATIENCE) -> None:
         """Gives memory back: gathers live pages in as few slabs as they need, drops the others, shortens one.
 
         Args:
             room (`int`, *optional*): Most bytes of free pages to keep for what comes next; a small share of the live
                 ones in any case.
+            patience (`float`): Seconds to wait for kernels of other threads that read pages.
         """
         keep = self._live // _GROWTH
         if room is not None:
@@ -374,7 +391,7 @@ class Arena:
         cut = self._cut(state, keep)
         if not cut:
             return
-        with self._standstill() as still:
+        with self._standstill(patience) as still:
             if not still:  # other threads read pages, and this can wait until the next packing
                 return
             try:
@@ -418,7 +435,7 @@ class Arena:
         self._commit(slabs, references[: self._ids(slabs)].clone())
 
     @contextlib.contextmanager
-    def _standstill(self, patience: float = _PATIENCE) -> Iterator[bool]:
+    def _standstill(self, patience: float) -> Iterator[bool]:
         """Whether no other thread's kernel reads pages; none begins to while this lasts."""
         until = time.monotonic() + patience
         with contextlib.ExitStack() as held:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcompress_hf.kernels import DecodePlan
 from kvcompress_hf.paging.waiting import on_host, to_device
 
 
@@ -102,6 +103,7 @@ class SequenceTensors:
         self.sizes = dict(sizes)
         self.dtype, self.device = dtype, device
         self.version = 0  # changes whenever a tensor that kernels read moves in memory
+        self.plans: dict[int, DecodePlan] = {}  # by layer; they keep the memory alive that they were made for
         self.values: dict[str, torch.Tensor] = {}
         self._changed_by: dict[tuple[str, ...], list[str]] = {}  # names, for `note`
         for each in self.declared.values():
@@ -200,7 +202,7 @@ class SequenceTensors:
         self.values = dict(values)
         if batch is not None:
             self.sizes["batch"] = batch
-        self.version += 1
+        self.moved()
 
     def copies_for_fork(self) -> dict[str, torch.Tensor]:
         """The values a fork begins with.
@@ -243,7 +245,12 @@ class SequenceTensors:
         values = {name: value for name, value in self.values.items() if name in owned}
         values.update((name, value) for name, value in noted.items() if name not in owned)
         self.values = values
+        self.moved()
+
+    def moved(self) -> None:
+        """Notes that something kernels read has moved in memory; plans made before are dropped."""
         self.version += 1
+        self.plans.clear()
 
     def clear(self) -> None:
         """Forgets everything; what is always there is zeros again."""

@@ -1,7 +1,7 @@
 """The rows of all layers of one shape, and what is done to them: pack, demote, evict, turn keys."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -301,6 +301,43 @@ class PagedStore(StoredRows):
                 self.backend.write_field(rows, tier, field, zeros)
         if self.tail_fields is not None:
             self.tail_fields[layer, self.layout.fields.index(field)] = 0
+
+    @changes_pages
+    def uncount(
+        self, layer: int, fields: Sequence[str], before: list[torch.Tensor], again: Callable[[], object]
+    ) -> None:
+        """Takes out of float fields of a layer what was added to them last, by adding it once more to zeros.
+
+        Args:
+            layer (`int`): Index of the layer.
+            fields (`Sequence[str]`): Names of the fields.
+            before (`list[torch.Tensor]`): Empty; filled with the fields as they are, so that all of this may be
+                repeated if it breaks off.
+            again (`Callable`): Adds to the fields what is to be taken out, and changes nothing else.
+        """
+        if not before:
+            before[:] = self._layer_fields(layer, fields)
+        self._layer_fields(layer, fields, [torch.zeros_like(values) for values in before])
+        again()
+        added = self._layer_fields(layer, fields)
+        self._layer_fields(layer, fields, [(x - y).clamp(min=0) for x, y in zip(before, added, strict=True)])
+
+    def _layer_fields(
+        self, layer: int, fields: Sequence[str], values: Sequence[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Float fields of the slots of a layer, in pages and tail; written where `values` are given."""
+        rows, told, read = self.rows(layer), iter(() if values is None else values), []
+        for name in fields:
+            for tier in range(len(rows.lengths)):
+                width = rows.width(tier)
+                if width and values is not None:
+                    self.backend.write_field(rows, tier, name, next(told))
+                elif width:
+                    read.append(self.backend.read_field(rows, tier, name, width))
+            if self.tail_fields is not None:
+                tail = self.tail_fields[layer, self.layout.fields.index(name)].view(torch.float32)
+                read.append(tail.clone()) if values is None else tail.copy_(next(told))
+        return read
 
     @changes_pages
     def scale_field(self, field: str, factor: float) -> None:

@@ -362,7 +362,7 @@ class StoredRows:
         try:
             copies = self.tensors.copies_for_fork()
             self._tail.shared = other._tail.shared = self.tail_keys is not None
-            self.tensors.version += 1  # who writes to the tail from now on has to look whether it is shared
+            self.tensors.moved()  # who writes to the tail from now on has to look whether it is shared
             other.evicted = self.evicted
             other.tensors.replace(copies)
             self.arena.retain(other.live_ids())
@@ -433,7 +433,7 @@ class StoredRows:
 
     def slabs_changed(self) -> None:
         """Notes that slab addresses are no longer what they were."""
-        self.tensors.version += 1
+        self.tensors.moved()
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
@@ -441,6 +441,11 @@ class StoredRows:
     def own_bytes(self) -> int:
         """`int`: Bytes of tables, means and tail."""
         return sum(self.tensors.bytes_by_kind.values())
+
+    @property
+    def plan_bytes(self) -> int:
+        """`int`: Bytes that decode plans hold besides what they were made for."""
+        return sum(plan.nbytes for plan in list(self.tensors.plans.values()))
 
     @changes_pages
     def usage(self) -> Usage:

@@ -196,7 +196,7 @@ class Tables:
             wider = self.tensors.zeros(name, columns=columns + columns // _AHEAD)
             wider[:, : table.shape[1]] = table
             self.tensors.values[name] = wider
-            self.tensors.version += 1
+            self.tensors.moved()
 
     def shared_pages_to_copy(self, tier: int, grows: torch.Tensor) -> int:
         """Pages that must be copied before rows grow, because others share their last, half-filled one.
@@ -277,7 +277,7 @@ class Tables:
         if columns + columns // _AHEAD < table.shape[1]:
             with torch.inference_mode(False):
                 self.tensors.values[self.names[tier]] = table[:, :columns].clone()
-            self.tensors.version += 1
+            self.tensors.moved()
 
     def relocate(self, new_id: torch.Tensor) -> None:
         """Follows pages that the arena has moved.

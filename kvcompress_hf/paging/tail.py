@@ -116,7 +116,7 @@ class TailSlots:
         used = torch.arange(self.capacity, device=positions.device) < self.lengths[..., None]
         with torch.inference_mode(False):
             self.tensors.values["tail_lengths"] = (used & (positions < position)).sum(-1, dtype=torch.int32)
-        self.tensors.version += 1
+        self.tensors.moved()
 
     def empty(self, part: slice) -> None:
         """Notes that some layers have no slots there any more.

@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import torch
 
-from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.layer_work import LayerWork
-from kvcompress_hf.runtime.state import AttentionState, RunStatistics, layout_for
+from kvcompress_hf.runtime.state import AttentionState, Counters, RunStatistics, layout_for
 
 __all__ = ["AttentionState", "PagedAttention", "RunStatistics", "layout_for"]
 
@@ -83,7 +83,7 @@ class PagedAttention(LayerWork):
         batch, heads, tokens, _ = key.shape
         _, q_heads, queries, _ = new.query.shape
         position = new.position = layer.seen
-        if position == counters.seen and not self._reading_again:
+        if position >= counters.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
             counters = self.counters
         store = layer.store
@@ -242,11 +242,14 @@ class PagedAttention(LayerWork):
 
         Raises:
             UnsupportedFeatureError: If some of them have been compressed already.
+            CacheMemoryError: If what was recorded does not fit. The first of these tokens may have been committed and
+                compressed then; the others are held back still, and all are there.
         """
         self.settle()
         target = max(0, self.seen - tokens)
         removed = self.seen - target
         self._check_crop(removed)
+        held, counters = [list(layer.held) for layer in self.layers], self.counters.copy()
         with self.rollback.whole(statistics=self._counts_steps and self.recording, held=True, tail=self.recording):
             if removed:
                 for owned in self.owned.values():
@@ -257,7 +260,12 @@ class PagedAttention(LayerWork):
                 self.counters.seen = target
                 self.counters.uncount_padding(target)
             if self.recording:
-                self._commit()
+                try:
+                    self._commit()
+                except CacheMemoryError:
+                    if self.rollback.note is not None and self.rollback.note.renewed:
+                        self._hold_again(held, counters)
+                    raise
 
     def _check_crop(self, removed: int) -> None:
         for owned in self.owned.values():
@@ -276,11 +284,13 @@ class PagedAttention(LayerWork):
         importance, packing and plans are those of plain decoding.
         """
         held = [list(layer.held) for layer in self.layers]
-        count = max((len(tokens) for tokens in held), default=0)
+        count, note = max((len(tokens) for tokens in held), default=0), self.rollback.note
         self.recording = False
         try:
             if count:
                 self._rewind(self.seen - count)
+            if note is not None:
+                note.piecewise = count > 0
             for token in range(count):
                 for layer, tokens in zip(self.layers, held, strict=True):
                     if layer.store is not None and tokens:
@@ -288,10 +298,30 @@ class PagedAttention(LayerWork):
                         layer.seen += 1
                 self.counters.seen += 1
                 self._end_forward()
+                if self.rollback.note is not None and self.rollback.note.overwriting is not None:
+                    self.rollback.renew()  # what was evicted cannot come back
             if not count:
                 self._end_forward()
         finally:
             self.recording = True
+
+    def _hold_again(self, held: list[list[AttentionCall]], counters: Counters) -> None:
+        """Puts recorded tokens back into the tail behind those that have been committed.
+
+        Args:
+            held (`list[list[AttentionCall]]`): All recorded tokens, by layer.
+            counters (`Counters`): What was counted before any of them was taken back or committed.
+        """
+        self.rollback.restore()
+        self.recording = True
+        for token in range(self.seen - counters.seen, 0):
+            for layer, tokens in zip(self.layers, held, strict=True):
+                if layer.store is not None and tokens:
+                    self._decode(layer, layer.store, tokens[token], centred=True)
+                    layer.seen += 1
+            self.counters.seen += 1
+        self.counters.padding, self.counters.gaps = counters.padding, counters.gaps
+        self.rollback.commit()  # until here, whatever stops this closes the cache
 
     def _rewind(self, target: int) -> None:
         """Takes recorded tokens out of the tail, which holds all of them."""

@@ -180,6 +180,11 @@ class Mask:
         return real
 
     @property
+    def tensors(self) -> list[torch.Tensor | None]:
+        """`list[torch.Tensor | None]`: All that it keeps."""
+        return [self.tensor, self._real, *(self._parts or ())]
+
+    @property
     def biased(self) -> bool:
         """`bool`: Whether anything is added to the logits."""
         return self.tensor.is_floating_point() and self.parts()[1] is not None

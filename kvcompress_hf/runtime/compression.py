@@ -204,6 +204,9 @@ class Compression:
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
         importance, spread = checked.rank(observer, slots)
+        if freeing and self.rollback.note is not None:
+            # If room is not made, the token under way is taken back, and what was recent then must still be there.
+            slots = replace(slots, seen=min(slots.seen, self.rollback.note.counters.seen))
         views = [
             make_view(
                 each.recipe,
@@ -359,17 +362,18 @@ class Compression:
         # A plan spans all devices, so it must free as much on each as the one that lacks the most.
         return missing * len(state.arenas)
 
-    def no_room(self, seen: int) -> CacheMemoryError:
-        """The error to raise where [`Compression.make_room`] could not.
-
-        Args:
-            seen (`int`): Tokens that the cache holds once the change has been taken back.
+    def no_room(self) -> CacheMemoryError:
+        """The error to raise where [`Compression.make_room`] could not, before the change is taken back.
 
         Returns:
             `CacheMemoryError`: Not raised yet.
         """
+        note = self.rollback.note
+        seen = self.state.seen if note is None else note.counters.seen
+        left = f"The last forward pass was taken back, so the cache holds {seen} tokens and can be used."
+        if note is not None and note.held is not None:
+            left = "Recorded tokens could not all be committed; they are all there, and the cache can be used."
         return CacheMemoryError(
             f"Packing the newest tokens takes more than max_bytes={self.state.max_bytes}, and compressing harder was "
-            f"not enough: what is protected stays. The last forward pass was taken back, so the cache holds {seen} "
-            "tokens and can be used. Raise max_bytes, protect fewer slots, or shorten the input."
+            f"not enough: what is protected stays. {left} Raise max_bytes, protect fewer slots, or shorten the input."
         )

@@ -40,7 +40,7 @@ class LayerWork(Past):
         fields: dict[str, torch.Tensor] = {}
         if observer is not None and self._counts_steps:
             if self.recording:
-                layer.held.append(new)
+                layer.held.append(new.detached())  # without the tag, which leads back to this cache
             else:
                 sum_field, square_field = self._sum_field, self._square_field
                 fields = self._before_counting(observer, layer, store, new)
@@ -59,9 +59,9 @@ class LayerWork(Past):
                 square_field,
                 centred,
             )
-            plan = layer.plan
+            plan = tensors.plans.get(layer.index)
             if plan is None or layer.plan_key != plan_key:
-                plan = layer.plan = store.backend.plan_decode(
+                plan = tensors.plans[layer.index] = store.backend.plan_decode(
                     store.rows(layer.index),
                     replace(store.tail(layer.index), used=layer.tail_used),
                     scale=new.scaling,
@@ -74,6 +74,8 @@ class LayerWork(Past):
                     key_shift=None if centred else store.key_shift_of(layer.index),
                 )
                 layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
+                if layer.index == store.layers - 1:
+                    self.note_peak()
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None:
             packing.write_tail_fields(store, layer, before, valid, fields)
@@ -87,6 +89,7 @@ class LayerWork(Past):
         if self._sum_field or self._square_field:
             if store.arena.shared:
                 store.own_all()
+            self.rollback.counts(layer, new)
             if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
                 store.clear_field(str(self._sum_field), layer.index)
         # This may copy pages, so it comes before the decode plan is made.

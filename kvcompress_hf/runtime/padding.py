@@ -59,10 +59,10 @@ def cut_runs(runs: Tensor, seen: int) -> Tensor:
         seen (`int`): Tokens that are left.
 
     Returns:
-        `torch.Tensor`: `int64` `[batch, runs, 2]`.
+        `torch.Tensor`: `int64` `[batch, runs, 2]`; zeros in place of runs of which nothing is left.
     """
     left = torch.minimum(runs[..., 1], (seen - runs[..., 0]).clamp(min=0))
-    return torch.stack([runs[..., 0], left], dim=-1)
+    return torch.stack([runs[..., 0] * (left > 0), left], dim=-1)
 
 
 def padding_first(positions: Tensor, runs: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from kvcompress_hf.observers.base import Observer
 from kvcompress_hf.paging.waiting import known, known_as, on_host, to_device
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime import packing
@@ -69,9 +70,10 @@ class Past(CacheState):
         if tokens > 1 and not self.recording and seen and self.max_bytes is not None:
             with self.rollback.whole():
                 self.compression.make_room(tokens)
-        # A decoded token only goes to the tail, from where it can be taken back without copies of the lengths. What it
-        # adds to scores stays if it is taken back: to copy all scores at each step would cost more than the step.
-        statistics = not decoding and seen > 0 and self._observer is not None and not self._holds
+        # A decoded token only goes to the tail, from where it can be taken back without copies of the lengths.
+        statistics = seen > 0 and self._observer is not None and not self._holds
+        if decoding and statistics:
+            statistics = self._writes_statistics(self._observer)
         self.rollback.begin(packs=not decoding, statistics=statistics)
         counters = self.counters
         if not counters.batch:
@@ -89,17 +91,26 @@ class Past(CacheState):
         if here is not None and not bool(here.all()):
             counters.gaps = with_runs(counters.gaps, runs_of(here, seen))
 
+    def _writes_statistics(self, observer: Observer | None) -> bool:
+        """Whether a decode step writes over statistics of stored slots, and does not only add to them."""
+        if observer is None or not self._counts_steps:
+            return False
+        clears = observer.last_only and any(layer.tail_used + 1 >= self.recipe.when.every for layer in self.layers)
+        return observer.observes_steps or clears
+
     def _settle_last_pass(self) -> None:
         """Ends the last forward pass if all layers are through, else takes it back and says so."""
         note, seen = self.rollback.note, self.seen
         if note is None:
             return
-        if any(layer.store is not None and layer.seen != seen for layer in self.layers):
+        if seen == note.counters.seen and not note.undoing:
+            self._take_back()  # nothing of it was through
+            return
+        if note.undoing or any(layer.store is not None and layer.seen != seen for layer in self.layers):
             self._take_back()
             raise RuntimeError(
-                f"The last forward pass stopped half way, so its {seen - note.counters.seen} tokens were in some "
-                f"layers only. They have been taken back: the cache holds {self.seen} tokens again. Repeat that "
-                "forward pass."
+                "The last forward pass stopped half way, so its tokens were in some layers only. They have been taken "
+                f"back: the cache holds {self.seen} tokens again. Repeat that forward pass."
             )
         if not self.counters.unfinished and not self._waiting:
             self.rollback.commit()
@@ -114,18 +125,21 @@ class Past(CacheState):
 
     def _take_back(self) -> None:
         self.rollback.undo()
+        self._forget_pass()
+
+    def _forget_pass(self) -> None:
         self._waiting.clear()
-        self._masks = {}
+        self._masks, self._new_valid = {}, None
 
     def _end_forward(self) -> None:
         """Stores what waited, packs, plans and gives pages back, over all layers together."""
         self._masks = {}
-        seen = self.seen if self.rollback.note is None else self.rollback.note.counters.seen
         if not self.compression.make_room():
-            raise self.compression.no_room(seen)
+            raise self.compression.no_room()
         waiting, self._waiting = self._waiting, []
         for store in waiting:
             store()
+        self._new_valid = None
         if self.recording:
             self.note_peak()
         elif packing.packs_next(self):
@@ -181,16 +195,16 @@ class Past(CacheState):
             for owned in self.owned.values():
                 owned.store.select(index)
             for layer in self.layers:
-                layer.plan = None
                 layer.held = [tokens.select(index) for tokens in layer.held]
                 layer.tails = None if layer.tails is None else layer.tails[index]
             self.counters = self.counters.select(index)
 
     def reset(self) -> None:
         """Forgets everything and gives all pages back."""
-        self.clear()
-        self._waiting.clear()
+        self.rollback.closed = "reset() was stopped in the middle; call reset() again."
+        self._forget_pass()
         self.rollback.commit()
+        self.clear()
         self.rollback.closed = None
 
     def fork(self: _Self) -> _Self:
@@ -210,6 +224,25 @@ class Past(CacheState):
                 owned.store.close()
             raise
         return other
+
+    def tensors_aside(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Everything that is kept besides arenas and the tensors of stores.
+
+        Returns:
+            `tuple[list[torch.Tensor], list[torch.Tensor]]`: What is known of sequences or was noted to go back to; and
+            tokens that are held back.
+        """
+        note, rest = self.rollback.note, [self.inv_freq if self.batch else None, self._new_valid]
+        held = [call for layer in self.layers for call in layer.held]
+        for counters in [self.counters] if note is None else [self.counters, note.counters]:
+            rest += [counters.padding, counters.gaps, *counters.distortion.values()]
+        for mask in self._masks.values():
+            rest += mask.tensors
+        if note is not None:
+            rest += note.tensors
+            held += [call for calls in note.held or () for call in calls]
+        tokens = [tensor for call in held for tensor in (call.query, call.key, call.value, call.valid)]
+        return [each for each in rest if each is not None], [each for each in tokens if each is not None]
 
     def state(self) -> AttentionState:
         """What a file must hold besides the stores; see [`CacheState.state`].

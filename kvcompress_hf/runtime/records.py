@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from kvcompress_hf import kernels
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import pick, to_device
 from kvcompress_hf.recipe import Recipe
@@ -52,8 +51,7 @@ class LayerState:
         uneven (`bool`): Whether sequences may have fewer, because of padding.
         tails (`torch.Tensor`, *optional*): `int32` `[batch]` on the host: how many they have, if uneven and known.
         held (`list[AttentionCall]`): The newest tokens while past recording is on, oldest first.
-        plan (`DecodePlan`, *optional*): Prepared native call for decode steps.
-        plan_key (`tuple`): What the plan was made for.
+        plan_key (`tuple`): What its store's decode plan was made for.
         plan_room (`int`): Tokens the tail had room for then.
     """
 
@@ -67,7 +65,6 @@ class LayerState:
     uneven: bool = False
     tails: torch.Tensor | None = None
     held: list[AttentionCall] = field(default_factory=list)
-    plan: kernels.DecodePlan | None = None
     plan_key: tuple[object, ...] = (None,)
     plan_room: int = 0
 
@@ -94,9 +91,9 @@ class LayerState:
             changes: Fields that are to be different.
 
         Returns:
-            `LayerState`: The copy, without a plan: that belongs to the store's memory.
+            `LayerState`: The copy.
         """
-        return replace(self, **{"held": list(self.held), "plan": None, "plan_key": (None,), **changes})
+        return replace(self, **{"held": list(self.held), "plan_key": (None,), **changes})
 
 
 @dataclass

@@ -116,9 +116,9 @@ class CacheState:
 
     @property
     def nbytes(self) -> int:
-        """`int`: Bytes allocated for slabs, tables and tails."""
+        """`int`: Bytes allocated for slabs, tables, tails and decode plans."""
         pools = sum(arena.nbytes + arena.table_bytes for arena in self.pools.values())
-        return pools + sum(owned.store.own_bytes for owned in self.owned.values())
+        return pools + sum(owned.store.own_bytes + owned.store.plan_bytes for owned in self.owned.values())
 
     def slots_per_head(self) -> list[torch.Tensor]:
         """Slots kept in each row.
@@ -210,8 +210,8 @@ class CacheState:
 
     def give_back(self) -> None:
         """Lets arenas return what is free beyond what comes next."""
-        for layer in self.layers:
-            layer.plan = None  # a plan holds on to the tables and slabs it was made for
+        for owned in self.owned.values():
+            owned.store.tensors.plans.clear()  # a plan holds on to the tables and slabs it was made for
         room = self.counters.room
         for arena in self.pools.values():
             arena.trim(None if room is None else room // len(self.pools))

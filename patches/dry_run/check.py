@@ -13,6 +13,7 @@ from kvcompress_hf.patches.dry_run.compare import difference, limit
 from kvcompress_hf.patches.dry_run.probe import ProbeCache
 from kvcompress_hf.patches.dry_run.stock import Notes, StockCache, behind_a_past, observing
 from kvcompress_hf.patches.dry_run.trial import long_past, reading, run_pass
+from kvcompress_hf.patches.holders import surely
 
 __all__ = ["StockNotes", "check_dry_run", "evaluating", "observe_stock"]
 
@@ -41,15 +42,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     training = [name for name, module in model.named_modules() if module.training]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    if training:  # other threads may be using the model: nothing is written that need not be
-        model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
-            yield
-    finally:
+
+    def back_to_training() -> None:
         for name in training:
             # Looked up again: the module under this name may have been replaced meanwhile.
             model.get_submodule(name).training = True
+
+    try:
+        if training:  # other threads may be using the model: nothing is written that need not be
+            model.eval()
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+    finally:
+        surely(back_to_training)
 
 
 def observe_stock(model: PreTrainedModel) -> StockNotes:

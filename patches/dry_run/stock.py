@@ -25,6 +25,7 @@ from kvcompress_hf.compat import (
 )
 from kvcompress_hf.patches.dry_run.made_up import make_up
 from kvcompress_hf.patches.dry_run.trial import Trial
+from kvcompress_hf.patches.holders import surely
 from kvcompress_hf.patches.implementation import configs_of, set_implementation
 from kvcompress_hf.patches.interface import BASES, eager_function
 
@@ -267,12 +268,16 @@ def observing(model: PreTrainedModel) -> Iterator[None]:
         AttentionInterface.register(_PREFIX + base, functools.partial(_observe, base))
         AttentionMaskInterface.register(_PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
     before = [(config, config._attn_implementation) for config in configs_of(model)]
+
+    def put_back() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
     try:
         set_implementation(model, _PREFIX.__add__)
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        surely(put_back)
 
 
 def _observe(

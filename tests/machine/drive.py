@@ -26,13 +26,13 @@ def random_step(rng):
     return name, {argument: rng.randint(*bounds) for argument, bounds in OPERATIONS[name][1].items()}
 
 
-def replay(made_of, steps, everything=False):
+def replay(made_of, steps):
     """Does listed steps; returns what went wrong, `None` if nothing, and how many steps were done."""
     done = 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            world = World(**made_of, everything=everything)
+            world = World(**made_of)
             for name, arguments in steps:
                 done += 1
                 world.step(name, **arguments)
@@ -56,7 +56,7 @@ def kind_of(error):
     return f"{type(error).__name__} in {at}"
 
 
-def shorten(made_of, steps, kind, everything=False, tries=300):
+def shorten(made_of, steps, kind, tries=300):
     """A shorter list that fails in the same way."""
     size = max(1, len(steps) // 2)
     while size and tries > 0:
@@ -64,7 +64,7 @@ def shorten(made_of, steps, kind, everything=False, tries=300):
         while at < len(steps) and tries > 0:
             fewer = steps[:at] + steps[at + size :]
             tries -= 1
-            error, done = replay(made_of, fewer, everything)
+            error, done = replay(made_of, fewer)
             if error is not None and kind_of(error) == kind:
                 steps = fewer[:done]
             else:
@@ -78,23 +78,3 @@ def world_of(seed, number, length=40, only=None):
     rng = random.Random(f"{seed}/{number}")
     made_of = {**setting(rng), **(only or {})}
     return made_of, [random_step(rng) for _ in range(length)]
-
-
-def run(seed, steps, length=40, everything=False, only=None, first=0):
-    """Random worlds until so many steps are done; yields one record per world.
-
-    Args:
-        seed (`int`): Of everything.
-        steps (`int`): How many.
-        length (`int`): Steps of one world.
-        everything (`bool`): Whether also to do what `known.NOT_YET` names.
-        only (`dict`, *optional*): Fixed parts of the setting.
-        first (`int`): Number of the first world.
-    """
-    done = 0
-    while done < steps:
-        made_of, todo = world_of(seed, first, length, only)
-        first += 1
-        error, count = replay(made_of, todo, everything)
-        done += max(count, 1)
-        yield made_of, todo[:count], error, count

@@ -6,6 +6,8 @@ that nothing disturbed.
 """
 
 import contextlib
+import dis
+import functools
 import gc
 import os
 import sys
@@ -49,6 +51,22 @@ class Counter:
             raise self.error
 
 
+@functools.cache
+def _impossible(code):
+    """Offsets at which no interrupt comes, as Python looks for one behind calls and at jumps only.
+
+    On the way out of a `with` block and at the `try:` of a `try` block a trace function could raise, and no handler
+    would see it: locks would stay taken.
+    """
+    instructions = list(dis.get_instructions(code))
+    never = {each.offset for each in instructions if each.opname == "NOP"}
+    for at, each in enumerate(instructions):
+        behind = instructions[at + (each.opname == "SWAP") :][:3]
+        if len(behind) == 3 and all(one.opname == "LOAD_CONST" and one.argval is None for one in behind):
+            never.add(each.offset)
+    return never
+
+
 @contextlib.contextmanager
 def lines(counter, opcodes=False):
     """Every line of the package that runs, as an interrupt may come there; with `opcodes` every instruction."""
@@ -56,7 +74,7 @@ def lines(counter, opcodes=False):
     def local(frame, event, argument):
         if opcodes:
             frame.f_trace_opcodes = True
-        if event == ("opcode" if opcodes else "line"):
+        if event == ("opcode" if opcodes else "line") and frame.f_lasti not in _impossible(frame.f_code):
             counter.hit(lambda: f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}")
         return local
 
@@ -278,11 +296,11 @@ class Scenario:
         return out
 
     def _undisturbed(self):
-        cache, history, twin, folder = self.prepare()
-        before = self.answer(cache.fork(), history.copy())
-        expected = {"twin": self.answer(cache.fork(), history.copy(), self.others), "before": before}
-        expected["length before"] = history.seen
-        del twin
+        expected = {}
+        for name, data in (("before", None), ("twin", self.others)):
+            cache, history, _twin, _folder = self.prepare()
+            expected["length before"] = history.seen
+            expected[name] = self.answer(cache, history, data)
         cache, history, _twin, folder = self.prepare()
         made = cache if self.action == "drop" else self.act(cache, history, folder)
         expected["action"] = made if self.action == "pass" else None
@@ -314,7 +332,7 @@ class Scenario:
             if self.action == "drop":
                 del prepared[0]
             else:
-                self.act(prepared[0], prepared[1], prepared[3])
+                _made = self.act(prepared[0], prepared[1], prepared[3])  # kept: its end is not a part of this
         return counter.passed
 
     def fail(self, kind, at):
@@ -370,19 +388,16 @@ class Scenario:
         prepared.clear()
         if self.action == "save":
             self._judge_file(folder)
-        if inside.needs_collecting(cache):
-            gc.collect()
         self._pages([cache, twin] if twin is not None else [cache], quietly=True)
         if twin is not None:
             got = self.answer(twin.fork(), history.copy(), self.others)
             _same(got, self.undisturbed["twin"], "fork harmed")
         ended = self._resume(cache, history)
-        if self.action == "commit":
-            gc.collect()  # see `known.NOT_YET`: recorded tokens in a cycle
         self._pages([cache, twin] if twin is not None else [cache])
         watched = [weakref.ref(arena) for arena in inside.arenas(cache)]
         keep = None if twin is None else inside.arenas(twin)
         del cache
+        gc.collect()  # frames of what was interrupted may refer to each other, and to it
         if twin is not None:
             self._pages([twin])
             del keep, twin
@@ -416,7 +431,13 @@ class Scenario:
             return self._resume_other(cache, history)
         data = self.data[len(self.passes) - 1]
         number = len(self.passes) - 1
-        check(seen in (before, after), "length", f"{seen}, not {before} or {after}")
+        if seen not in (before, after):
+            try:
+                self._pass(cache, history.copy(), data, number)
+            except RuntimeError as error:  # a cache that had to be closed is empty
+                check(not seen and "reset()" in str(error), "length", f"{seen}, not {before} or {after}")
+                return self._after_words(error, cache, history, data, number)
+            raise Fault("length", f"{seen}, not {before} or {after}")
         if seen == after != before:
             later = history.copy()
             later.append(data[1], data[2], torch.ones(self.batch, data[0][0].shape[2], dtype=torch.bool))
@@ -480,7 +501,13 @@ class Scenario:
         if self.action == "reset":
             later = History(SHAPES[self.shape].sources, self.batch)
             if cache.batch_size == -1 and cache.get_seq_length() == 0:
-                _same(self.answer(cache, later), self.undisturbed["after"], "wrong answers after it")
+                try:
+                    got = self.answer(cache, later)
+                except RuntimeError as error:
+                    check("reset()" in str(error), "unclear error", str(error)[:120])
+                    cache.reset()
+                    got = self.answer(cache, History(SHAPES[self.shape].sources, self.batch))
+                _same(got, self.undisturbed["after"], "wrong answers after it")
                 return "after"
         keeps = self.action in ("save", "load", "fork")
         try:

@@ -36,6 +36,7 @@ def owners(arena):
 
 def references(arena):
     """References by page id, -1 where there is no page."""
+    assert arena.live >= 0  # which gives back what finalisers have left
     return arena.references.long()
 
 
@@ -48,11 +49,6 @@ def addresses(arena):
 def arena_bytes(arena):
     """Bytes that the slabs take, by walking their storages."""
     return sum(slab.untyped_storage().nbytes() for slab in arena.slabs if slab.shape[0])
-
-
-def _layers(cache):
-    attention = _attention(cache)
-    return attention._layers if hasattr(attention, "_layers") else attention.layers
 
 
 def allocating_classes():
@@ -69,11 +65,6 @@ def kernel_classes():
     backend = type(kernels.get_backend("cpu"))
     module = sys.modules[backend.__module__]
     return [backend, module._CpuDecodePlan]
-
-
-def needs_collecting(cache):
-    """Whether only the garbage collector finds this cache (see `known.NOT_YET`)."""
-    return any(layer.held for layer in _layers(cache))
 
 
 def held_bytes(root):

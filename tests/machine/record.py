@@ -27,9 +27,19 @@ def heading(what, **more):
             "python": platform.python_version(),
             **{name: version(name) for name in ("kvcompress-hf", "torch", "transformers", "hypothesis")},
         },
-        "processor": platform.machine(),
+        "processor": _processor(),
         **more,
     }
+
+
+def _processor():
+    """The CPU's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def write(path, record):

@@ -16,7 +16,6 @@ import model_faults
 import torch
 from children import in_children
 from faults import KINDS, Fault, scenario, scenarios
-from known import NOT_YET_AFTER_FAULTS
 from record import heading, write
 from shapes import SHAPES
 
@@ -83,6 +82,8 @@ def main():
             ended["fault"] += 1
             known = found.setdefault(what, {"times": 0, "kinds": {}, "where": {}})
             known["times"] += 1
+            if known["times"] <= 3:
+                print(f"{name}, {kind} {at}: {what}: {result.get('where')}: {result.get('says', '')}", flush=True)
             known["kinds"][kind] = known["kinds"].get(kind, 0) + 1
             place = result.get("where") or result.get("raised", "?").strip().splitlines()[-1][:120]
             if place not in known["where"] and len(known["where"]) < 400:
@@ -97,7 +98,6 @@ def main():
         workers=options.workers,
         scenarios=places,
         ended=dict(ended),
-        left_out=NOT_YET_AFTER_FAULTS,
         found=found,
     )
     write(options.output, record)

@@ -162,6 +162,7 @@ def parked(rounds, tokens=2048, forks=8):
         report = waiting[-1].memory()
         used = report.total - report.free
         worst = max(worst, report.free / used)
+        del fork  # or the last one would stay
         while waiting:
             waiting.pop(number % len(waiting))
         # A parked cache takes no step by itself, so what others left is given back when they go.
