@@ -408,7 +408,10 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwa
             "Pass the whole text and what is new, or keep the text within one side of the border "
             "(original_max_position_embeddings)."
         )
+    recording = cache.is_recording_past(0)
     cache.reset()
+    if recording:  # drafts are still to be verified
+        cache.activate_past_recording()
     if not dropped:
         inputs = stock(input_ids, *args, **{**kwargs, "next_sequence_length": None})
     inputs[generate_argument()] = cache
