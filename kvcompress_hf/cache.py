@@ -429,9 +429,9 @@ class CompressedPagedCache(Cache):
         self._recorded_from = self._attention.seen
 
     def reset(self) -> None:
-        """Forgets everything and gives all memory back."""
+        """Forgets everything and gives all memory back; nothing is recorded any more."""
         self._attention.reset()
-        self._recorded_from = 0
+        self._attention.recording, self._recorded_from = False, 0
         self._pending = [0] * len(self._pending)
         self._factors, self._gradients = None, GradientGuard(len(self._pending), filled=False)
 

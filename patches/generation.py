@@ -29,6 +29,7 @@ from kvcompress_hf.compat import (
 )
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.holders import Holders
+from kvcompress_hf.patches.implementation import has_implementation
 from kvcompress_hf.patches.passes import HELD, before_pass, check_implementation, tell_once, turns_otherwise
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates, recording_ends, tokens_held
@@ -114,6 +115,8 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         "prepare_inputs_for_generation": _prepare_inputs,
         "generate": _generate,
     }
+    if hasattr(model, "init_continuous_batching"):
+        methods["init_continuous_batching"] = _init_continuous_batching
     record.methods = tuple(methods)
     for name, function in methods.items():
         if name in model.__dict__:
@@ -174,6 +177,24 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if made is not None and find_cache((*args, *kwargs.values()), CompressedPagedCache) is None:
         made.stop_past_recording()
     return outputs
+
+
+def _init_continuous_batching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """As the stock method, which `generate_batch` and servers come by; its cache is its own and stays uncompressed."""
+    record = record_of(model)
+    if record is not None:
+        if record.route == "interface" and has_implementation(model, record.route):
+            raise UnsupportedFeatureError(
+                f"Continuous batching (generate_batch and servers) has a paged cache of its own, which the patched "
+                f"{type(model).__name__} cannot read. Call kvcompress_hf.unpatch(model) before it."
+            )
+        tell_once(
+            record,
+            "continuous batching",
+            "continuous batching (generate_batch and servers) has a paged cache of its own. Use generate(), or leave "
+            "the model unpatched for it.",
+        )
+    return _stock(model, "init_continuous_batching")(*args, **kwargs)
 
 
 def _prepare_generation_config(
@@ -387,7 +408,10 @@ def _prepare_inputs(model: PreTrainedModel, input_ids: Tensor, *args: Any, **kwa
             "Pass the whole text and what is new, or keep the text within one side of the border "
             "(original_max_position_embeddings)."
         )
+    recording = cache.is_recording_past(0)
     cache.reset()
+    if recording:  # drafts are still to be verified
+        cache.activate_past_recording()
     if not dropped:
         inputs = stock(input_ids, *args, **{**kwargs, "next_sequence_length": None})
     inputs[generate_argument()] = cache

@@ -37,6 +37,7 @@ class KeyCentring:
         real: torch.Tensor | None,
         query: torch.Tensor | None = None,
         bits: int = 8,
+        sequences: torch.Tensor | None = None,
     ) -> None:
         """Decides what is taken off every key of a layer from now on; nothing of the layer may be stored yet.
 
@@ -46,6 +47,8 @@ class KeyCentring:
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
             query (`torch.Tensor`, *optional*): Where given, a head is centred only if it gains, see [`gains`].
             bits (`int`): Bits of the keys' codes.
+            sequences (`torch.Tensor`, *optional*): `bool` `[batch]`, those that have stored nothing yet; all when left
+                out.
         """
         old = self.shift
         with torch.inference_mode(False):
@@ -53,8 +56,9 @@ class KeyCentring:
         mean = steady_mean(keys, real)
         if query is not None:
             mean = torch.where(gains(keys, mean, query, real, bits), mean, 0.0)
-        shift[layer] = mean
+        shift[layer] = mean if sequences is None else torch.where(sequences[:, None, None, None], mean, shift[layer])
         self.tensors.values["key_shift"] = shift
+        self.tensors.version += 1
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """New keys as they are stored and attended to.

@@ -32,6 +32,7 @@ class PagedStore(StoredRows):
         real: torch.Tensor | None,
         query: torch.Tensor | None = None,
         bits: int = 8,
+        sequences: torch.Tensor | None = None,
     ) -> None:
         """Decides what is taken off every key of a layer from now on; see [`KeyCentring.settle`].
 
@@ -41,8 +42,10 @@ class PagedStore(StoredRows):
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
             query (`torch.Tensor`, *optional*): Scaled queries, where only heads that gain are to be centred.
             bits (`int`): Bits of the keys' codes.
+            sequences (`torch.Tensor`, *optional*): `bool` `[batch]`, those that have stored nothing yet; all when left
+                out.
         """
-        self._keys.settle(layer, keys, real, query, bits)
+        self._keys.settle(layer, keys, real, query, bits, sequences)
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """New keys as they are stored and attended to; see [`KeyCentring.centre`].

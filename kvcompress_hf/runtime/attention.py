@@ -15,10 +15,12 @@ import torch
 
 from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.paging.store import PagedStore
+from kvcompress_hf.paging.waiting import on_host
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.layer_work import LayerWork
-from kvcompress_hf.runtime.state import AttentionState, Counters, RunStatistics, layout_for
+from kvcompress_hf.runtime.padding import aligned
+from kvcompress_hf.runtime.state import AttentionState, Counters, LayerState, RunStatistics, layout_for
 
 __all__ = ["AttentionState", "PagedAttention", "RunStatistics", "layout_for"]
 
@@ -109,11 +111,8 @@ class PagedAttention(LayerWork):
             if position == counters.seen:
                 counters.seen = position + 1
             return output
-        # A soft cap or a sink's logit is not moved along with the keys' logits, so there keys stay whole.
-        if position == 0 and self.recipe.centres_keys and new.softcap is None and new.sinks is None:
-            looks = None if self.recipe.centre_keys else new.query.detach()[:, :, -32:] * new.scaling
-            bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
-            store.settle_key_shift(layer.index, key.detach(), new.valid, looks, bits)
+        if self.recipe.centres_keys and (not position or tokens > 1):
+            self._settle_key_shift(layer, store, new)
         new.key = store.centre(layer.index, key)
         if self._reading_again:
             return self._read_again(layer, store, new.detached())
@@ -144,6 +143,22 @@ class PagedAttention(LayerWork):
                 "The cache has been emptied: begin again with the first token."
             )
         return self.place(layer_idx, key)
+
+    def _settle_key_shift(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> None:
+        """Decides by what keys are centred, for the sequences whose first tokens these are: padding is no token."""
+        if new.softcap is not None or new.sinks is not None:
+            return  # neither a soft cap nor a sink's logit is moved along with the keys' logits, so keys stay whole
+        first = None
+        if new.position:
+            note = self.rollback.note
+            padding = None if note is None or self._reading_again else note.counters.padding
+            if padding is None or not bool((on_host(padding) == new.position).any()):
+                return
+            first = padding == new.position
+        seen, _ = aligned(new, None if new.valid is None else on_host(new.valid))
+        looks = None if self.recipe.centre_keys else seen.query.detach()[:, :, -32:] * new.scaling
+        bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
+        store.settle_key_shift(layer.index, seen.key.detach(), seen.valid, looks, bits, first)
 
     def attend_shared(
         self,

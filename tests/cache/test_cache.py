@@ -218,6 +218,25 @@ def test_an_empty_or_reset_cache_starts_over(stock, model):
     close(logits(model, ids, cache), logits(stock, ids, DynamicCache(config=stock.config)))
 
 
+@pytest.mark.parametrize("recipe", ["auto", "k8v4", "streaming", "roco"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_reset_cache_records_nothing_any_more(model, recipe, ends):
+    """Or it would never compress again."""
+    cache, other = fresh(model, recipe), fresh(model, recipe)
+    logits(model, tokens(2, 50), cache)
+    cache.activate_past_recording()
+    logits(model, tokens(2, 5), cache)
+    if ends:
+        cache.crop(-3)
+    cache.reset()
+    assert not cache.is_recording_past(0)
+    ids = tokens(2, 80)
+    for part in (ids[:, :60], *ids[:, 60:].split(1, dim=1)):
+        assert torch.equal(logits(model, part, cache), logits(model, part, other))
+    for mine, others in zip(cache.slots(), other.slots(), strict=True):
+        assert torch.equal(mine, others)
+
+
 def test_misuse_is_named(stock, model):
     cache = fresh(model)
     logits(model, tokens(2, 12), cache)

@@ -158,6 +158,39 @@ def test_padded_rows_have_the_shift_they_have_alone(stock, model):
     close(logits(model, more, both, wider), logits(stock, more, expected, wider))
 
 
+# Real tokens of the short and the long row in each chunk, and whether the short row is padded on the right.
+PADDED_CHUNKS = {
+    "right": ([(50, 100)], True),
+    "chunk of padding first": ([(0, 40), (50, 60)], False),
+    "decoded padding first": ([(0, 1), (0, 1), (50, 60)], False),
+    "long chunk of padding on the right": ([(0, 40), (50, 90)], True),
+}
+
+
+@pytest.mark.parametrize("how", PADDED_CHUNKS)
+@pytest.mark.parametrize("recipe", [CENTRED, "k4v4"], ids=["always", "where it gains"])
+def test_padding_anywhere_leaves_the_shift_as_it_is_alone(model, recipe, how):
+    chunks, right = PADDED_CHUNKS[how]
+    whole, both = tokens(2, 140, seed=7), fresh(model, recipe)
+    mask, taken = torch.zeros(2, 0, dtype=torch.long), [0, 0]
+    for counts in chunks:
+        width = max(counts)
+        ids, real = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.long)
+        for row, count in enumerate(counts):
+            at = slice(0, count) if right else slice(width - count, width)
+            ids[row, at], real[row, at] = whole[row, taken[row] : taken[row] + count], 1
+            taken[row] += count
+        mask = torch.cat([mask, real], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
+        with torch.no_grad():
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=both)
+    alone = fresh(model, recipe)
+    logits(model, whole[:1, : taken[0]], alone)
+    mine, expected = store_of(both).key_shift[:, 0], store_of(alone).key_shift[:, 0]
+    assert expected.any()
+    torch.testing.assert_close(mine, expected, atol=0.05, rtol=0.01)
+
+
 @pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"prefill_chunk_size": 24}, {"prompt_lookup_num_tokens": 3}])
 def test_generation_is_the_stock_model_s(stock, model, arguments):
     ids = tokens(1, 20).repeat(1, 4)

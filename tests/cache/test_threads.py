@@ -1,6 +1,8 @@
 """One cache per thread at a time; any number of forks and caches in parallel (docs/how_it_works.md, "Threads")."""
 
 import gc
+import os
+import subprocess
 import sys
 import threading
 
@@ -194,3 +196,55 @@ def test_pages_stay_where_they_are_while_a_cache_is_saved(model, tmp_path, monke
     arena.trim(room=0)
     assert arena.pages < trims[0]  # now it can be
     assert (tmp_path / "during").read_bytes() == (tmp_path / "before").read_bytes()
+
+
+PROCESS = """
+import os, threading, torch, kvcompress_hf as kvc
+from kvcompress_hf.presets import resolve_rows
+from kvcompress_hf.runtime.attention import PagedAttention
+
+def shapes(tokens):
+    return [torch.randn(2, heads, tokens, 64, generator=random) for heads in (8, 2, 2)]
+
+def run(recipe, attention=None, tokens=(2000, 40, *[1] * 20)):
+    attention = attention or PagedAttention(resolve_rows(recipe), [None])
+    found = []
+    for n in tokens:
+        q, k, v = (each[:, :, :n] for each in drawn)
+        found.append(attention.attend(0, q, k, v, None, scaling=0.125, dense=lambda: q.transpose(1, 2)))
+    return torch.cat(found, 1), attention
+
+random = torch.Generator().manual_seed(0)
+drawn = shapes(2000)
+assert torch.get_num_threads() == 2
+for recipe in ("k8v4", "auto", "h2o"):
+    expected, attention = run(recipe)
+    outputs = [None] * 3
+    def work(i):
+        outputs[i], _ = run(recipe)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    print("same bits", all(torch.equal(each, expected) for each in outputs), flush=True)
+    fork = attention.fork()
+    if os.fork() == 0:
+        torch.set_num_threads(1)
+        one, _ = run(recipe, attention, (40, 1, 1))
+        torch.save(one, "of_the_child")
+        os._exit(0)
+    print("child", os.wait()[1], flush=True)
+    torch.set_num_threads(1)
+    one, _ = run(recipe, fork, (40, 1, 1))
+    torch.set_num_threads(2)
+    print("same bits", torch.equal(torch.load("of_the_child"), one), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_the_same_bits_in_other_threads_and_forked_processes(tmp_path):
+    """What docs/caches.md promises, with two OpenMP threads."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", PROCESS]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.stdout.splitlines() == ["same bits True", "child 0", "same bits True"] * 3, done.stderr[-2000:]

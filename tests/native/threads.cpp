@@ -1,7 +1,9 @@
 // Forks at work in the native library, for ThreadSanitizer (`make tsan`): every thread appends to its own tail, packs,
 // moves and lowers slots in pages of its own, and attends to those and to pages that all threads read.
 //
-// One layer of one sequence per thread; slab 0 is shared and only read, slab 1 + i belongs to thread i.
+// One layer of one sequence per thread; slab 0 is shared and only read, slab 1 + i belongs to thread i. With the argument
+// `race` all threads write to the pages of the first, as forks would that did not copy shared pages before they write:
+// ThreadSanitizer must see that.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,12 +53,12 @@ struct Fork {
   std::vector<int32_t> tail_fields, tail_positions, positions, counts, values;
   int32_t tail_length = 0, position = 0;
 
-  Fork(Memory& m, int i, int set) : memory(m), isa(set), thread(i) {
+  Fork(Memory& m, int i, int slab, int set) : memory(m), isa(set), thread(i) {
     for (int t = 0; t < kTiers; ++t) {
       // Column 0 of the first tier is a shared page, full already; the others are the thread's own.
       table[t].resize(kHeads * 2);
       for (int h = 0; h < kHeads; ++h)
-        for (int c = 0; c < 2; ++c) table[t][h * 2 + c] = ((1 + i) << kShift) + (t * kHeads + h) * 2 + c;
+        for (int c = 0; c < 2; ++c) table[t][h * 2 + c] = (slab << kShift) + (t * kHeads + h) * 2 + c;
       length[t].assign(kHeads, 0);
       past[t].resize(kHeads * kGroup * 2 * memory.layout.tier[t].slots);
     }
@@ -163,6 +165,7 @@ struct Fork {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? atoi(argv[1]) : 30;
+  const bool race = argc > 2 && strcmp(argv[2], "race") == 0;
   Memory memory;
   KvcLayout& l = memory.layout;
   l.head_dim = kDim, l.dtype = KVC_F32, l.n_tiers = kTiers, l.n_fields = 2;
@@ -177,7 +180,7 @@ int main(int argc, char** argv) {
   std::vector<std::thread> threads;
   for (int i = 0; i < kThreads; ++i)
     threads.emplace_back([&, i] {
-      Fork fork(memory, i, kvc_isa_best());
+      Fork fork(memory, i, race ? 1 : 1 + i, kvc_isa_best());
       --waiting;
       while (waiting.load()) std::this_thread::yield();
       for (int round = 0; round < rounds; ++round) {
@@ -190,5 +193,5 @@ int main(int argc, char** argv) {
       }
     });
   for (auto& thread : threads) thread.join();
-  printf("%d threads, %d rounds: no race\n", kThreads, rounds);
+  printf("%d threads, %d rounds%s\n", kThreads, rounds, race ? ", with a race" : ": no race");
 }

@@ -1,6 +1,7 @@
 """What other cache libraries are known to get wrong, and several caches, models and threads at once."""
 
 import copy
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from kvcompress_hf import get_preset, presets
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import as_argument, cache_of
+from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches import last_run_report, patch, patched, prefill, unpatch
 
 #: Presets that evict. `random` draws once for the whole batch, so a row depends on its neighbours by design.
@@ -250,8 +252,37 @@ def test_a_first_forward_that_stops_half_way_is_not_taken_for_a_past(plain, prom
         assert torch.equal(plain(ids, past_key_values=cache).logits, expected)
 
 
-def test_continuous_batching_says_that_it_cannot(build_model, prompt):
+BATCHED = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_continuous_batching_says_that_it_cannot(family, build_model, prompt):
     """Elsewhere its thread dies and an empty answer comes back."""
-    model = patch(build_model("phi3"), "k8v4")
-    with pytest.raises(ValueError, match="kvcompress"):
-        model.generate_batch([prompt()[0].tolist()], generation_config=GenerationConfig(max_new_tokens=2))
+    model = patch(build_model(family), "k8v4", route="interface")
+    for start in (
+        lambda: model.generate_batch([prompt()[0].tolist()], generation_config=BATCHED),
+        lambda: model.init_continuous_batching(generation_config=BATCHED),
+    ):
+        with pytest.raises(UnsupportedFeatureError, match=r"has a paged cache of its own.*unpatch\(model\)"):
+            start()
+    out = model.generate(prompt(), max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(cache_of(out), CompressedPagedCache)
+
+
+def test_continuous_batching_of_swapped_modules_is_that_of_the_stock_model(build_model, prompt):
+    texts = [prompt()[0].tolist(), prompt()[0, :9].tolist()]
+
+    def answers(model):
+        done = model.generate_batch(texts, generation_config=BATCHED)
+        return sorted(each.generated_tokens for each in done.values())
+
+    expected = answers(build_model("llama"))
+    assert [len(each) for each in expected] == [3, 3]
+    model = patch(build_model("llama"), "k2v2", route="swap")
+    with pytest.warns(UserWarning, match="compresses nothing here: continuous batching"):
+        assert answers(model) == expected
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*compresses nothing")
+        assert answers(model) == expected  # said once
+    unpatch(model)
+    assert answers(model) == expected and "init_continuous_batching" not in model.__dict__

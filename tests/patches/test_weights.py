@@ -65,6 +65,46 @@ def test_adapters_on_a_patched_model(family, route, build_model, run_generate, l
     _check(merged, run_generate, expected)
 
 
+@pytest.mark.parametrize("first", ["adapter", "patch"])
+@pytest.mark.parametrize(("family", "route"), ROUTES)
+def test_adapters_added_to_the_model_itself(family, route, first, build_model, run_generate, monkeypatch):
+    """`model.add_adapter` puts peft's layers into the model without a PEFT model around it."""
+    peft = pytest.importorskip("peft")
+    # transformers 5.24 asks for a peft that is newer than any on the index.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", peft.__version__)
+
+    def add(model, name="default"):
+        torch.manual_seed(3 if name == "default" else 4)
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, r=4), name)
+        return model.eval()
+
+    plain = run_generate(build_model(family), "padded", 16)
+    stock = add(build_model(family))
+    expected = run_generate(stock, "padded", 16)
+    other = run_generate(add(stock, "other"), "padded", 16)
+    assert not torch.equal(expected, plain) and not torch.equal(other, expected)
+    model = build_model(family)
+    if first == "adapter":
+        patch(add(model), "lossless", route=route)
+    else:
+        add(patch(model, "lossless", route=route))
+    _check(model, run_generate, expected)
+    cache = prefill(model, torch.arange(3, 20)[None], "lossless")
+    _check(add(model, "other"), run_generate, other)
+    with pytest.raises(ValueError, match="other weights"):  # filled with another adapter
+        model.generate(torch.arange(3, 30)[None], past_key_values=cache, max_new_tokens=2)
+    model.set_adapter("default")
+    _check(model, run_generate, expected)
+    model.disable_adapters()
+    _check(model, run_generate, plain)
+    model.enable_adapters()
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    _check(model, run_generate, other)
+    unpatch(model)
+    assert torch.equal(run_generate(model, "padded", 16), other)
+
+
 def test_prefix_tuning_is_refused(build_model):
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
