@@ -107,10 +107,12 @@ class Past(CacheState):
             self._take_back()  # nothing of it was through
             return
         if note.undoing or any(layer.store is not None and layer.seen != seen for layer in self.layers):
+            count = seen - note.counters.seen  # 0 where it was being taken back already
             self._take_back()
             raise RuntimeError(
-                "The last forward pass stopped half way, so its tokens were in some layers only. They have been taken "
-                f"back: the cache holds {self.seen} tokens again. Repeat that forward pass."
+                f"The last forward pass stopped half way, so its {f'{count} ' if count else ''}tokens were in some "
+                f"layers only. They have been taken back: the cache holds {self.seen} tokens again. Repeat that "
+                "forward pass."
             )
         if not self.counters.unfinished and not self._waiting:
             self.rollback.commit()
