@@ -202,6 +202,7 @@ def test_nothing_of_a_cache_stays_on_the_model(build_model, run_generate):
         "_prepare_cache_for_generation",
         "_prepare_generation_config",
         "generate",
+        "init_continuous_batching",
         "prepare_inputs_for_generation",
     }
     attributes = {name: sorted(vars(module)) for name, module in model.named_modules() if name}
