@@ -128,15 +128,7 @@ class CompressedPagedCache(Cache):
         waiting = self._pending[layer_idx] or (self.get_seq_length() and any(self._pending))
         patch = None if self._patch is None else self._patch()  # weak: a cache keeps no model alive
         if waiting or (self._patch is not None and (patch is None or not patch.installed)):
-            self._pending = [0] * len(self._pending)
-            with contextlib.suppress(RuntimeError):  # layers that are through are taken back
-                self._attention.settle()
-            raise UnsupportedFeatureError(
-                f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
-                "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
-                "something else of the keys before it attends. Or the last forward pass stopped half way there: then "
-                "repeat it."
-            )
+            raise self._never_attended(layer_idx)
         self._pending[layer_idx] = key_states.shape[2]
         keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         keys._kvc = values._kvc = KVHandle(self, layer_idx)  # type: ignore[attr-defined]
@@ -282,6 +274,28 @@ class CompressedPagedCache(Cache):
                 "the whole text again in one chunk, with an empty cache; generate() does it by itself when it is "
                 "given the whole text."
             )
+
+    def check_attended(self) -> None:
+        """Called by a patched model after each forward pass that came to its end.
+
+        Raises:
+            UnsupportedFeatureError: If keys that `update` handed out in it were never attended to: they are not stored,
+                and whatever the model said came about without them.
+        """
+        if any(self._pending):
+            raise self._never_attended(next(i for i, tokens in enumerate(self._pending) if tokens))
+
+    def _never_attended(self, layer_idx: int) -> UnsupportedFeatureError:
+        """Forgets keys that wait and takes the rest of their pass back; the error is for the caller to raise."""
+        left_out = [i for i, tokens in enumerate(self._pending) if tokens]
+        self._pending = [0] * len(self._pending)
+        self._attention.give_up_pass(left_out)
+        return UnsupportedFeatureError(
+            f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
+            "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
+            "something else of the keys before it attends. Or the last forward pass stopped half way there: then "
+            "repeat it."
+        )
 
     def read_with(self, borders: tuple[int, ...]) -> tuple[bool, ...]:
         """Per long rope of a model, whether the stored keys were turned with its long factors.

@@ -30,7 +30,7 @@ from kvcompress_hf.compat import (
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.holders import Holders
 from kvcompress_hf.patches.implementation import has_implementation
-from kvcompress_hf.patches.passes import HELD, before_pass, check_implementation, tell_once, turns_otherwise
+from kvcompress_hf.patches.passes import HELD, after_pass, before_pass, check_implementation, tell_once, turns_otherwise
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates, recording_ends, tokens_held
 from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
@@ -61,7 +61,7 @@ class PatchRecord:
             differ.
         replaced (`dict[str, Any]`): Instance attributes of the model that ours took the place of.
         methods (`tuple[str, ...]`): Names of the bound methods.
-        hooks (`list[RemovableHandle]`): Of the hooks that bring a cache to where each part of the model looks for it.
+        hooks (`list[RemovableHandle]`): Of the hooks before and after each pass of a part of the model.
         told (`set[str]`): What was warned of.
         last_run (`RunReport`, *optional*): Figures of the last cache `generate` worked on.
     """
@@ -131,6 +131,7 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         if isinstance(part, PreTrainedModel):
             hook = functools.partial(before_pass, model, record)
             record.hooks.append(part.register_forward_pre_hook(hook, with_kwargs=True))
+            record.hooks.append(part.register_forward_hook(after_pass, with_kwargs=True))
 
 
 def _plain_signature(method: Callable[..., Any]) -> inspect.Signature:

@@ -15,7 +15,16 @@ from kvcompress_hf.patches.holders import Holders
 from kvcompress_hf.patches.implementation import has_implementation
 from kvcompress_hf.patches.support import text_config
 
-__all__ = ["HELD", "Patch", "before_pass", "check_implementation", "read_with", "tell_once", "turns_otherwise"]
+__all__ = [
+    "HELD",
+    "Patch",
+    "after_pass",
+    "before_pass",
+    "check_implementation",
+    "read_with",
+    "tell_once",
+    "turns_otherwise",
+]
 
 #: Among the model's arguments of one call: how many tokens of the prompt its cache already holds.
 HELD = "_kvcompress_held"
@@ -68,6 +77,23 @@ def before_pass(
     elif cache is None and (part is model or part.config is text_config(model)):
         _tell_of_stock_cache(record, part, kwargs)
     return None if moved is kwargs else (args, moved)
+
+
+def after_pass(part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of each part of a model that is a `PreTrainedModel`: a pass may not end with keys left over.
+
+    Args:
+        part (`PreTrainedModel`): The part that was called.
+        args (`tuple`): Of the call.
+        kwargs (`dict[str, Any]`): Of the call, moved as by [`before_pass`].
+        output (`Any`): What it returned.
+
+    Raises:
+        UnsupportedFeatureError: If keys were handed to a compressed cache that no attention came for.
+    """
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, CompressedPagedCache):
+            each.check_attended()
 
 
 def _check_mask_length(cache: CompressedPagedCache, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

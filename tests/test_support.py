@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+import kvcompress_hf as kvc
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.cli import main, support
 from kvcompress_hf.cli.support import examine
@@ -111,3 +112,18 @@ def test_command(tmp_path, capsys):
     assert [f["status"] for f in json.loads(findings.read_text())] == ["supported", "refused"]
     assert main(["support", "no-such"]) == 1
     assert "no-such" in capsys.readouterr().err and "llama" in families()
+
+
+def test_a_refusal_in_16_bits_is_found(monkeypatch):
+    import torch
+
+    patch = kvc.patch
+
+    def narrow(model, *args, **kwargs):
+        if model.dtype == torch.float16:
+            raise kvc.UnsupportedModelError("not in this dtype")
+        return patch(model, *args, **kwargs)
+
+    monkeypatch.setattr(kvc, "patch", narrow)
+    finding = examine("llama", ("greedy",))
+    assert finding.status == "differs" and finding.different == ("float16",) and "not in this dtype" in finding.note

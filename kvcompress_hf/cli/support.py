@@ -34,7 +34,8 @@ class Finding:
         status: `"supported"`, `"differs"`, `"refused"` or `"not built"`.
         adapter: How it is patched: `"swap"` or `"interface"`; empty unless patched.
         equal: Modes in which patched and stock model gave the same tokens.
-        different: Modes in which they did not, or in which only the patched model failed.
+        different: Modes in which they did not, or in which only the patched model failed; and 16-bit dtypes in which
+            `patch` does not take the model.
         untested: Modes that the stock model cannot do, or in which its own tokens depend on the chunk size.
         note: Reason of a refusal or failure, or what else there is to know.
     """
@@ -119,6 +120,7 @@ def examine(family: str, modes: Iterable[str] = tuple(MODES)) -> Finding:
         record = record_of(model)
         finding.adapter = record.route if record is not None else ""
         _compare(model, expected, finding)
+        _patch_in_16_bits(model, finding)
     finding.untested = tuple(mode for mode in modes if mode not in expected)
     if finding.different:
         finding.status = DIFFERS
@@ -148,6 +150,20 @@ def _compare(model: PreTrainedModel, expected: dict[str, Tensor], finding: Findi
             finding.equal += (mode,)
         else:
             finding.different += (mode,)
+
+
+def _patch_in_16_bits(model: PreTrainedModel, finding: Finding) -> None:
+    """Dtypes in which `patch` refuses what it takes in float32, or fails, are named among what differs."""
+    import kvcompress_hf as kvc
+
+    for dtype in (torch.bfloat16, torch.float16):
+        kvc.unpatch(model)
+        try:
+            kvc.patch(cast(Any, model).to(dtype), "lossless")
+        except Exception as error:
+            name = str(dtype).removeprefix("torch.")
+            finding.different += (name,)
+            finding.note = _one_line(f"{name}: {type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -187,7 +203,8 @@ def to_markdown(findings: Sequence[Finding]) -> str:
         f"{torch.__version__.split('+')[0]} on CPU; do not edit by hand. For each family that transformers has a "
         "text-writing model class of, a tiny random model (2 to 4 layers, float32, one layer at least of each kind the "
         "family has, windows of 24 tokens) is patched with `lossless`, and its tokens are compared with those of the "
-        f"stock model in {len(MODES)} ways of generating: {', '.join(MODES)}.",
+        f"stock model in {len(MODES)} ways of generating: {', '.join(MODES)}. `patch` must take it in bfloat16 and "
+        "float16 as well.",
         "",
         f"{counts[SUPPORTED]} of {len(findings)} families are supported, {counts[REFUSED]} are refused with a reason, "
         f"{counts[NOT_BUILT]} could not be built or run here, {counts[DIFFERS]} differ. Real models must also "

@@ -1,7 +1,7 @@
 """The past of one cache as a whole: forward passes begin and end, beams are selected, caches are forked and emptied."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -177,6 +177,21 @@ class Past(CacheState):
         """
         self.rollback.check_open()
         self._settle_last_pass()
+
+    def give_up_pass(self, left_out: Sequence[int]) -> None:
+        """Takes back a forward pass that left layers out; the cache is closed where its end has come already.
+
+        Args:
+            left_out (`Sequence[int]`): Layers that should have stored its tokens and were never asked.
+        """
+        if self.rollback.note is not None:
+            self._take_back()
+        elif any(self.layers[i].seen != self.seen for i in left_out):
+            self.rollback.closed = (
+                f"A forward pass left out layers {list(left_out)}, so this cache has been closed and its pages given "
+                "back. Call reset() and begin again with the first token."
+            )
+            self.clear()
 
     def select(self, index: torch.Tensor) -> None:
         """Makes sequence `i` what sequence `index[i]` was.

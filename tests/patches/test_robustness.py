@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from kvcompress_hf import get_preset, presets
@@ -252,7 +252,11 @@ def test_a_first_forward_that_stops_half_way_is_not_taken_for_a_past(plain, prom
         assert torch.equal(plain(ids, past_key_values=cache).logits, expected)
 
 
-BATCHED = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+BATCHED = {
+    "generation_config": GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0),
+    # Else it takes most of the machine's memory.
+    "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+}
 
 
 @pytest.mark.parametrize("family", ["phi3", "llama"])
@@ -260,8 +264,8 @@ def test_continuous_batching_says_that_it_cannot(family, build_model, prompt):
     """Elsewhere its thread dies and an empty answer comes back."""
     model = patch(build_model(family), "k8v4", route="interface")
     for start in (
-        lambda: model.generate_batch([prompt()[0].tolist()], generation_config=BATCHED),
-        lambda: model.init_continuous_batching(generation_config=BATCHED),
+        lambda: model.generate_batch([prompt()[0].tolist()], **BATCHED),
+        lambda: model.init_continuous_batching(**BATCHED),
     ):
         with pytest.raises(UnsupportedFeatureError, match=r"has a paged cache of its own.*unpatch\(model\)"):
             start()
@@ -273,7 +277,7 @@ def test_continuous_batching_of_swapped_modules_is_that_of_the_stock_model(build
     texts = [prompt()[0].tolist(), prompt()[0, :9].tolist()]
 
     def answers(model):
-        done = model.generate_batch(texts, generation_config=BATCHED)
+        done = model.generate_batch(texts, **BATCHED)
         return sorted(each.generated_tokens for each in done.values())
 
     expected = answers(build_model("llama"))

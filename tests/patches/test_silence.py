@@ -241,3 +241,37 @@ def test_a_loop_learns_whose_its_cache_is(family, build_model, prompt):
     with patched(build_model(family), check=False) as twin, torch.no_grad():  # the same weights, held by another object
         twin(prompt(), **as_argument(twin, cache))
     assert cache.is_of(twin)
+
+
+# -- attention changed after patching ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("family", "route"), ROUTES)
+def test_keys_that_no_attention_came_for_are_told_in_the_same_pass(family, route, last, build_model, prompt):
+    """Somebody's own attention, put in after patching: it must not answer once from new tokens alone."""
+    model = patch(build_model(family), "k8v4", route=route)
+    layer = model.config.num_hidden_layers - 1 if last else 0
+    attention = model.model.layers[layer].self_attn
+    patched_forward = attention.forward
+
+    def own(hidden_states, *args, **kwargs):
+        cache = next(each for each in (*args, *kwargs.values()) if isinstance(each, CompressedPagedCache))
+        states = hidden_states.new_zeros(1, 2, hidden_states.shape[1], attention.head_dim)
+        cache.update(states, states, layer)
+        return hidden_states, None
+
+    cache = CompressedPagedCache(model.config, "k8v4")
+    attention.forward = own
+    try:
+        with pytest.raises(UnsupportedFeatureError, match=f"Keys of layer {layer} .*never to its attention"):
+            model(prompt(), use_cache=True, **as_argument(model, cache))
+    finally:
+        attention.forward = patched_forward
+    assert cache.get_seq_length() == 0
+    if not last:  # the last layer had ended the pass
+        with pytest.raises(RuntimeError, match=r"left out layers \[0\].*reset"):
+            model(prompt(), use_cache=True, **as_argument(model, cache))
+        cache.reset()
+    model(prompt(), use_cache=True, **as_argument(model, cache))
+    assert cache.get_seq_length() == prompt().shape[1]
