@@ -46,6 +46,8 @@ def test_findings(family):
 
 @pytest.mark.parametrize("family", HANDFUL)
 def test_the_page_says_the_same(family):
+    if f"transformers {installed_version()}" not in PAGE:
+        pytest.skip("the page was made with another transformers")
     status, word = HANDFUL[family]
     section = re.search(rf"^## {status.capitalize()}$(.*?)(^## |\Z)", PAGE, re.DOTALL | re.MULTILINE).group(1)
     row = re.search(rf"^\| {family} \|.*$", section, re.MULTILINE)

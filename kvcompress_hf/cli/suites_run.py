@@ -80,10 +80,9 @@ def ratio_while_decoding(model: Any, cache: kvc.CompressedPagedCache) -> float:
     """
     cache.activate_past_recording()
     forward(model, [0], cache, keep=1)
-    ratio = cache.memory().ratio
     cache.crop(-1)
     cache.stop_past_recording()
-    return ratio
+    return cache.memory().ratio  # the tail's room stays; what recording held back is gone
 
 
 def forward(model: Any, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
