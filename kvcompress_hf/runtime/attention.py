@@ -155,7 +155,10 @@ class PagedAttention(LayerWork):
             if padding is None or not bool((on_host(padding) == new.position).any()):
                 return
             first = padding == new.position
-        seen, _ = aligned(new, None if new.valid is None else on_host(new.valid))
+        real = self._new_valid  # known already while a prompt is read
+        if real is None and new.valid is not None:
+            real = on_host(new.valid)
+        seen, _ = aligned(new, real)
         looks = None if self.recipe.centre_keys else seen.query.detach()[:, :, -32:] * new.scaling
         bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
         store.settle_key_shift(layer.index, seen.key.detach(), seen.valid, looks, bits, first)

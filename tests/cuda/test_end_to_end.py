@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -88,7 +90,10 @@ def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim,
             results.append(generate(model))
     got, wanted = results
     assert torch.equal(got.sequences, wanted.sequences)
-    assert kvc.cache_of(got).memory() == kvc.cache_of(wanted).memory()
+    mine, reference = kvc.cache_of(got).memory(), kvc.cache_of(wanted).memory()
+    # The plans of the reference hold nothing of their own; those of the kernels a few words per layer.
+    assert 0 <= mine.tables - reference.tables < 1024
+    assert replace(mine, tables=0) == replace(reference, tables=0)
 
 
 @pytest.mark.parametrize("preset, changes", [("lossless", {}), ("k4v2", {}), ("kv-compress", {"budget": 0.5})])

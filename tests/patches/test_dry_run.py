@@ -12,7 +12,7 @@ from kvcompress_hf.patches.dry_run import trial
 from kvcompress_hf.patches.dry_run.stock import Notes, StockCache, behind_a_past
 from kvcompress_hf.patches.generation import record_of
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 from planted import FAULTS, in_attend, layer_keeps_to_itself, scaled
 
 FAMILIES = (

@@ -9,7 +9,7 @@ import torch
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import is_patched, patch, unpatch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "patches"))
 from planted import FAULTS
 
 #: What SmolLM2 and Gemma 3 have none of.
