@@ -58,7 +58,7 @@ class KeyCentring:
             mean = torch.where(gains(keys, mean, query, real, bits), mean, 0.0)
         shift[layer] = mean if sequences is None else torch.where(sequences[:, None, None, None], mean, shift[layer])
         self.tensors.values["key_shift"] = shift
-        self.tensors.version += 1
+        self.tensors.moved()
 
     def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
         """New keys as they are stored and attended to.
