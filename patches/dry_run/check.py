@@ -109,7 +109,7 @@ def check_dry_run(model: PreTrainedModel, stock: StockNotes) -> None:
         try:
             faults = _run_patched(model, notes)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, ImportError):  # says nothing about the model
                 raise
             raise UnsupportedModelError(
                 f"{name} is not supported: with a compressed cache it stops with {type(error).__name__}: {error} "

@@ -301,8 +301,8 @@ def test_failure_while_installing_undoes_everything(build_model, snapshot, monke
         assert snapshot(model) == before
 
 
-class _NoMemory:
-    """Fails like an allocation."""
+class _Fails:
+    """Fails with an error, and counts how often."""
 
     def __init__(self, error):
         self.error, self.calls = error, 0
@@ -327,7 +327,7 @@ class _NoMemory:
 def test_running_out_of_memory_says_nothing_about_the_model(error, route, where, build_model, snapshot, monkeypatch):
     """It is neither a reason to refuse the model nor one to try the other route."""
     model = build_model("llama")
-    before, fails = snapshot(model), _NoMemory(error)
+    before, fails = snapshot(model), _Fails(error)
     with monkeypatch.context() as context:
         if where == "stock":
             context.setattr(type(model.model.layers[0].mlp), "forward", fails)
@@ -337,6 +337,18 @@ def test_running_out_of_memory_says_nothing_about_the_model(error, route, where,
             patch(model, route=route)
     assert raised.value is error and fails.calls == 1 and snapshot(model) == before
     patch(model, route=route)
+
+
+@pytest.mark.parametrize("route", ["auto", "swap", "interface"])
+def test_a_native_library_that_does_not_fit_is_no_fault_of_the_model(route, build_model, snapshot, monkeypatch):
+    """As after an update without a rebuild: the message must say to install, and not to leave the model unpatched."""
+    model = build_model("llama")
+    before = snapshot(model)
+    with monkeypatch.context() as context:
+        context.setattr(CompressedPagedCache, "attend", _Fails(ImportError("reinstall kvcompress_hf")))
+        with pytest.raises(ImportError, match="reinstall"):
+            patch(model, route=route)
+    assert snapshot(model) == before
 
 
 def test_foreign_forward_is_refused(build_model, snapshot):
