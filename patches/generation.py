@@ -349,6 +349,8 @@ def _check_passed_cache(
     if generation_config.use_cache is False:
         # Stock would feed all tokens to the cache again at every step.
         raise ValueError("use_cache=False contradicts the cache passed to generate(); leave one of them out.")
+    if not cache.is_recording_past(0):
+        cache.crop(0)  # generate() goes by what the cache holds, so tokens of a pass that stopped need not come again
     seen, given = cache.get_seq_length(), _prompt_tokens(generation_config, model_kwargs)
     if seen and given is not None and given <= seen:
         # Stock takes the tokens for the whole text, finds nothing new in it, and fails or reads them a second time.

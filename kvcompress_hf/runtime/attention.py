@@ -73,8 +73,9 @@ class PagedAttention(LayerWork):
             if last:
                 self._end_forward()
                 self.rollback.note = None  # an interrupt before this takes the pass back, a later one finds it ended
-        except BaseException:
-            self._take_back()
+                self._beginning = None
+        except BaseException as error:
+            self._stop(error)
             raise
         return output
 
@@ -190,8 +191,9 @@ class PagedAttention(LayerWork):
             if last:
                 self._end_forward()
                 self.rollback.note = None
-        except BaseException:
-            self._take_back()
+                self._beginning = None
+        except BaseException as error:
+            self._stop(error)
             raise
         return output
 

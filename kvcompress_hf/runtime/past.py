@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.observers.base import Observer
 from kvcompress_hf.paging.waiting import known, known_as, on_host, to_device
 from kvcompress_hf.recipe import Recipe
@@ -15,6 +16,7 @@ from kvcompress_hf.runtime.compression import Compression
 from kvcompress_hf.runtime.padding import cut_runs, runs_of, with_runs
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import AttentionState, CacheState, StoreLayers
+from kvcompress_hf.runtime.stopped import Beginning
 from kvcompress_hf.validation import MOST_TOKENS
 
 _Self = TypeVar("_Self", bound="Past")
@@ -40,6 +42,8 @@ class Past(CacheState):
         self._new_valid: torch.Tensor | None = None  # bool [batch, tokens] on the host: real tokens of this chunk
         self._masks: dict[int, Mask] = {}  # of this forward pass, by the tensor's id
         self._waiting: list[Callable[[], None]] = []  # deferred stores: layers that share these K/V run first
+        self._beginning: Beginning | None = None  # of the forward pass under way, if there is a past
+        self._stopped: Beginning | None = None  # of one that was taken back, as long as the caller may not know
 
     # -- forward passes --------------------------------------------------------------------------------------------
 
@@ -56,6 +60,8 @@ class Past(CacheState):
         self.rollback.check_open()
         if self.rollback.note is not None:
             self._settle_last_pass()
+        if self._stopped is not None:
+            self._check_repeated(key)
         # A mask that is refused must leave nothing behind, so it is read before anything is noted.
         self._masks = {}
         real = None if mask is None else self._read_mask(mask).real_tokens(mask.shape[-2], tokens, key.shape[0])
@@ -75,6 +81,7 @@ class Past(CacheState):
         if decoding and statistics:
             statistics = self._writes_statistics(self._observer)
         self.rollback.begin(packs=not decoding, statistics=statistics)
+        self._beginning = Beginning.of(key) if seen else None
         counters = self.counters
         if not counters.batch:
             counters.recipes = self._spread_recipes(key.shape[0])
@@ -129,9 +136,27 @@ class Past(CacheState):
         self.rollback.undo()
         self._forget_pass()
 
+    def _stop(self, error: BaseException) -> None:
+        """Takes back the forward pass that an exception has stopped."""
+        beginning = None if self.rollback.note is None else self._beginning
+        self._take_back()
+        # Who is refused in words knows that the pass did not happen.
+        if self.batch and not isinstance(error, (ValueError, UnsupportedFeatureError, CacheMemoryError)):
+            self._stopped = beginning
+
+    def _check_repeated(self, key: torch.Tensor) -> None:
+        """Refuses to go on, once, as if the tokens of a pass that was taken back were there."""
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None and not stopped.repeated_by(key):
+            raise RuntimeError(
+                f"The last forward pass stopped half way, so its {stopped.tokens} tokens have been taken back: the "
+                f"cache holds {self.seen} tokens. This pass begins with other tokens. Repeat the one that stopped; or, "
+                "to go on without its tokens, repeat this one."
+            )
+
     def _forget_pass(self) -> None:
         self._waiting.clear()
-        self._masks, self._new_valid = {}, None
+        self._masks, self._new_valid, self._beginning = {}, None, None
 
     def _end_forward(self) -> None:
         """Stores what waited, packs, plans and gives pages back, over all layers together."""
@@ -177,6 +202,7 @@ class Past(CacheState):
         """
         self.rollback.check_open()
         self._settle_last_pass()
+        self._stopped = None
 
     def give_up_pass(self, left_out: Sequence[int]) -> None:
         """Takes back a forward pass that left layers out; the cache is closed where its end has come already.
@@ -220,6 +246,7 @@ class Past(CacheState):
         """Forgets everything and gives all pages back."""
         self.rollback.closed = "reset() was stopped in the middle; call reset() again."
         self._forget_pass()
+        self._stopped = None
         self.rollback.commit()
         self.clear()
         self.rollback.closed = None
@@ -250,6 +277,7 @@ class Past(CacheState):
             tokens that are held back.
         """
         note, rest = self.rollback.note, [self.inv_freq if self.batch else None, self._new_valid]
+        rest += [None if each is None else each.keys for each in (self._beginning, self._stopped)]
         held = [call for layer in self.layers for call in layer.held]
         for counters in [self.counters] if note is None else [self.counters, note.counters]:
             rest += [counters.padding, counters.gaps, *counters.distortion.values()]
