@@ -44,9 +44,23 @@ def _processor():
 
 def write(path, record):
     """Compact JSON with one line per top-level entry, so that two records can be compared."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
+    lines = [f"  {json.dumps(name)}: {_rows(value)}" for name, value in record.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     if path:
         Path(path).write_text(text)
     else:
         print(text)
+
+
+def _rows(value):
+    """A list of objects one to a line, anything else on one."""
+    if not isinstance(value, list) or not any(isinstance(each, dict) for each in value):
+        return json.dumps(value)
+    return "[\n    " + ",\n    ".join(json.dumps(each) for each in value) + "\n  ]"
+
+
+def runs_in(path):
+    """The runs that a file holds, each with its commit and seed; none where there is no file yet."""
+    if not path or not Path(path).exists():
+        return []
+    return json.loads(Path(path).read_text())["runs"]

@@ -14,7 +14,7 @@ import warnings
 import torch
 from children import in_children
 from drive import kind_of, replay, shorten, world_of
-from record import heading, write
+from record import heading, runs_in, write
 from shapes import SHAPES
 
 
@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--first", type=int, default=0, help="number of the first world")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, help="stop after so long, however many steps that were")
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="JSON file; a run is added to those that it holds already")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -79,7 +79,9 @@ def main():
         operations=dict(sorted(operations.items())),
         found=list(found.values()),
     )
-    write(options.output, record)
+    runs = [*runs_in(options.output), record]
+    totals = {"steps": sum(run["steps"] for run in runs), "found": sum(len(run["found"]) for run in runs)}
+    write(options.output, {"what": record.pop("what"), **totals, "runs": runs})
     return 1 if found else 0
 
 
