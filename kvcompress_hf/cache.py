@@ -79,11 +79,6 @@ class CompressedPagedCache(Cache):
         prompt_tokens: int | None = None,
         max_bytes: int | str | None = None,
     ) -> None:
-        if not hasattr(config, "get_text_config"):
-            raise TypeError(
-                f"CompressedPagedCache() takes a model's config, got {type(config).__name__}; write "
-                "CompressedPagedCache(model.config, recipe)."
-            )
         recipes = resolve_rows(recipe)
         self.recipe = recipes[0]
         windows = layer_windows(config)
