@@ -80,8 +80,14 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
         `list[int | None]`: Window in tokens per layer, `None` for full attention.
 
     Raises:
+        TypeError: If it is no config.
         UnsupportedModelError: If a layer is neither full nor sliding-window attention.
     """
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"CompressedPagedCache() takes a model's config, got {type(config).__name__}; write "
+            "CompressedPagedCache(model.config, recipe)."
+        )
     text = config.get_text_config(decoder=True)
     layer_types, kwargs = get_layer_types_and_kwargs(text)
     # With early exit a model has fewer layers for a while than its config lists types of.

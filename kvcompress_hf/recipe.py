@@ -73,11 +73,17 @@ class Part:
         """Makes the class known by its `kind`.
 
         Raises:
+            TypeError: If the `kind` is no string.
             ValueError: If another class has that `kind`. The same class may be defined again, as in a notebook.
         """
         super().__init_subclass__(**kwargs)
         if not cls.__dict__.get("kind"):
             return
+        if not isinstance(cls.kind, str):
+            raise TypeError(
+                f"{cls.__qualname__}.kind is {cls.kind!r}; it must be a string, which JSON calls the class by, as in "
+                f'kind = "{cls.__name__.lower()}".'
+            )
         other = Part._known.get((cls.family, cls.kind))
         if other is not None and _place(other) != _place(cls):
             raise ValueError(
@@ -123,7 +129,10 @@ class Part:
         kind = arguments.pop("kind", None)
         known = cls.kinds(family)
         if str(kind) not in known:
-            raise ValueError(f"Unknown kind {kind!r} of {family}; the kinds are {', '.join(known)}.")
+            raise ValueError(
+                f"Unknown kind {kind!r} of {family}; the kinds are {', '.join(known)}. One of your own is known "
+                "once the module with its class has been imported."
+            )
         return _construct(family, known[str(kind)], arguments)
 
     @classmethod
@@ -186,7 +195,11 @@ class Budget:
                 f"budget is {shown(amount)}; give a fraction in (0, 1], an integer of tokens, or bytes as in '512MiB'."
             )
         if isinstance(amount, str):
-            parse_bytes(amount)
+            try:
+                parse_bytes(amount)
+            except ValueError as error:
+                hint = " In a budget, a fraction (1 / 8) and tokens per KV head (512) are numbers, without quotes."
+                raise ValueError(f"{error}{hint}") from None
         elif isinstance(amount, int):
             if amount < 1:
                 raise ValueError(f"budget is {shown(amount)} tokens per KV head; it must be at least 1.")
@@ -230,6 +243,15 @@ class When:
 
 _PARTS: dict[str, type] = {"protect": Protect, "budget": Budget, "when": When}
 _FAMILIES = ("observer", "plan")
+#: How each part is written, for messages.
+_WRITTEN = {
+    "protect": "kvc.Protect(recent=32)",
+    "budget": "kvc.Budget(1 / 4)",
+    "when": "kvc.When(every=32)",
+    "observer": "kvc.WindowScores()",
+    "plan": "kvc.LowestPlan()",
+}
+_SHORT_FORM = ". patch() and with_overrides() take short forms too: budget=0.25, when={'every': 32}."
 
 
 @dataclass(frozen=True)
@@ -282,11 +304,17 @@ class Recipe:
         for name, kind in _PARTS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and not (value is None and name == "budget"):
-                raise TypeError(f"Recipe.{name} is {value!r}; it must be a {kind.__name__}.")
+                raise TypeError(
+                    f"Recipe.{name} is {value!r}; it must be a kvc.{kind.__name__}, as in {_WRITTEN[name]}{_SHORT_FORM}"
+                )
         for family in _FAMILIES:
             value = getattr(self, family)
             if value is not None and (not isinstance(value, Part) or value.family != family):
-                raise TypeError(f"Recipe.{family} is {value!r}; it must be one of the {family} classes, or None.")
+                example = _WRITTEN[family]
+                raise TypeError(
+                    f"Recipe.{family} is {value!r}; it must be None, or made of one of the {family} classes, as in "
+                    f"{example}{_SHORT_FORM}"
+                )
             if value is not None:
                 value.check_class()
         self._check_tiers()
@@ -303,7 +331,10 @@ class Recipe:
                 'start from a preset that evicts, such as {"preset": "auto", "budget": 0.25}, or add an observer.'
             )
         if self.observer is not None and self.plan is None:
-            raise ValueError(f"Recipe {self.name!r} observes attention but has no plan to use it for; add one.")
+            raise ValueError(
+                f"Recipe {self.name!r} observes attention but has no plan to use it for; add one, such as "
+                f"plan={_WRITTEN['plan']}."
+            )
         for part in (self.observer, self.plan):
             if part is not None:
                 part.check(self)
@@ -318,7 +349,9 @@ class Recipe:
     def _check_tiers(self) -> None:
         if not isinstance(self.tiers, tuple) or not self.tiers:
             names = ", ".join(TIERS)
-            raise TypeError(f"Recipe.tiers is {self.tiers!r}; it must be a non-empty tuple of names out of {names}.")
+            raise TypeError(
+                f'Recipe.tiers is {self.tiers!r}; it must be a non-empty tuple of names, as in ("k8v4",): {names}.'
+            )
         for tier in self.tiers:
             if tier not in TIERS:
                 raise ValueError(f"Unknown tier {tier!r}; known tiers are {', '.join(TIERS)}.")
@@ -432,8 +465,11 @@ class Recipe:
             `Recipe`: The recipe.
 
         Raises:
+            TypeError: If it is no text.
             ValueError: If the text is not a JSON object of allowed parts, or larger than any recipe is.
         """
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"from_json() takes the text of a JSON object, got {type(text).__name__}.")
         try:
             values = parse_json(text, most_bytes=_MOST_BYTES, most_values=_MOST_VALUES, most_depth=_MOST_DEPTH)
         except ValueError as error:
@@ -451,7 +487,7 @@ def _part(name: str, current: Any, value: Any) -> Any:
     if _is_deeper(value, _MOST_DEPTH):
         raise ValueError(f"Recipe.{name} holds lists or dicts nested more than {_MOST_DEPTH} deep; no part does.")
     if name == "tiers":
-        return (value,) if isinstance(value, str) else tuple(value)
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
     if name == "budget" and isinstance(value, (int, float, str)):
         return Budget(value)
     if name in _FAMILIES and isinstance(value, Mapping):

@@ -297,11 +297,17 @@ def plot_slots(slots: Sequence[torch.Tensor], sequence: int = 0) -> "Figure":
 
     Raises:
         ImportError: If matplotlib is not installed.
+        TypeError: If a cache is given in place of its slots.
+        ValueError: If there is no such sequence.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot_slots needs matplotlib; install kvcompress_hf[plot].") from error
+    if hasattr(slots, "slots"):
+        raise TypeError(f"plot_slots() takes the numbers of a cache, got {type(slots).__name__}; write cache.slots().")
+    if not 0 <= sequence < slots[0].shape[0]:
+        raise ValueError(f"sequence is {sequence}; it must be one of the {slots[0].shape[0]} of the batch, from 0.")
     heads = max(layer.shape[1] for layer in slots)
     grid = torch.full((len(slots), heads), float("nan"))
     for i, layer in enumerate(slots):

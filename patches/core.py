@@ -108,7 +108,12 @@ def unpatch(model: Model) -> Model:
 
     Returns:
         `PreTrainedModel`: The same model.
+
+    Raises:
+        TypeError: If it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch() takes the model that was patched, got {type(model).__name__}.")
     inner = unwrap(model)
     if record_of(inner) is None:
         return model

@@ -49,10 +49,20 @@ def prefill(
         `CompressedPagedCache`: The cache, holding the whole prompt.
 
     Raises:
+        TypeError: If the ids or the mask are no tensors of token ids.
         ValueError: If the ids, the mask or `chunk_size` have no valid shape or value, or the recipe is not
             allowed.
         UnsupportedModelError: If the model cannot be patched.
     """
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(given, Tensor) and not (given is None and name == "attention_mask"):
+            raise TypeError(
+                f"{name} is a {type(given).__name__}; prefill() takes a tensor [batch, tokens]: with "
+                'inputs = tokenizer(text, return_tensors="pt"), prefill(model, **inputs) or prefill(model, '
+                "inputs.input_ids)."
+            )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids holds {input_ids.dtype}; token ids are integers, torch.int64.")
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens] with at least one token."

@@ -89,7 +89,11 @@ def check_model(model: Any) -> None:
         UnsupportedModelError: If it is not supported; the message says why.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"patch() takes a transformers PreTrainedModel, got {type(model).__name__}.")
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"patch() takes a loaded transformers model (a PreTrainedModel), got {given}; load one with "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
     reason = _reason_against(model)
     if reason is not None:
         raise UnsupportedModelError(f"{type(model).__name__} ({model.config.model_type}) is not supported: {reason}.")

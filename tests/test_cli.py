@@ -34,6 +34,10 @@ def test_generate_prints_text_and_memory(capsys):
         (["--recipe", "zip"], "Unknown preset 'zip'"),
         (["--recipe", "kv-compress", "--budget", "7.5"], "must lie in"),
         (["--recipe", "lossless", "--budget", "1/2"], "no observer"),
+        (["--recipe", '{"preset": "auto", "budgt": 1}'], "Unknown recipe part 'budgt'"),
+        (["--recipe", '{"preset": "auto"'], "not the JSON of a recipe"),
+        (["--device", "gpu"], "'gpu' is no device of torch"),
+        (["--model", "/no/such/folder"], "no model in /no/such/folder"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(capsys, arguments, words):

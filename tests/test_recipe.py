@@ -3,20 +3,7 @@
 import pytest
 
 import kvcompress_hf as kvc
-from kvcompress_hf import (  # noqa: F401 - repr(recipe) is evaluated
-    Chance,
-    ExpectedAttention,
-    KeyDiff,
-    LowestPlan,
-    PagePlan,
-    PersistenceScores,
-    RateDistortion,
-    Recency,
-    ReconstructionScores,
-    RunningScores,
-    ThresholdPlan,
-    WindowScores,
-)
+from kvcompress_hf import RateDistortion, WindowScores
 from kvcompress_hf.presets import resolve_recipe
 from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 
@@ -25,7 +12,7 @@ from kvcompress_hf.recipe import Budget, Protect, Recipe, When
 def test_presets_round_trip_through_json_and_repr(name):
     recipe = kvc.get_preset(name)
     assert Recipe.from_json(recipe.to_json()) == recipe
-    assert eval(repr(recipe)) == recipe
+    assert eval(repr(recipe), {public: getattr(kvc, public) for public in kvc.__all__}) == recipe
     assert recipe.name == name
     assert kvc.presets()[name]
 
@@ -68,6 +55,8 @@ def test_parsing_a_full_dict_restores_every_part():
         ("kv-compress", {"budget": 0}, ValueError, "at least 1"),
         ("kv-compress", {"budget": 16}, ValueError, "32 are protected"),
         ("kv-compress", {"budget": "5 apples"}, ValueError, "apples"),
+        ("kv-compress", {"budget": "1/8"}, ValueError, "without quotes"),
+        ("kv-compress", {"budget": [0.5]}, TypeError, r"as in kvc\.Budget\(1 / 4\)"),
         ("kv-compress", {"observer": {"pool": 4}}, ValueError, "odd"),
         ("kv-compress", {"observer": {"wind": 4}}, ValueError, "Unknown argument 'wind'"),
         ("kv-compress", {"observer": {"kind": "gaze"}}, ValueError, "Unknown kind 'gaze' of observer.*window"),
@@ -92,6 +81,7 @@ def test_parsing_a_full_dict_restores_every_part():
         ("lossless", {"tiers": ("native", "k8v4")}, ValueError, "without a plan"),
         ("lossless", {"tiers": "k3v3"}, ValueError, "Unknown tier 'k3v3'"),
         ("lossless", {"tiers": ()}, TypeError, "non-empty"),
+        ("lossless", {"tiers": None}, TypeError, r'as in \("k8v4",\)'),
         ("lossless", {"when": 3}, TypeError, "When"),
         ("lossless", {"page_bytes": 0}, ValueError, "page_bytes"),
     ],

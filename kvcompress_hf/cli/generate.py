@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, A
         The model in evaluation mode, and the tokenizer.
 
     Raises:
-        ValueError: for a dtype that torch does not know.
+        ValueError: for a dtype or device that torch does not know.
         OSError: where there is no such model.
     """
     import torch
@@ -58,15 +59,39 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, A
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is no device of torch; write cpu, cuda or cuda:1, say") from None
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 
+def recipe_of_json(text: str) -> Any:
+    """What `patch` takes, from JSON: a recipe, or the parts of a preset to change where there is a key `preset`.
+
+    Args:
+        text: a JSON object.
+
+    Returns:
+        A `Recipe` or a dict.
+
+    Raises:
+        ValueError: if it is no recipe.
+    """
+    import kvcompress_hf as kvc
+
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = {}  # what is wrong with it is said below
+    return values if "preset" in values else kvc.Recipe.from_json(text)
+
+
 def run_generate(args: argparse.Namespace) -> int:
     """Print the continuation, then what the cache took."""
-    import kvcompress_hf as kvc
 
     from . import measure
     from .models import find_model
@@ -92,7 +117,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     recipe = args.recipe
     if recipe is not None and recipe.lstrip().startswith("{"):
-        recipe = kvc.Recipe.from_json(recipe)
+        recipe = recipe_of_json(recipe)
     title = (args.recipe or "default") + (f", {args.budget}" if args.budget is not None else "")
     methods = [measure.Method("stock (DynamicCache)", stock=True)] if args.compare else []
     methods.append(measure.Method(title, recipe, overrides))

@@ -52,7 +52,8 @@ def find_model(name: str = "tiny") -> str:
         A folder, or the name as it was given.
 
     Raises:
-        FileNotFoundError: for one of `MODELS` where there is no checkout, as in an install from a wheel.
+        FileNotFoundError: for a path where no model is, and for one of `MODELS` where there is no checkout, as in an
+            install from a wheel.
         ModelNotFetchedError: for one of `REAL_MODELS` that cannot be fetched.
     """
     if (Path(name) / "config.json").is_file():
@@ -60,6 +61,8 @@ def find_model(name: str = "tiny") -> str:
     if name in REAL_MODELS:
         return str(fetch(REAL_MODELS[name], say=tell))
     if name not in MODELS:
+        if name.startswith(("/", "./", "../", "~")):
+            raise FileNotFoundError(f"no model in {name}: there is no config.json")
         return name
     for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
         if (root / FOLDER / MODELS[name] / "config.json").is_file():

@@ -190,7 +190,7 @@ class StoredFile:
         """
         if len(reason) > _MOST_REASON:
             reason = reason[:_MOST_REASON] + " [...]"
-        return CacheFormatError(f"{self.path} is not a valid cache file: {reason}.")
+        return CacheFormatError(f"{self.path} is not a valid cache file: {reason.removesuffix('.')}.")
 
     def _read_header(self) -> tuple[dict[str, str], dict[str, Entry]]:
         if self.size < 8:

@@ -39,6 +39,8 @@ def replace_file(
     """
     target = Path(os.path.realpath(path))
     old = _what_is_there(target, path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to write into", os.fspath(target.parent))
     unfinished = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.part")
     try:
         descriptor, has_name = _create(unfinished, 0o666 if old is None else 0o600)

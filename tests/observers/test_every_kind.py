@@ -51,7 +51,7 @@ def test_every_kind_runs_and_is_found_again(family, kind, tiny_llama):
 def test_every_kind_is_public_and_on_the_page(family):
     page = (ROOT / "docs" / "recipes.md").read_text()
     for part in OURS[family].values():
-        assert getattr(kvc, part.__name__) is part
+        assert getattr(kvc, part.__name__, None) is part, f"{part.__name__} is missing in kvcompress_hf/__init__.py"
         assert f"`{part.__name__}" in page, f"docs/recipes.md says nothing of {part.__name__}"
 
 
@@ -65,6 +65,15 @@ def test_a_kind_that_is_taken_is_refused():
 
         class Mine(kvc.Observer):
             kind = "random"
+
+    assert Part.kinds("observer")["random"] is kvc.Chance
+
+
+def test_a_kind_that_is_no_string_is_refused():
+    with pytest.raises(TypeError, match=r'Mine\.kind is 5; it must be a string.*kind = "mine"'):
+
+        class Mine(kvc.Observer):
+            kind = 5
 
     assert Part.kinds("observer")["random"] is kvc.Chance
 

@@ -234,6 +234,22 @@ def test_prefill_of_nothing_sensible(model, arguments):
         prefill(model, **arguments)
 
 
+@pytest.mark.parametrize("ids", ["a text", [[1, 2, 3]], {"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+def test_prefill_of_what_is_no_tensor(model, ids):
+    with pytest.raises(TypeError, match=rf"input_ids is a {type(ids).__name__}; .*prefill\(model, \*\*inputs\)"):
+        prefill(model, ids)
+
+
+def test_prefill_of_ids_that_are_no_integers(model):
+    with pytest.raises(TypeError, match="input_ids holds torch.float32"):
+        prefill(model, torch.ones(1, 4))
+
+
+def test_a_model_in_place_of_its_config(model):
+    with pytest.raises(TypeError, match=r"got \w+; write CompressedPagedCache\(model\.config, recipe\)"):
+        CompressedPagedCache(model, "k8v4")
+
+
 @pytest.mark.parametrize("assistant_is_patched", (False, True))
 def test_assisted_generation(model, assistant_is_patched, build_model, prompt):
     ids = prompt()
