@@ -30,6 +30,7 @@ from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.sequence_indices import as_integer, as_sequences
 from kvcompress_hf.validation import MOST_TOKENS, require_bytes, require_int, shown
 
@@ -176,18 +177,8 @@ class CompressedPagedCache(Cache):
         """
         self._pending[layer_idx] = 0
         self._check_unread()
-        output = self._attention.attend(
-            layer_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dense=dense,
-            softcap=softcap,
-            window=sliding_window,
-            sinks=sinks,
-        )
+        logits = self._attention.layers[layer_idx].logits_of(scaling, softcap, sliding_window, sinks)
+        output = self._attention.attend(layer_idx, AttentionCall(query, key, value, logits), attention_mask, dense)
         return self._gradients.after(layer_idx, output, (query, key, value))
 
     def attend_shared(
@@ -226,19 +217,9 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If the config does not say that the source layer is shared.
         """
-        output = self._attention.attend_shared(
-            layer_idx,
-            source_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dense=dense,
-            softcap=softcap,
-            window=sliding_window,
-            sinks=sinks,
-        )
+        logits = self._attention.layers[layer_idx].logits_of(scaling, softcap, sliding_window, sinks)
+        new = AttentionCall(query, key, value, logits)
+        output = self._attention.attend_shared(layer_idx, source_idx, new, attention_mask, dense)
         return self._gradients.after_shared(source_idx, output, (query, key, value))
 
     def is_awaited(self, layer_idx: int) -> bool:

@@ -26,7 +26,7 @@ def observe(observer: Observer, chunk: Chunk) -> dict[str, torch.Tensor]:
     with naming(observer, "observe"):
         fields: Any = observer.observe(chunk)
     expected = [name for name in observer.fields if name not in observer.describes]
-    return _fields(observer, "observe", fields, expected, chunk.keys)
+    return _fields(observer, "observe", fields, expected, chunk.new.key)
 
 
 def observe_again(observer: Observer, chunk: Chunk) -> None:

@@ -116,10 +116,10 @@ class WindowScores(Observer):
 
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """Scores new tokens, and what is stored by what the new ones see; see [`Observer.observe`]."""
-        tokens = chunk.keys.shape[2]
+        tokens = chunk.new.tokens
         observing = tokens if self.window is None else min(self.window, tokens)
         seen = attention_seen(chunk, observing, self.power, self.exclude)
-        decoding = self.observes_steps and tokens == 1 and chunk.position > 0
+        decoding = self.observes_steps and tokens == 1 and chunk.new.position > 0
 
         def pooled(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             scores = pool_in_order(scores, order, 1 if decoding else self.pool)

@@ -232,13 +232,10 @@ class Rollback:
                 plan = store.backend.plan_decode(
                     store.rows(layer.index),
                     replace(store.tail(layer.index), used=None),
-                    scale=new.scaling,
-                    softcap=new.softcap,
-                    window=new.window,
-                    sinks=new.sink_logits(),
+                    logits=new.logits,
+                    q_heads=new.query.shape[1],
                     sum_field=observer.sum_field,
                     square_field=observer.square_field,
-                    q_heads=new.query.shape[1],
                 )
                 valid = None if new.valid is None else new.valid[:, 0]
                 again = partial(plan.run, new.query.detach(), None, None, new.position, valid, append=False)
