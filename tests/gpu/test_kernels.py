@@ -153,9 +153,8 @@ def test_decode(gpu, group, tiers, head_dim, dtype):
     plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, logits=Logits(0.1), q_heads=4 * group, sum_field="sum")
     for position in range(2000, 2003):
         q, k, v = case.randn(4 * group, 1), case.randn(4, 1), case.randn(4, 1)
-        wanted = EXACT.decode_attention(
-            q, k, v, case.rows, case.tail, position=position, logits=Logits(0.1), sum_field="sum"
-        )
+        options = dict(position=position, logits=Logits(0.1), sum_field="sum")
+        wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, **options)
         close(plan.run(q.cuda(), k.cuda(), v.cuda(), position), wanted, dtype)
     case.check_tail()
     for tier in range(len(tiers)):

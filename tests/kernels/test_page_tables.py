@@ -99,12 +99,13 @@ def test_positions_that_32_bits_cannot_hold(build_cache, backend, position):
     cache = build_cache(backend)
     q, k = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1)
     before = cache.tail.lengths.clone()
+    options = dict(position=position, logits=Logits(1.0))
     with pytest.raises(ValueError, match="position"):
-        backend.decode_attention(q, k, k, cache.rows, cache.tail, position=position, logits=Logits(1.0))
+        backend.decode_attention(q, k, k, cache.rows, cache.tail, **options)
     with pytest.raises(ValueError, match="position"):
         backend.append(cache.tail, k, k, position)
     with pytest.raises(ValueError, match="position"):
-        backend.chunk_attention(q, k, k, cache.rows, cache.tail, position=position, logits=Logits(1.0))
+        backend.chunk_attention(q, k, k, cache.rows, cache.tail, **options)
     with pytest.raises(ValueError, match="position"):
         backend.window_scores(
             q, k, cache.rows, cache.tail, position=position, key_position=position, logits=Logits(1.0)
