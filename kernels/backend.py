@@ -65,7 +65,7 @@ class DecodePlan(abc.ABC):
             append: Whether to write `k` and `v` to the tail first.
 
         Returns:
-            `[batch, 1, q_heads, head_dim]`.
+            Output of attention, `[batch, 1, q_heads, head_dim]`.
 
         Raises:
             ValueError: A shape or dtype is wrong, or the tail is full.
@@ -439,7 +439,7 @@ class Backend(abc.ABC):
                 is written to the tail and attended to.
 
         Returns:
-            The plan.
+            A plan for these rows and this tail.
 
         Raises:
             ValueError: A shape, dtype or field name is wrong.

@@ -323,7 +323,7 @@ class CompressedPagedCache(Cache):
             layer_idx (`int`, *optional*): Ignored.
 
         Returns:
-            `int`: -1.
+            `int`: -1, which says so to transformers.
         """
         return -1
 
@@ -369,7 +369,7 @@ class CompressedPagedCache(Cache):
         """How many more tokens fit into the tail before it is packed.
 
         Returns:
-            `int`: Tokens, at least 0.
+            `int`: Number of tokens, at least 0.
         """
         return self._attention.tokens_until_packing()
 
@@ -588,7 +588,7 @@ class CompressedPagedCache(Cache):
             max_bytes (`int` or `str`, *optional*): Most bytes of pages per device, such as `"2GiB"`.
 
         Returns:
-            `CompressedPagedCache`: The cache.
+            `CompressedPagedCache`: A cache that holds what was saved.
 
         Raises:
             CacheFormatError: If the file is damaged, of another format version, or was made with another model; the
@@ -632,7 +632,7 @@ class CompressedPagedCache(Cache):
         """What the cache has allocated, by kind.
 
         Returns:
-            `MemoryReport`: Bytes; prints as a table.
+            `MemoryReport`: Bytes by kind; prints as a table.
         """
         return measure_memory(self._attention)
 

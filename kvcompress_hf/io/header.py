@@ -130,7 +130,7 @@ class Header:
             difference (`str`): How the model given differs.
 
         Returns:
-            `CacheFormatError`: The error, not raised.
+            `CacheFormatError`: The error, for the caller to raise.
         """
         return CacheFormatError(
             f"{self.file.path} belongs to another model than the one given: {difference[:_MOST_REASON]}. Load it "
@@ -226,7 +226,7 @@ class Header:
             index (`int`): Which store.
 
         Returns:
-            `Geometry`: On the CPU.
+            `Geometry`: Shape and dtype of the store's keys, on the CPU.
 
         Raises:
             CacheFormatError: If there is no such geometry.
@@ -248,7 +248,7 @@ class Header:
             most_capacity (`int`): Most tokens that its tail may say it has room for.
 
         Returns:
-            `StoreValues`: The values.
+            `StoreValues`: What the header says of the store.
 
         Raises:
             CacheFormatError: If one is missing or out of range.

@@ -19,7 +19,7 @@ class AttentionSeen:
         chunk (`Chunk`): The chunk whose queries looked.
         scores (`torch.Tensor`): float32 `[batch, q_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
-        widths (`tuple[int, ...]`): How many of each.
+        widths (`tuple[int, ...]`): Slots of each of these parts.
         positions (`torch.Tensor`): `int32` `[batch, kv_heads, slots]`.
         filled (`torch.Tensor`): `bool` `[batch, kv_heads, slots]`.
     """
@@ -78,7 +78,7 @@ def write_field_of_all(
         chunk (`Chunk`): The chunk; its new tokens are not stored yet.
         values (`torch.Tensor`): float32 `[batch, kv_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
-        widths (`Sequence[int]`): How many of each.
+        widths (`Sequence[int]`): Slots of each of these parts.
         field (`str`): Name of the field.
         add (`bool`): Add to what the field holds instead of replacing it.
         largest (`bool`): Keep what the field holds where it is larger.
@@ -127,7 +127,7 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
         exclude (`int`): A query counts for a key only from this distance on.
 
     Returns:
-        `AttentionSeen`: The sums and where they belong.
+        `AttentionSeen`: The sums per query head, and the slots that they belong to.
     """
     store = chunk.store
     scores = store.backend.window_scores(

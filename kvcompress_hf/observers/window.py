@@ -156,7 +156,7 @@ def equalise_layers(scores: torch.Tensor, layer_of_row: torch.Tensor) -> torch.T
         layer_of_row (`torch.Tensor`): `int64` `[rows]`.
 
     Returns:
-        `torch.Tensor`: float32 `[batch, rows, slots]`.
+        `torch.Tensor`: The scores so that those of each layer sum to one, float32 `[batch, rows, slots]`.
     """
     per_row = scores.sum(-1)
     layers = int(on_host(layer_of_row).max()) + 1

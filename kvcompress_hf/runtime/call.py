@@ -124,7 +124,7 @@ class Mask:
             batch (`int`): Sequences.
 
         Returns:
-            `torch.Tensor`: `bool` `[batch, tokens]`.
+            `torch.Tensor`: True for real tokens, `bool` `[batch, tokens]`.
 
         Raises:
             UnsupportedFeatureError: If the mask is not over the new tokens only.

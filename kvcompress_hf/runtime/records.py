@@ -108,8 +108,8 @@ class LayerState:
         """Notes new tokens in the tail.
 
         Args:
-            tokens (`int`): How many.
-            valid (`torch.Tensor`, *optional*): Where given, some may be padding.
+            tokens (`int`): How many new tokens there are, padding included.
+            valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`; where it is given, some may be padding.
         """
         self.tail_used += tokens
         if valid is not None:
@@ -127,7 +127,7 @@ class LayerState:
             changes: Fields that are to be different.
 
         Returns:
-            `LayerState`: The copy.
+            `LayerState`: A copy with a list of held tokens of its own, for which no decode plan has been made yet.
         """
         return replace(self, **{"held": list(self.held), "plan_key": (None,), **changes})
 
@@ -177,7 +177,7 @@ class Counters:
         """A copy that does not change with this one.
 
         Returns:
-            `Counters`: The copy; tensors are shared, as they are never changed in place.
+            `Counters`: A copy that shares the tensors, as those are never changed in place.
         """
         other = object.__new__(Counters)
         other.__dict__.update(self.__dict__)
@@ -197,13 +197,13 @@ class Counters:
         self.padding, self.gaps = self.padding - gone, left
 
     def select(self, index: torch.Tensor) -> "Counters":
-        """The same for other sequences.
+        """Picks sequences of the batch.
 
         Args:
             index (`torch.Tensor`): `int64` `[new batch]` on the host.
 
         Returns:
-            `Counters`: A copy for these.
+            `Counters`: A copy whose sequence `i` is this one's sequence `index[i]`.
         """
         recipes = self.recipes
         return replace(
