@@ -345,10 +345,10 @@ class StoredFile:
 
         Args:
             entry (`Entry`): The tensor.
-            crc (`int`): To go on from.
+            crc (`int`): Checksum to go on from.
 
         Returns:
-            `int`: The CRC-32 checksum.
+            `int`: Checksum of what `crc` was of and the tensor together.
 
         Raises:
             CacheFormatError: If the file has become shorter.

@@ -240,15 +240,15 @@ class Header:
         return Geometry(_CPU, known[dtype], heads, dim, self._bool(values, "windowed"))
 
     def store(self, index: int, tiers: int, most_capacity: int) -> StoreValues:
-        """What the header says of a store.
+        """Reads what the header says of a store.
 
         Args:
-            index (`int`): Which store.
+            index (`int`): Index of the store.
             tiers (`int`): Tiers of the recipe.
             most_capacity (`int`): Most tokens that its tail may say it has room for.
 
         Returns:
-            `StoreValues`: What the header says of the store.
+            `StoreValues`: Its layers, pages, order of pages and sizes, each within range.
 
         Raises:
             CacheFormatError: If one is missing or out of range.
