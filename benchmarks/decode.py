@@ -23,10 +23,11 @@ from decode_forms import QUANTIZED_LAYERS, TIERS, Form, Setting, dense_forms, qu
 from dense_bf16 import NotAvailableError
 from machine import machine
 
-from kvcompress_hf.kernels import CpuBackend
+from kvcompress_hf.kernels import CpuBackend, Logits
 from kvcompress_hf.kernels.memory import page_memory
 from kvcompress_hf.presets import get_preset, resolve_rows
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEPT, SEEN = 2048, (4096, 65536)  # tokens, for the cost of tokens that were seen and evicted
@@ -63,14 +64,14 @@ def measure(forms: list[Form], seconds: float) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def cost_of_tokens_seen(steps: int = 200) -> dict[int, float]:
     """Least ms of a decode step of one layer that keeps KEPT tokens per head, after each number of SEEN tokens."""
-    costs = {}
+    costs, logits = {}, Logits(0.125)
     for seen in SEEN:
         attention = PagedAttention(resolve_rows(get_preset("streaming").with_overrides(budget=KEPT)), [None])
 
         def step(n: int, attention: PagedAttention = attention) -> torch.Tensor:
             q, k, v = (torch.randn(1, n, heads, 64).bfloat16().transpose(1, 2) for heads in (8, 2, 2))
             dense = lambda: torch.zeros(1, n, 8, 64, dtype=torch.bfloat16)  # noqa: E731
-            return attention.attend(0, q, k, v, None, scaling=0.125, dense=dense)
+            return attention.attend(0, AttentionCall(q, k, v, logits), None, dense)
 
         for _ in range(seen // 1024):
             step(1024)

@@ -14,7 +14,7 @@ from dense_bf16 import NotAvailableError, dense_bf16
 from torch import Tensor
 from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
-from kvcompress_hf.kernels import CpuBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels import CpuBackend, Logits, Rows, Tail, page_layout
 from kvcompress_hf.kernels.memory import page_memory
 
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
@@ -90,7 +90,7 @@ def tier_form(backend: CpuBackend, tier: str, q: Tensor, setting: Setting) -> Fo
     sets, size = packed_rows(backend, tier, setting)
     empty = tensors(setting, 0)
     tail = Tail(empty, empty, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 0, dtype=torch.int32))
-    plans = [backend.plan_decode(rows, tail, scale=setting.scale, q_heads=q.shape[1]) for rows in sets]
+    plans = [backend.plan_decode(rows, tail, logits=Logits(setting.scale), q_heads=q.shape[1]) for rows in sets]
     return Form(tier, lambda i: plans[i % len(plans)].run(q, None, None, 0, append=False), size)
 
 

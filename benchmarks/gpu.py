@@ -32,7 +32,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
-from kvcompress_hf.kernels import Rows, Tail, get_backend, page_layout
+from kvcompress_hf.kernels import Logits, Rows, Tail, get_backend, page_layout
 from kvcompress_hf.units import parse_bytes
 
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
@@ -128,7 +128,7 @@ def decode_table(args: argparse.Namespace, context: int, batch: int, speed: floa
     for tier in args.tiers:
         rows, sizes[tier] = packed_rows(tier, context, batch, args)
         tail = empty_tail(batch, args)
-        plan = get_backend(device).plan_decode(rows, tail, scale=args.head_dim**-0.5, q_heads=heads)
+        plan = get_backend(device).plan_decode(rows, tail, logits=Logits(args.head_dim**-0.5), q_heads=heads)
         kept.append(rows)
         forms[tier] = lambda plan=plan: plan.run(q, None, None, 0, append=False)
     times = clock(forms, device, args.rounds)
@@ -160,7 +160,7 @@ def chunk_table(args: argparse.Namespace, context: int) -> list[dict]:
         new_k, new_v = k[:, :, -queries:].contiguous(), v[:, :, -queries:].contiguous()
         mask = torch.ones(queries, context + queries, dtype=torch.bool, device=device).tril(context)
         forms: dict[str, Form] = {"SDPA, dense past": partial(sdpa, q, k, v, attn_mask=mask, enable_gqa=True)}
-        options = dict(position=context, scale=args.head_dim**-0.5)
+        options = dict(position=context, logits=Logits(args.head_dim**-0.5))
         for tier, rows in packed.items():
             forms[tier] = partial(backend.chunk_attention, q, new_k, new_v, rows, None, **options)
         times = clock(forms, device, args.rounds)
@@ -181,7 +181,7 @@ def prefill_table(args: argparse.Namespace, context: int) -> list[dict]:
     rows.lengths[0].zero_()
     counts = torch.full((1, args.kv_heads), context, dtype=torch.int32, device=device)
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    window = dict(position=context - 32, key_position=0, scale=args.head_dim**-0.5)
+    window = dict(position=context - 32, key_position=0, logits=Logits(args.head_dim**-0.5))
     forms: dict[str, Form] = {
         "prefill attention (SDPA)": lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True),
         "window scores, last 32 queries": lambda: backend.window_scores(q[:, :, -32:], k, rows, None, **window),

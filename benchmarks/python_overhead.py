@@ -22,6 +22,7 @@ from machine import machine
 
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM, PROMPT = 4, 2, 4, 64, 48
 TARGET_US = 15.0
@@ -38,10 +39,13 @@ def measure(recipe: str, steps: int, profile: bool) -> dict[str, float]:
         return [torch.randn(1, tokens, n, HEAD_DIM).bfloat16().transpose(1, 2) for n in heads]
 
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            attention.attend(layer, q, k, v, None, scaling=0.125, dense=lambda: q.transpose(1, 2))
-            for layer in range(LAYERS)
-        ]
+        """All layers, each as `CompressedPagedCache.attend` hands its call on."""
+        outputs = []
+        for layer in range(LAYERS):
+            logits = attention.layers[layer].logits_of(0.125, None, None, None)
+            call = AttentionCall(q, k, v, logits)
+            outputs.append(attention.attend(layer, call, None, lambda: q.transpose(1, 2)))
+        return outputs
 
     step(*tensors(PROMPT))
     new = tensors(1)

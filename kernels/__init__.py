@@ -8,12 +8,13 @@ from .cpu import CpuBackend
 from .dispatch import get_backend
 from .layout import PageLayout, TierLayout, page_layout
 from .reference import ReferenceBackend, page_section
-from .types import Rows, Tail
+from .types import Logits, Rows, Tail
 
 __all__ = [
     "Backend",
     "CpuBackend",
     "DecodePlan",
+    "Logits",
     "PageLayout",
     "ReferenceBackend",
     "Rows",

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import abi
 from .layout import POSITION, PageLayout
-from .types import Rows, Tail
+from .types import Logits, Rows, Tail
 
-__all__ = ["fill_rows", "fill_strides", "fill_tail", "pointer", "position_field"]
+__all__ = ["fill_logits", "fill_rows", "fill_strides", "fill_tail", "pointer"]
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -55,6 +55,16 @@ def fill_strides(c: ctypes.Structure, name: str, tensor: Tensor) -> None:
     setattr(c, f"{name}_t", t)
 
 
-def position_field(layout: PageLayout, needed: bool) -> int:
-    """Index of the field with positions, or -1 where there is none or it is not needed."""
-    return layout.fields.index(POSITION) if needed and POSITION in layout.fields else -1
+def fill_logits(c: ctypes.Structure, logits: Logits, layout: PageLayout, exclude: int = 0) -> None:
+    """Sets how logits are made, in the struct of an operation that attends; the struct then points to the sinks.
+
+    Args:
+        c: The struct.
+        logits: How logits are made.
+        layout: Layout of the pages; its field with positions is only named where something depends on them.
+        exclude: Distance from which on a query counts for a key (`Backend.window_scores`).
+    """
+    c.scale, c.softcap, c.window = logits.scale, logits.softcap or 0.0, logits.window or 0
+    needed = logits.window is not None or exclude > 0
+    c.position_field = layout.fields.index(POSITION) if needed and POSITION in layout.fields else -1
+    c.sinks = pointer(logits.sinks)

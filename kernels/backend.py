@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checks
 from .layout import PageLayout
-from .types import Rows, Tail
+from .types import Logits, Rows, Tail
 
 __all__ = ["Backend", "DecodePlan", "WindowScores"]
 
@@ -65,7 +65,7 @@ class DecodePlan(abc.ABC):
             append: Whether to write `k` and `v` to the tail first.
 
         Returns:
-            `[batch, 1, q_heads, head_dim]`.
+            Output of attention, `[batch, 1, q_heads, head_dim]`.
 
         Raises:
             ValueError: A shape or dtype is wrong, or the tail is full.
@@ -228,18 +228,13 @@ class Backend(abc.ABC):
         tail: Tail,
         *,
         position: int,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
+        logits: Logits,
         valid: Tensor | None = None,
         append: bool = True,
         sum_field: str | None = None,
         square_field: str | None = None,
     ) -> Tensor:
         """Attention of one new token per sequence over all packed slots and the tail: a plan for a single step.
-
-        Logits are `scale * q.k`, then `softcap * tanh(logit / softcap)`.
 
         Args:
             q: `[batch, q_heads, 1, head_dim]`.
@@ -248,11 +243,7 @@ class Backend(abc.ABC):
             rows: The packed slots.
             tail: The tail.
             position: Logical position of the new token.
-            scale: Factor on the dot products.
-            softcap: Soft cap of the logits; `None` = none.
-            window: Only slots with `position - slot position < window` are seen (needs the field `"position"`
-                once anything is packed); `None` = all.
-            sinks: float32 `[q_heads]`: an extra logit in each softmax denominator.
+            logits: How logits are made.
             valid: bool `[batch]`; where false the new token is padding: not stored, output zero.
             append: Whether to write `k_new`, `v_new` to the tail.
             sum_field: Field to which each slot's probability, summed over the group of query heads, is added.
@@ -266,15 +257,7 @@ class Backend(abc.ABC):
         """
         checks.check_query(q, tail.k.shape[1], rows.layout, tail.k.device)
         plan = self.plan_decode(
-            rows,
-            tail,
-            scale=scale,
-            q_heads=q.shape[1],
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
-            sum_field=sum_field,
-            square_field=square_field,
+            rows, tail, logits=logits, q_heads=q.shape[1], sum_field=sum_field, square_field=square_field
         )
         return plan.run(q, k_new, v_new, position, valid, append)
 
@@ -288,15 +271,11 @@ class Backend(abc.ABC):
         tail: Tail | None,
         *,
         position: int,
+        logits: Logits,
         key_position: int | None = None,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         allowed: Tensor | None = None,
         bias: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Attention of a block of new tokens over all packed slots, the tail, and the new tokens themselves.
 
         Nothing is stored. Packed and tail slots are visible to every query (subject to the window); new keys
@@ -309,19 +288,13 @@ class Backend(abc.ABC):
             rows: The packed slots.
             tail: The tail, or `None`.
             position: Logical position of query 0.
+            logits: How logits are made; a sliding window holds for new keys as well.
             key_position: Logical position of new key 0; `None` = `position`.
-            scale: As in `decode_attention`.
-            softcap: As in `decode_attention`.
-            window: As in `decode_attention`; applies to new keys as well.
-            sinks: As in `decode_attention`.
             allowed: bool `[batch, n_q, n_k]`: which new keys a query may see, in place of causality.
             bias: float32 `[batch, n_q, n_k]`, added to the logits of new keys after the soft cap.
-            return_lse: Whether to return the log-sum-exp as well.
 
         Returns:
-            `[batch, n_q, q_heads, head_dim]` in the native dtype; a query that sees nothing gives zeros. With
-            `return_lse` also float32 `[batch, q_heads, n_q]`: the natural log of each softmax denominator, the
-            sink included.
+            `[batch, n_q, q_heads, head_dim]` in the native dtype; a query that sees nothing gives zeros.
 
         Raises:
             ValueError: A shape or dtype is wrong.
@@ -337,12 +310,9 @@ class Backend(abc.ABC):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         power: int = 2,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
@@ -358,13 +328,10 @@ class Backend(abc.ABC):
             tail: The tail, or `None`.
             position: Logical position of query 0.
             key_position: Logical position of new key 0.
-            scale: As in `decode_attention`.
+            logits: How logits are made.
             power: 1 or 2; 0 for the largest probability that any query gives.
             exclude: A query at `i` adds to the score of a key at `j` only if `i - j >= exclude`. The softmax is
                 not affected. Packed slots without the field `"position"` are taken to be old enough.
-            softcap: As in `decode_attention`.
-            window: As in `decode_attention`.
-            sinks: As in `decode_attention`.
             query_valid: bool `[batch, n_q]`; invalid queries add nothing.
             key_valid: bool `[batch, n_k]`; invalid new keys are not seen.
 
@@ -384,11 +351,8 @@ class Backend(abc.ABC):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> tuple[WindowScores, WindowScores]:
@@ -401,11 +365,8 @@ class Backend(abc.ABC):
             tail: The tail, or `None`.
             position: Logical position of query 0.
             key_position: Logical position of new key 0.
-            scale: Factor on the dot products.
+            logits: How logits are made.
             exclude: Distance from which on a query counts for a key.
-            softcap: Soft cap.
-            window: Window.
-            sinks: Sinks.
             query_valid: Which queries add something.
             key_valid: Which new keys are seen.
 
@@ -415,18 +376,22 @@ class Backend(abc.ABC):
         Raises:
             ValueError: A shape or dtype is wrong.
         """
-        options = dict(
-            position=position,
-            key_position=key_position,
-            scale=scale,
-            exclude=exclude,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
-            query_valid=query_valid,
-            key_valid=key_valid,
+        first, second = (
+            self.window_scores(
+                q,
+                k_new,
+                rows,
+                tail,
+                position=position,
+                key_position=key_position,
+                logits=logits,
+                power=power,
+                exclude=exclude,
+                query_valid=query_valid,
+                key_valid=key_valid,
+            )
+            for power in (1, 2)
         )
-        first, second = (self.window_scores(q, k_new, rows, tail, power=power, **options) for power in (1, 2))  # type: ignore[arg-type]
         return first, second
 
     @abc.abstractmethod
@@ -455,11 +420,8 @@ class Backend(abc.ABC):
         rows: Rows,
         tail: Tail,
         *,
-        scale: float,
+        logits: Logits,
         q_heads: int,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
@@ -469,18 +431,15 @@ class Backend(abc.ABC):
         Args:
             rows: The packed slots.
             tail: The tail.
-            scale: As in `decode_attention`, like the others.
+            logits: How logits are made.
             q_heads: Number of query heads.
-            softcap: Soft cap.
-            window: Window.
-            sinks: Sinks.
-            sum_field: Field of sums.
-            square_field: Field of sums of squares.
+            sum_field: As in `decode_attention`.
+            square_field: As in `decode_attention`.
             key_shift: `[batch, kv_heads, 1, head_dim]`, contiguous, native dtype: taken off every new key before it
                 is written to the tail and attended to.
 
         Returns:
-            The plan.
+            A plan for these rows and this tail.
 
         Raises:
             ValueError: A shape, dtype or field name is wrong.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import DTYPES, POSITION, PageLayout
-from .types import Rows, Tail
+from .types import Logits, Rows, Tail
 
 LAST_POSITION = 2**31 - 2  # positions, and the number of tokens seen, are int32
 
@@ -239,16 +239,9 @@ def check_heads(rows: Rows, batch: int, kv_heads: int, q_heads: int) -> None:
         raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {q_heads}")
 
 
-def check_attention(
-    layout: PageLayout,
-    q_heads: int,
-    rows: Rows,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    device: torch.device,
-) -> None:
-    """Checks the options all attention operations share."""
+def check_attention(layout: PageLayout, q_heads: int, rows: Rows, logits: Logits, device: torch.device) -> None:
+    """Checks how logits are made, for every operation that attends."""
+    softcap, window, sinks = logits.softcap, logits.window, logits.sinks
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if window is not None:

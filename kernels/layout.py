@@ -132,7 +132,7 @@ def page_layout(
         page_bytes: Bytes of a page, a multiple of 64; `None` chooses.
 
     Returns:
-        The layout.
+        Size and sections of a page in each tier.
 
     Raises:
         ValueError: An argument is outside what is listed above, or `page_bytes` cannot hold 16 slots of a tier.

@@ -93,7 +93,7 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
         offset: fp16 `[...]`.
 
     Returns:
-        float32 `[..., dim]`.
+        The values that codes stand for, float32 `[..., dim]`.
     """
     return codes.float() * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
 
@@ -106,7 +106,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         bits: 8, 4 or 2.
 
     Returns:
-        uint8 `[..., dim * bits / 8]`.
+        Codes side by side in bytes, uint8 `[..., dim * bits / 8]`.
     """
     per_byte = 8 // bits
     parts = codes.unflatten(-1, (-1, per_byte))
@@ -124,7 +124,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
         bits: 8, 4 or 2.
 
     Returns:
-        uint8 `[..., n * 8 / bits]`.
+        One code per element, uint8 `[..., n * 8 / bits]`.
     """
     mask = 2**bits - 1
     return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)

@@ -15,7 +15,7 @@ from . import checks
 from .backend import Backend, DecodePlan, WindowScores
 from .layout import POSITION, PageLayout
 from .quantize import dequantize, hadamard, pack_codes, quantize, unpack_codes
-from .types import Rows, Tail
+from .types import Logits, Rows, Tail
 
 __all__ = ["ReferenceBackend", "page_section"]
 
@@ -168,13 +168,12 @@ class _Keys(NamedTuple):
     stored: Tensor  # bool [batch, kv_heads, n]: the slot is in use
 
 
-def _softmax(logits: Tensor, seen: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities and log-sum-exp over the last dimension; logits `[batch, kv_heads, group, n_q, n]`."""
+def _softmax(logits: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
+    """Probabilities over the last dimension, zero where nothing is seen; logits `[batch, kv_heads, group, n_q, n]`."""
     lse = logits.masked_fill(~seen, float("-inf")).logsumexp(-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype))
-    probability = torch.where(seen, (logits - lse.unsqueeze(-1)).exp(), 0.0)
-    return probability, lse
+    return torch.where(seen, (logits - lse.unsqueeze(-1)).exp(), 0.0)
 
 
 class ReferenceBackend(Backend):
@@ -335,11 +334,11 @@ class ReferenceBackend(Backend):
             seen = seen & (query[:, None] - keys.position[:, :, None, None, :] < window)
         return seen
 
-    def _logits(self, q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _logits(self, q: Tensor, k: Tensor, made: Logits) -> Tensor:
         """`[batch, kv_heads, group, n_q, n]` of queries `[batch, q_heads, n_q, head_dim]`."""
         grouped = q.to(self.compute).unflatten(1, (k.shape[1], -1))
-        logits = grouped @ k.unsqueeze(2).transpose(-1, -2) * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = grouped @ k.unsqueeze(2).transpose(-1, -2) * made.scale
+        return logits if made.softcap is None else made.softcap * torch.tanh(logits / made.softcap)
 
     @staticmethod
     def _grouped_sinks(sinks: Tensor | None, kv_heads: int) -> Tensor | None:
@@ -355,10 +354,7 @@ class ReferenceBackend(Backend):
         tail: Tail,
         *,
         position: int,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
+        logits: Logits,
         valid: Tensor | None = None,
         append: bool = True,
         sum_field: str | None = None,
@@ -371,7 +367,7 @@ class ReferenceBackend(Backend):
         checks.check_rows(rows, device, kv_heads)
         checks.check_tail(tail, layout, batch, kv_heads, device)
         checks.check_heads(rows, batch, kv_heads, q.shape[1])
-        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
+        checks.check_attention(layout, q.shape[1], rows, logits, device)
         checks.check_accumulators(layout, tail, sum_field, square_field)
         if valid is not None:
             checks.check_tensor("valid", valid, (batch,), torch.bool, device)
@@ -382,11 +378,11 @@ class ReferenceBackend(Backend):
 
         parts = [self._packed(rows, tier, batch) for tier in range(len(layout.tiers))] + [self._tail(tail)]
         query = torch.tensor([position], device=device)
-        logits = torch.cat([self._logits(q, part.k, scale, softcap) for part in parts], -1)
-        seen = torch.cat([self._visible(part, query, window) for part in parts], -1)
+        found = torch.cat([self._logits(q, part.k, logits) for part in parts], -1)
+        seen = torch.cat([self._visible(part, query, logits.window) for part in parts], -1)
         if valid is not None:
             seen = seen & valid.view(batch, 1, 1, 1, 1)
-        probability, _ = _softmax(logits, seen, self._grouped_sinks(sinks, kv_heads))
+        probability = _softmax(found, seen, self._grouped_sinks(logits.sinks, kv_heads))
         out = probability @ torch.cat([part.v for part in parts], 2).unsqueeze(2)  # [batch, kv_heads, group, 1, D]
         sizes = [part.k.shape[2] for part in parts]
         for field, power in ((sum_field, 1), (square_field, 2)):
@@ -408,19 +404,15 @@ class ReferenceBackend(Backend):
         tail: Tail | None,
         *,
         position: int,
+        logits: Logits,
         key_position: int | None = None,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         allowed: Tensor | None = None,
         bias: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         layout, device = rows.layout, q.device
         batch, kv_heads, n_k, head_dim = k_new.shape
         n_q = q.shape[2]
-        self._check_block(q, k_new, rows, tail, softcap, window, sinks)
+        self._check_block(q, k_new, rows, tail, logits)
         checks.check_tensor("v_new", v_new, k_new.shape, layout.dtype, device)
         for name, mask, dtype in (("allowed", allowed, torch.bool), ("bias", bias, torch.float32)):
             if mask is not None:
@@ -431,27 +423,24 @@ class ReferenceBackend(Backend):
         parts = [self._packed(rows, tier, batch) for tier in range(len(layout.tiers))]
         parts += [fresh] if tail is None else [self._tail(tail), fresh]
         values = torch.cat([part.v for part in parts], 2).unsqueeze(2)
-        outs, lses = [], []
+        outs = []
         for start in range(0, n_q, QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, n_q))
             query = torch.arange(position, position + n_q, device=device)[block]
-            logits = [self._logits(q[:, :, block], part.k, scale, softcap) for part in parts]
-            seen = [self._visible(part, query, window) for part in parts]
+            found = [self._logits(q[:, :, block], part.k, logits) for part in parts]
+            seen = [self._visible(part, query, logits.window) for part in parts]
             if bias is not None:
-                logits[-1] = logits[-1] + bias[:, None, None, block].to(self.compute)
+                found[-1] = found[-1] + bias[:, None, None, block].to(self.compute)
             if allowed is not None:
                 seen[-1] = seen[-1] & allowed[:, None, None, block]
             else:
                 seen[-1] = seen[-1] & (fresh.position[:, :, None, None, :] <= query[:, None])  # type: ignore[index]
-            grouped_sinks = self._grouped_sinks(sinks, kv_heads)
-            probability, lse = _softmax(torch.cat(logits, -1), torch.cat(seen, -1), grouped_sinks)
+            grouped_sinks = self._grouped_sinks(logits.sinks, kv_heads)
+            probability = _softmax(torch.cat(found, -1), torch.cat(seen, -1), grouped_sinks)
             outs.append(probability @ values)
-            lses.append(lse)
         if not outs:
             outs = [values.new_zeros(batch, kv_heads, q.shape[1] // kv_heads, 0, head_dim)]
-            lses = [outs[0][..., 0]]
-        out = torch.cat(outs, 3).flatten(1, 2).transpose(1, 2).to(layout.dtype)
-        return (out, torch.cat(lses, 3).flatten(1, 2).float()) if return_lse else out
+        return torch.cat(outs, 3).flatten(1, 2).transpose(1, 2).to(layout.dtype)
 
     def window_scores(
         self,
@@ -462,12 +451,9 @@ class ReferenceBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         power: int = 2,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
@@ -480,11 +466,8 @@ class ReferenceBackend(Backend):
             tail,
             position=position,
             key_position=key_position,
-            scale=scale,
+            logits=logits,
             exclude=exclude,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
             query_valid=query_valid,
             key_valid=key_valid,
         )
@@ -499,11 +482,8 @@ class ReferenceBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> tuple[WindowScores, WindowScores]:
@@ -514,11 +494,8 @@ class ReferenceBackend(Backend):
             tail,
             position=position,
             key_position=key_position,
-            scale=scale,
+            logits=logits,
             exclude=exclude,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
             query_valid=query_valid,
             key_valid=key_valid,
         )
@@ -533,11 +510,8 @@ class ReferenceBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         exclude: int,
-        softcap: float | None,
-        window: int | None,
-        sinks: Tensor | None,
         query_valid: Tensor | None,
         key_valid: Tensor | None,
     ) -> list[WindowScores]:
@@ -545,7 +519,7 @@ class ReferenceBackend(Backend):
         layout, device = rows.layout, q.device
         batch, kv_heads, n_k, _ = k_new.shape
         n_q = q.shape[2]
-        self._check_block(q, k_new, rows, tail, softcap, window, sinks)
+        self._check_block(q, k_new, rows, tail, logits)
         for name, mask, n in (("query_valid", query_valid, n_q), ("key_valid", key_valid, n_k)):
             if mask is not None:
                 checks.check_tensor(name, mask, (batch, n), torch.bool, device)
@@ -558,10 +532,10 @@ class ReferenceBackend(Backend):
         for start in range(0, n_q, QUERY_BLOCK):
             block = slice(start, min(start + QUERY_BLOCK, n_q))
             query = torch.arange(position, position + n_q, device=device)[block]
-            logits = torch.cat([self._logits(q[:, :, block], part.k, scale, softcap) for part in parts], -1)
-            seen = [self._visible(part, query, window) for part in parts]
+            found = torch.cat([self._logits(q[:, :, block], part.k, logits) for part in parts], -1)
+            seen = [self._visible(part, query, logits.window) for part in parts]
             seen[-1] = seen[-1] & (fresh.position[:, :, None, None, :] <= query[:, None])  # type: ignore[index]
-            probability, _ = _softmax(logits, torch.cat(seen, -1), self._grouped_sinks(sinks, kv_heads))
+            probability = _softmax(found, torch.cat(seen, -1), self._grouped_sinks(logits.sinks, kv_heads))
             if exclude > 0:
                 old_enough = [
                     s if part.position is None else query[:, None] - part.position[:, :, None, None, :] >= exclude
@@ -581,37 +555,24 @@ class ReferenceBackend(Backend):
         k: Tensor,
         rows: Rows,
         tail: Tail | None,
-        softcap: float | None,
-        window: int | None,
-        sinks: Tensor | None,
+        logits: Logits,
     ) -> None:
         layout, device = rows.layout, q.device
         checks.check_block(q, k, rows, tail, device)
-        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
+        checks.check_attention(layout, q.shape[1], rows, logits, device)
 
     def plan_decode(
         self,
         rows: Rows,
         tail: Tail,
         *,
-        scale: float,
+        logits: Logits,
         q_heads: int,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
     ) -> DecodePlan:
-        options = dict(
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
-            sum_field=sum_field,
-            square_field=square_field,
-        )
-        return _ReferencePlan(self, rows, tail, q_heads, options, key_shift)
+        return _ReferencePlan(self, rows, tail, q_heads, logits, (sum_field, square_field), key_shift)
 
 
 def _split_scores(scores: Tensor, sizes: Sequence[int], has_tail: bool) -> WindowScores:
@@ -628,7 +589,8 @@ class _ReferencePlan(DecodePlan):
         rows: Rows,
         tail: Tail,
         q_heads: int,
-        options: dict,
+        logits: Logits,
+        fields: tuple[str | None, str | None],
         key_shift: Tensor | None,
     ) -> None:
         batch, kv_heads = tail.k.shape[:2]
@@ -636,12 +598,11 @@ class _ReferencePlan(DecodePlan):
         checks.check_rows(rows, device, kv_heads)
         checks.check_tail(tail, rows.layout, batch, kv_heads, device)
         checks.check_heads(rows, batch, kv_heads, q_heads)
-        checks.check_attention(
-            rows.layout, q_heads, rows, options["softcap"], options["window"], options["sinks"], device
-        )
-        checks.check_accumulators(rows.layout, tail, options["sum_field"], options["square_field"])
+        checks.check_attention(rows.layout, q_heads, rows, logits, device)
+        checks.check_accumulators(rows.layout, tail, *fields)
         checks.check_key_shift(key_shift, rows.layout, batch, kv_heads, device)
-        self.backend, self.rows, self.tail, self.q_heads, self.options = backend, rows, tail, q_heads, options
+        self.backend, self.rows, self.tail, self.q_heads, self.logits = backend, rows, tail, q_heads, logits
+        self.sum_field, self.square_field = fields
         self.key_shift = key_shift
 
     def run(
@@ -658,5 +619,15 @@ class _ReferencePlan(DecodePlan):
         if k is not None and self.key_shift is not None:
             k = k - self.key_shift
         return self.backend.decode_attention(
-            q, k, v, self.rows, self.tail, position=position, valid=valid, append=append, **self.options
+            q,
+            k,
+            v,
+            self.rows,
+            self.tail,
+            position=position,
+            logits=self.logits,
+            valid=valid,
+            append=append,
+            sum_field=self.sum_field,
+            square_field=self.square_field,
         )

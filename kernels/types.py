@@ -1,4 +1,4 @@
-"""What the operations on pages work on: rows of packed slots, and the tail."""
+"""What the operations on pages work on: rows of packed slots, and the tail; and how they make logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,27 @@ from torch import Tensor
 
 from .layout import PageLayout
 
-__all__ = ["Rows", "Tail"]
+__all__ = ["Logits", "Rows", "Tail"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Logits:
+    """How an attention layer makes logits: `scale * q.k`, then `softcap * tanh(logit / softcap)`.
+
+    Two of them are equal only if they are the same object, so that comparing them never reads a tensor.
+
+    Args:
+        scale: Factor on the dot products.
+        softcap: Soft cap of the logits; `None` = none.
+        window: Sliding window in tokens: a key is seen if `position of the query - position of the key < window`;
+            `None` = every key up to the query's position. Needs the slot field `"position"` once anything is packed.
+        sinks: float32 `[q_heads]`, contiguous: an extra logit in each softmax denominator; `None` = none.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass

@@ -23,7 +23,7 @@ def parse_json(text: str | bytes | bytearray, *, most_bytes: int, most_values: i
         most_depth (`int`): Most brackets inside each other.
 
     Returns:
-        `Any`: What `json.loads` makes of it.
+        `Any`: The parsed value: dicts, lists, numbers, strings.
 
     Raises:
         ValueError: If it is not JSON, larger than allowed, names a key twice or has integers beyond 64 bits.

@@ -30,6 +30,7 @@ from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport, measure_memory, measure_rows
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.sequence_indices import as_integer, as_sequences
 from kvcompress_hf.validation import MOST_TOKENS, require_bytes, require_int, shown
 
@@ -176,18 +177,8 @@ class CompressedPagedCache(Cache):
         """
         self._pending[layer_idx] = 0
         self._check_unread()
-        output = self._attention.attend(
-            layer_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dense=dense,
-            softcap=softcap,
-            window=sliding_window,
-            sinks=sinks,
-        )
+        logits = self._attention.layers[layer_idx].logits_of(scaling, softcap, sliding_window, sinks)
+        output = self._attention.attend(layer_idx, AttentionCall(query, key, value, logits), attention_mask, dense)
         return self._gradients.after(layer_idx, output, (query, key, value))
 
     def attend_shared(
@@ -226,19 +217,9 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If the config does not say that the source layer is shared.
         """
-        output = self._attention.attend_shared(
-            layer_idx,
-            source_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dense=dense,
-            softcap=softcap,
-            window=sliding_window,
-            sinks=sinks,
-        )
+        logits = self._attention.layers[layer_idx].logits_of(scaling, softcap, sliding_window, sinks)
+        new = AttentionCall(query, key, value, logits)
+        output = self._attention.attend_shared(layer_idx, source_idx, new, attention_mask, dense)
         return self._gradients.after_shared(source_idx, output, (query, key, value))
 
     def is_awaited(self, layer_idx: int) -> bool:
@@ -342,7 +323,7 @@ class CompressedPagedCache(Cache):
             layer_idx (`int`, *optional*): Ignored.
 
         Returns:
-            `int`: -1.
+            `int`: -1, which says so to transformers.
         """
         return -1
 
@@ -388,7 +369,7 @@ class CompressedPagedCache(Cache):
         """How many more tokens fit into the tail before it is packed.
 
         Returns:
-            `int`: Tokens, at least 0.
+            `int`: Number of tokens, at least 0.
         """
         return self._attention.tokens_until_packing()
 
@@ -607,7 +588,7 @@ class CompressedPagedCache(Cache):
             max_bytes (`int` or `str`, *optional*): Most bytes of pages per device, such as `"2GiB"`.
 
         Returns:
-            `CompressedPagedCache`: The cache.
+            `CompressedPagedCache`: A cache that holds what was saved.
 
         Raises:
             CacheFormatError: If the file is damaged, of another format version, or was made with another model; the
@@ -651,7 +632,7 @@ class CompressedPagedCache(Cache):
         """What the cache has allocated, by kind.
 
         Returns:
-            `MemoryReport`: Bytes; prints as a table.
+            `MemoryReport`: Bytes by kind; prints as a table.
         """
         return measure_memory(self._attention)
 

@@ -30,7 +30,7 @@ class GradientGuard:
         """A second one for a fork.
 
         Returns:
-            `GradientGuard`: In the same state.
+            `GradientGuard`: A guard of its own, in the same state.
         """
         other = copy.copy(self)
         other._filled = list(self._filled)
@@ -59,7 +59,7 @@ class GradientGuard:
             inputs (`tuple[Tensor, Tensor, Tensor]`): Queries, keys and values of the new tokens.
 
         Returns:
-            `Tensor`: As there.
+            `Tensor`: `output`, as from [`GradientGuard.after`].
         """
         return self._guarded(True, output, inputs)
 

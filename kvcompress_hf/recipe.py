@@ -120,7 +120,7 @@ class Part:
             values (`Mapping[str, Any]`): `kind` and the part's own arguments.
 
         Returns:
-            `Part`: The part.
+            `Part`: A part of the class that has this `kind`.
 
         Raises:
             ValueError: If there is no such kind or argument.

@@ -55,7 +55,7 @@ def require_int(owner: str, name: str, value: object, low: int, high: int = MOST
         high (`int`): Most allowed; by default the most tokens that a cache can count.
 
     Returns:
-        `int`: The value.
+        `int`: The value as Python's own integer.
 
     Raises:
         ValueError: If it is not allowed.
@@ -77,7 +77,7 @@ def require_bytes(name: str, value: object) -> int:
         value (`object`): What was given.
 
     Returns:
-        `int`: Bytes.
+        `int`: The value in bytes.
 
     Raises:
         TypeError: If it is neither an integer nor a string.

@@ -72,7 +72,7 @@ def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
         value (`Tensor`): `[batch, kv_heads, tokens, head_dim]`.
 
     Returns:
-        `tuple[Tensor, Tensor, Tensor]`: The same, in the dtype of autocast where it is on.
+        `tuple[Tensor, Tensor, Tensor]`: `query`, `key` and `value`, in the dtype of autocast where it is on.
     """
     device = query.device.type
     if not torch.is_autocast_enabled(device):

@@ -66,7 +66,7 @@ def patch(
         overrides: Parts of the recipe to change, such as `budget=1/8`.
 
     Returns:
-        `PreTrainedModel`: The same model.
+        `PreTrainedModel`: `model` itself.
 
     Raises:
         TypeError: If `model` is no transformers model or `recipe` of no known type.
@@ -107,7 +107,7 @@ def unpatch(model: Model) -> Model:
         model (`PreTrainedModel`): Any model.
 
     Returns:
-        `PreTrainedModel`: The same model.
+        `PreTrainedModel`: `model` itself.
 
     Raises:
         TypeError: If it is no model.

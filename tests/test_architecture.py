@@ -141,15 +141,13 @@ def test_libraries_do_not_print_or_assert(path):
 MOST_LINES, MOST_STATEMENT_LINES, MOST_PARAMETERS = 600, 60, 8
 #: Longer ones, and why.
 LONG_FILES = {
-    "kvcompress_hf/cache.py": 700,  # the transformers contract: mostly docstrings
+    "kvcompress_hf/cache.py": 685,  # the transformers contract: mostly docstrings
 }
 LONG_FUNCTIONS = {
     "cli/demo.py run_demo",
-    # The public face takes what an attention layer has; behind it all is one `AttentionCall`.
+    # The public face takes what an attention layer has; from here on it is one `AttentionCall` with its `Logits`.
     "cache.py attend",
     "cache.py attend_shared",
-    "runtime/attention.py attend",
-    "runtime/attention.py attend_shared",
     "patches/interface.py _attend",
     "plans/run.py make_view",
 }

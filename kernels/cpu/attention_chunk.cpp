@@ -50,9 +50,8 @@ struct Chunk {
     for (int r = 0; r < rows; ++r) {
       const int t = (first + r) / a->group, h = h0 + (first + r) % a->group;
       Softmax& s = w.states[r / kHeads];
-      const float norm = finish_row(s, r % kHeads, layout->head_dim, a->sinks ? a->sinks + h : nullptr);
+      finish_row(s, r % kHeads, layout->head_dim, a->sinks ? a->sinks + h : nullptr);
       store_floats(a->out, b * a->out_b + t * a->out_t + h * a->out_h, s.o[r % kHeads], layout->head_dim, layout->dtype);
-      if (a->lse) a->lse[((int64_t)b * a->kv_heads * a->group + h) * a->n_q + t] = norm * kLn2;
     }
   }
 

@@ -17,7 +17,7 @@ namespace {
 constexpr int kTile = 128;          // slots
 constexpr int kBlocks = kTile / 16;
 constexpr int kHeads = 4;           // query rows handled together
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMasked = -3e38f;   // logit of a slot that may not be seen; exp2() makes it exactly 0
 constexpr float kFloor = -1e30f;    // running maximum before anything was seen
 constexpr float kByteHeadroom = 7.9f;    // log2(kValueByteLimit), less what rough_log2() is off by

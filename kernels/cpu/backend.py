@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import abi, checks
-from ..arguments import fill_rows, fill_strides, fill_tail, pointer, position_field
+from ..arguments import fill_logits, fill_rows, fill_strides, fill_tail, pointer
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..library import load_library
-from ..types import Rows, Tail
+from ..types import Logits, Rows, Tail
 
 __all__ = ["CpuBackend"]
 
@@ -183,11 +183,8 @@ class CpuBackend(Backend):
         rows: Rows,
         tail: Tail,
         *,
-        scale: float,
+        logits: Logits,
         q_heads: int,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
@@ -197,16 +194,12 @@ class CpuBackend(Backend):
         checks.check_rows(rows, CPU, kv_heads)
         checks.check_tail(tail, layout, batch, kv_heads, CPU)
         checks.check_heads(rows, batch, kv_heads, q_heads)
-        checks.check_attention(layout, q_heads, rows, softcap, window, sinks, CPU)
+        checks.check_attention(layout, q_heads, rows, logits, CPU)
         checks.check_accumulators(layout, tail, sum_field, square_field)
         checks.check_key_shift(key_shift, layout, batch, kv_heads, CPU)
         for tier in range(len(layout.tiers)):
             checks.check_packed_width(rows, tier, rows.lengths[tier])
         c = abi.KvcDecode(
-            scale=scale,
-            softcap=softcap or 0.0,
-            window=window or 0,
-            position_field=position_field(layout, window is not None),
             batch=batch,
             kv_heads=kv_heads,
             group=q_heads // kv_heads,
@@ -215,9 +208,10 @@ class CpuBackend(Backend):
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)
-        c.sinks, c.key_shift = pointer(sinks), pointer(key_shift)
+        fill_logits(c, logits, layout)
+        c.key_shift = pointer(key_shift)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
-        return _CpuDecodePlan(self._library.kvc_decode, self._isa, c, rows, tail, (sinks, key_shift))
+        return _CpuDecodePlan(self._library.kvc_decode, self._isa, c, rows, tail, (logits, key_shift))
 
     def chunk_attention(
         self,
@@ -228,18 +222,14 @@ class CpuBackend(Backend):
         tail: Tail | None,
         *,
         position: int,
+        logits: Logits,
         key_position: int | None = None,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         allowed: Tensor | None = None,
         bias: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         layout = rows.layout
         checks.check_block(q, k_new, rows, tail, CPU)
-        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
+        checks.check_attention(layout, q.shape[1], rows, logits, CPU)
         checks.check_tensor("v_new", v_new, k_new.shape, layout.dtype, CPU)
         batch, kv_heads, n_k, head_dim = k_new.shape
         q_heads, n_q = q.shape[1:3]
@@ -252,13 +242,8 @@ class CpuBackend(Backend):
             checks.check_tensor("bias", bias, (batch, n_q, n_k), torch.float32, CPU, contiguous=False)
             bias = bias.contiguous()
         out = torch.empty(batch, n_q, q_heads, head_dim, dtype=layout.dtype)
-        lse = torch.empty(batch, q_heads, n_q) if return_lse else None
         if out.numel():
             c = abi.KvcChunk(
-                scale=scale,
-                softcap=softcap or 0.0,
-                window=window or 0,
-                position_field=position_field(layout, window is not None),
                 position=position,
                 key_position=position if key_position is None else key_position,
                 batch=batch,
@@ -272,10 +257,11 @@ class CpuBackend(Backend):
             c.q, c.k, c.v = q.data_ptr(), k_new.data_ptr(), v_new.data_ptr()
             for name, tensor in (("q", q), ("k", k_new), ("v", v_new)):
                 fill_strides(c, name, tensor)
-            c.out, c.lse, c.allowed, c.bias, c.sinks = map(pointer, (out, lse, allowed, bias, sinks))
+            fill_logits(c, logits, layout)
+            c.out, c.allowed, c.bias = out.data_ptr(), pointer(allowed), pointer(bias)
             c.out_b, c.out_t, c.out_h, _ = out.stride()
             self._call("chunk", c)
-        return out if lse is None else (out, lse)
+        return out
 
     def window_scores(
         self,
@@ -286,12 +272,9 @@ class CpuBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         power: int = 2,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
@@ -305,11 +288,8 @@ class CpuBackend(Backend):
             tail,
             position=position,
             key_position=key_position,
-            scale=scale,
+            logits=logits,
             exclude=exclude,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
             query_valid=query_valid,
             key_valid=key_valid,
         )
@@ -324,11 +304,8 @@ class CpuBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> tuple[WindowScores, WindowScores]:
@@ -340,11 +317,8 @@ class CpuBackend(Backend):
             tail,
             position=position,
             key_position=key_position,
-            scale=scale,
+            logits=logits,
             exclude=exclude,
-            softcap=softcap,
-            window=window,
-            sinks=sinks,
             query_valid=query_valid,
             key_valid=key_valid,
         )
@@ -360,17 +334,14 @@ class CpuBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         exclude: int,
-        softcap: float | None,
-        window: int | None,
-        sinks: Tensor | None,
         query_valid: Tensor | None,
         key_valid: Tensor | None,
     ) -> list[WindowScores]:
         layout = rows.layout
         checks.check_block(q, k_new, rows, tail, CPU)
-        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, CPU)
+        checks.check_attention(layout, q.shape[1], rows, logits, CPU)
         batch, kv_heads, n_k, _ = k_new.shape
         q_heads, n_q = q.shape[1:3]
         checks.check_positions(position, n_q)
@@ -393,10 +364,6 @@ class CpuBackend(Backend):
         if q.numel() == 0:
             return results
         c = abi.KvcScores(
-            scale=scale,
-            softcap=softcap or 0.0,
-            window=window or 0,
-            position_field=position_field(layout, window is not None or exclude > 0),
             position=position,
             key_position=key_position,
             exclude=exclude,
@@ -409,10 +376,11 @@ class CpuBackend(Backend):
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)
+        fill_logits(c, logits, layout, exclude)
         c.q, c.k = q.data_ptr(), k_new.data_ptr()
         fill_strides(c, "q", q)
         fill_strides(c, "k", k_new)
-        c.query_valid, c.key_valid, c.sinks = map(pointer, (query_valid, key_valid, sinks))
+        c.query_valid, c.key_valid = pointer(query_valid), pointer(key_valid)
         for power, scores in zip(powers, results, strict=True):
             sums = c.square if power == 2 else c.sum
             for tier, past in enumerate(scores.past):
@@ -432,7 +400,7 @@ class _CpuDecodePlan(DecodePlan):
         c: abi.KvcDecode,
         rows: Rows,
         tail: Tail,
-        others: tuple[Tensor | None, ...],
+        others: tuple[Logits, Tensor | None],
     ) -> None:
         self._function, self._isa, self._c, self._address = function, isa, c, ctypes.addressof(c)
         self._kept = (rows, tail, others, *rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import abi, checks
-from ..arguments import fill_rows, fill_strides, fill_tail, pointer, position_field
+from ..arguments import fill_logits, fill_rows, fill_strides, fill_tail, pointer
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
-from ..types import Rows, Tail
+from ..types import Logits, Rows, Tail
 from .chunk import aligned, launch_chunk, launch_scores, takes_chunks
 from .launch import Launcher
 from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
@@ -176,11 +176,8 @@ class CudaBackend(Backend):
         rows: Rows,
         tail: Tail,
         *,
-        scale: float,
+        logits: Logits,
         q_heads: int,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
@@ -191,14 +188,10 @@ class CudaBackend(Backend):
         checks.check_rows(rows, device, kv_heads)
         checks.check_tail(tail, layout, batch, kv_heads, device)
         checks.check_heads(rows, batch, kv_heads, q_heads)
-        checks.check_attention(layout, q_heads, rows, softcap, window, sinks, device)
+        checks.check_attention(layout, q_heads, rows, logits, device)
         checks.check_accumulators(layout, tail, sum_field, square_field)
         checks.check_key_shift(key_shift, layout, batch, kv_heads, device)
         c = abi.KvcDecode(
-            scale=scale,
-            softcap=softcap or 0.0,
-            window=window or 0,
-            position_field=position_field(layout, window is not None),
             batch=batch,
             kv_heads=kv_heads,
             group=q_heads // kv_heads,
@@ -207,10 +200,10 @@ class CudaBackend(Backend):
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)
-        c.sinks = pointer(sinks)
+        fill_logits(c, logits, layout)
         c.out_b, c.out_h = q_heads * layout.head_dim, layout.head_dim
         kind = TensorCoreDecodePlan if fits_tensor_cores(layout) else GeneralDecodePlan
-        return kind(self.launcher, c, rows, tail, sinks, key_shift)
+        return kind(self.launcher, c, rows, tail, logits, key_shift)
 
     def chunk_attention(
         self,
@@ -221,19 +214,15 @@ class CudaBackend(Backend):
         tail: Tail | None,
         *,
         position: int,
+        logits: Logits,
         key_position: int | None = None,
-        scale: float,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         allowed: Tensor | None = None,
         bias: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         layout = rows.layout
         device = self._device(k_new)
         checks.check_block(q, k_new, rows, tail, device)
-        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
+        checks.check_attention(layout, q.shape[1], rows, logits, device)
         checks.check_tensor("v_new", v_new, k_new.shape, layout.dtype, device)
         batch, _, n_k, head_dim = k_new.shape
         q_heads, n_q = q.shape[1:3]
@@ -244,16 +233,15 @@ class CudaBackend(Backend):
             checks.check_tensor("bias", bias, (batch, n_q, n_k), torch.float32, device, contiguous=False)
             bias = bias.contiguous()
         out = torch.empty(batch, n_q, q_heads, head_dim, dtype=layout.dtype, device=device)
-        lse = torch.empty(batch, q_heads, n_q, device=device) if return_lse else None
         if takes_chunks(layout):
             q, k_new, v_new = aligned(q), aligned(k_new), aligned(v_new)
-        c = self._chunk_arguments(q, k_new, rows, tail, position, key_position, scale, softcap, window, sinks)
+        c = self._chunk_arguments(q, k_new, rows, tail, position, key_position, logits)
         c.v, c.out = v_new.data_ptr(), out.data_ptr()
         fill_strides(c, "v", v_new)
-        c.lse, c.allowed, c.bias = map(pointer, (lse, allowed, bias))
+        c.allowed, c.bias = pointer(allowed), pointer(bias)
         c.out_b, c.out_t, c.out_h, _ = out.stride()
         self._launch_chunk(c, rows, device, None)
-        return out if lse is None else (out, lse)
+        return out
 
     @staticmethod
     def _chunk_arguments(
@@ -263,17 +251,10 @@ class CudaBackend(Backend):
         tail: Tail | None,
         position: int,
         key_position: int | None,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-        sinks: Tensor | None,
+        logits: Logits,
     ) -> abi.KvcChunk:
         batch, kv_heads, n_k, _ = k.shape
         c = abi.KvcChunk(
-            scale=scale,
-            softcap=softcap or 0.0,
-            window=window or 0,
-            position_field=position_field(rows.layout, window is not None),
             position=position,
             key_position=position if key_position is None else key_position,
             batch=batch,
@@ -284,7 +265,8 @@ class CudaBackend(Backend):
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)
-        c.q, c.k, c.sinks = q.data_ptr(), k.data_ptr(), pointer(sinks)
+        fill_logits(c, logits, rows.layout)
+        c.q, c.k = q.data_ptr(), k.data_ptr()
         fill_strides(c, "q", q)
         fill_strides(c, "k", k)
         return c
@@ -306,20 +288,17 @@ class CudaBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         power: int = 2,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> WindowScores:
         if power not in (0, 1, 2):
             raise ValueError(f"power must be 0, 1 or 2, got {power}")
         masks = (query_valid, key_valid)
-        options = (position, key_position, scale, softcap, window, sinks)
-        (scores,) = self._scores((power,), q, k_new, rows, tail, exclude, masks, options)
+        places = (position, key_position)
+        (scores,) = self._scores((power,), q, k_new, rows, tail, places, logits, exclude, masks)
         return scores
 
     def column_scores(
@@ -331,17 +310,14 @@ class CudaBackend(Backend):
         *,
         position: int,
         key_position: int,
-        scale: float,
+        logits: Logits,
         exclude: int = 0,
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: Tensor | None = None,
         query_valid: Tensor | None = None,
         key_valid: Tensor | None = None,
     ) -> tuple[WindowScores, WindowScores]:
         masks = (query_valid, key_valid)
-        options = (position, key_position, scale, softcap, window, sinks)
-        first, second = self._scores((1, 2), q, k_new, rows, tail, exclude, masks, options)
+        places = (position, key_position)
+        first, second = self._scores((1, 2), q, k_new, rows, tail, places, logits, exclude, masks)
         return first, second
 
     def _scores(
@@ -351,15 +327,15 @@ class CudaBackend(Backend):
         k_new: Tensor,
         rows: Rows,
         tail: Tail | None,
+        places: tuple[int, int],
+        logits: Logits,
         exclude: int,
         masks: tuple[Tensor | None, Tensor | None],
-        options: tuple[int, int, float, float | None, int | None, Tensor | None],
     ) -> list[WindowScores]:
         layout = rows.layout
         device = self._device(k_new)
-        *_, softcap, window, sinks = options
         checks.check_block(q, k_new, rows, tail, device)
-        checks.check_attention(layout, q.shape[1], rows, softcap, window, sinks, device)
+        checks.check_attention(layout, q.shape[1], rows, logits, device)
         batch, kv_heads, n_k, _ = k_new.shape
         q_heads, n_q = q.shape[1:3]
         for name, mask, n in (("query_valid", masks[0], n_q), ("key_valid", masks[1], n_k)):
@@ -381,14 +357,14 @@ class CudaBackend(Backend):
             q, k_new = aligned(q), aligned(k_new)
         # First every query's log-sum-exp, then the sums key by key.
         lse = torch.empty(batch, q_heads, n_q, device=device)
-        first = self._chunk_arguments(q, k_new, rows, tail, *options)
+        first = self._chunk_arguments(q, k_new, rows, tail, *places, logits)
         first.lse = lse.data_ptr()
         self._launch_chunk(first, rows, device, key_valid)
         c = abi.KvcScores(exclude=exclude, powers=sum(power or abi.LARGEST for power in powers))
         for name in (field[0] for field in abi.KvcScores._fields_):
             if hasattr(first, name):
                 setattr(c, name, getattr(first, name))
-        c.position_field = position_field(layout, window is not None or exclude > 0)
+        fill_logits(c, logits, layout, exclude)
         c.query_valid, c.key_valid = pointer(query_valid), pointer(key_valid)
         for power, scores in zip(powers, results, strict=True):
             sums = c.square if power == 2 else c.sum

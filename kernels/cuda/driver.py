@@ -32,7 +32,7 @@ def load_driver(path: str = "libcuda.so.1") -> ctypes.CDLL:
         path: The library.
 
     Returns:
-        It.
+        The driver's library, its functions declared.
 
     Raises:
         DriverError: It is not there, or too old.
@@ -170,7 +170,7 @@ def launcher_for(index: int) -> CudaLauncher:
         index: Index of the device.
 
     Returns:
-        The launcher.
+        A launcher for kernels on that device.
 
     Raises:
         DriverError: As in `CudaLauncher`.

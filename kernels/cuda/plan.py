@@ -12,7 +12,7 @@ from .. import abi, checks
 from ..arguments import fill_strides
 from ..backend import DecodePlan
 from ..layout import DTYPES, PageLayout
-from ..types import Rows, Tail
+from ..types import Logits, Rows, Tail
 from .launch import KvcWidths, KvcWorkspace, Launcher
 from .nvrtc import RESIDENT
 
@@ -45,8 +45,8 @@ class CudaDecodePlan(DecodePlan):
         c: All arguments that do not change between steps.
         rows: The packed slots.
         tail: The tail.
-        sinks: The extra logits, kept alive.
-        key_shift: Taken off new keys.
+        logits: How logits are made; `c` points to the sinks in it.
+        key_shift: Taken off new keys; `None` = nothing.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class CudaDecodePlan(DecodePlan):
         c: abi.KvcDecode,
         rows: Rows,
         tail: Tail,
-        sinks: Tensor | None,
+        logits: Logits,
         key_shift: Tensor | None,
     ) -> None:
-        self._launcher, self._c, self._rows, self._tail, self._sinks = launcher, c, rows, tail, sinks
+        self._launcher, self._c, self._rows, self._tail = launcher, c, rows, tail
         self._key_shift = key_shift
-        self._kept = (*rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)
+        self._kept = (logits, *rows.tables, *rows.lengths, *rows.slabs, rows.slab_addresses, tail.k, tail.v)
         self._kept_tail = (tail.lengths, tail.positions, tail.fields)  # the struct holds bare addresses of all these
         self._device = tail.k.device
         self._layout = rows.layout
@@ -185,10 +185,10 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         c: abi.KvcDecode,
         rows: Rows,
         tail: Tail,
-        sinks: Tensor | None,
+        logits: Logits,
         key_shift: Tensor | None,
     ) -> None:
-        super().__init__(launcher, c, rows, tail, sinks, key_shift)
+        super().__init__(launcher, c, rows, tail, logits, key_shift)
         head_dim, device = self._layout.head_dim, self._device
         heads = 8 if c.group <= 8 else 16  # that are handled together
         self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}_{heads}"
@@ -209,7 +209,7 @@ class TensorCoreDecodePlan(CudaDecodePlan):
             self._clock.data_ptr(),
         )
         statistics = c.sum_field >= 0 or c.square_field >= 0
-        self._logits = rows.count * tiles * self._widths.tiles * TILE * heads if statistics else 0
+        self._logits_size = rows.count * tiles * self._widths.tiles * TILE * heads if statistics else 0
 
     def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:
         c, layout = self._c, self._layout
@@ -223,11 +223,11 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         c.out = out.data_ptr()
         if self._rows.count:
             w = self._pointers
-            if self._logits:  # used in this step only: all layers get the same memory
-                logits = torch.empty(self._logits, device=self._device)
+            if self._logits_size:  # used in this step only: all layers get the same memory
+                logits = torch.empty(self._logits_size, device=self._device)
                 w.logits = logits.data_ptr()
             arguments = (layout.c, c, w)
             self._launcher.launch(
-                self._kernel, self._blocks, THREADS, arguments, self._device, cooperative=self._logits > 0
+                self._kernel, self._blocks, THREADS, arguments, self._device, cooperative=self._logits_size > 0
             )
         return out

@@ -31,7 +31,7 @@ def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
         sanitize: Whether to compile with AddressSanitizer.
 
     Returns:
-        The library.
+        Path of the library that was built.
 
     Raises:
         ShimError: There is no g++, or it refused the sources.
@@ -136,6 +136,6 @@ def shim_backend(library: Path, order: str = "ascending") -> CudaBackend:
         order: Schedule of the threads: one of `ORDERS`.
 
     Returns:
-        The backend.
+        A backend whose kernels run on the CPU.
     """
     return CudaBackend(ShimLauncher(library, order))

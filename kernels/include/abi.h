@@ -64,7 +64,7 @@ typedef struct {  // n_q queries over the packed past, the tail, and a dense blo
   int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t;
   void* out;                              // [batch, n_q, q_heads, D] by strides
   int64_t out_b, out_h, out_t;
-  float* lse;                             // [batch, q_heads, n_q] natural-log sum of exp, or null
+  float* lse;                             // [batch, q_heads, n_q] natural-log sum of exp, or null; CUDA alone writes it
   const uint8_t* allowed;                 // [batch, n_q, n_k] may query i see new key j; null = causal
   const float* bias;                      // [batch, n_q, n_k] added to the logits of new keys, or null
   const float* sinks;

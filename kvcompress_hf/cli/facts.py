@@ -58,7 +58,7 @@ def make_questions(tokenizer: Any, text: str, *, count: int, prompt_tokens: int,
         seed: fixes passages, keys and numbers.
 
     Returns:
-        The questions.
+        One question per passage, `count` in all.
 
     Raises:
         ValueError: where the text is too short for one prompt.

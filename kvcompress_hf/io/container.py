@@ -89,7 +89,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
         tensor (`torch.Tensor`): On any device; copied only if it is not contiguous on the CPU.
 
     Returns:
-        `memoryview`: Its bytes.
+        `memoryview`: The bytes of the tensor's elements, not copied.
     """
     array: Any = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
     return memoryview(array)
@@ -102,7 +102,7 @@ def parse_bounded(text: str | bytes | bytearray) -> Any:
         text (`str` or `bytes`): The JSON.
 
     Returns:
-        `Any`: What it says.
+        `Any`: The parsed value: dicts, lists, numbers, strings.
 
     Raises:
         ValueError: If it is not JSON, or larger than the JSON of any cache.
@@ -186,7 +186,7 @@ class StoredFile:
             reason (`str`): What is wrong with it.
 
         Returns:
-            `CacheFormatError`: The error, not raised.
+            `CacheFormatError`: The error, for the caller to raise.
         """
         if len(reason) > _MOST_REASON:
             reason = reason[:_MOST_REASON] + " [...]"
@@ -261,7 +261,7 @@ class StoredFile:
             shape (`Sequence[int | None]`): What shape it must have; `None` for any size.
 
         Returns:
-            `Entry`: Where it is.
+            `Entry`: Where the tensor lies in the file, its dtype and shape.
 
         Raises:
             CacheFormatError: If it is missing or other than expected.
@@ -286,7 +286,7 @@ class StoredFile:
             shape (`Sequence[int | None]`): What shape it must have; `None` for any size.
 
         Returns:
-            `torch.Tensor`: The tensor.
+            `torch.Tensor`: The tensor as it was saved.
 
         Raises:
             CacheFormatError: If it is missing or other than expected.
@@ -345,10 +345,10 @@ class StoredFile:
 
         Args:
             entry (`Entry`): The tensor.
-            crc (`int`): To go on from.
+            crc (`int`): Checksum to go on from.
 
         Returns:
-            `int`: The checksum.
+            `int`: Checksum of what `crc` was of and the tensor together.
 
         Raises:
             CacheFormatError: If the file has become shorter.

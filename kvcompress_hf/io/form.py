@@ -19,7 +19,7 @@ def live_entries(lengths: torch.Tensor, slots: int, columns: int) -> torch.Tenso
         columns (`int`): Width of the table.
 
     Returns:
-        `torch.Tensor`: `bool` `[rows, columns]`.
+        `torch.Tensor`: `bool` `[rows, columns]`, true where an entry has a page behind it.
     """
     pages = (lengths - 1) // slots + 1  # of 0 slots none; and no sum that 32 bits do not hold
     return torch.arange(columns, device=lengths.device) < pages[:, None]
@@ -33,6 +33,6 @@ def most_capacity(used: int, every: int) -> int:
         every (`int`): Tokens that gather before the tail is packed.
 
     Returns:
-        `int`: Tokens.
+        `int`: The most tokens that the tail may have room for.
     """
     return max(every, 2 * (used + 1))

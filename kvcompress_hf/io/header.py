@@ -130,7 +130,7 @@ class Header:
             difference (`str`): How the model given differs.
 
         Returns:
-            `CacheFormatError`: The error, not raised.
+            `CacheFormatError`: The error, for the caller to raise.
         """
         return CacheFormatError(
             f"{self.file.path} belongs to another model than the one given: {difference[:_MOST_REASON]}. Load it "
@@ -226,7 +226,7 @@ class Header:
             index (`int`): Which store.
 
         Returns:
-            `Geometry`: On the CPU.
+            `Geometry`: Shape and dtype of the store's keys, on the CPU.
 
         Raises:
             CacheFormatError: If there is no such geometry.
@@ -240,15 +240,15 @@ class Header:
         return Geometry(_CPU, known[dtype], heads, dim, self._bool(values, "windowed"))
 
     def store(self, index: int, tiers: int, most_capacity: int) -> StoreValues:
-        """What the header says of a store.
+        """Reads what the header says of a store.
 
         Args:
-            index (`int`): Which store.
+            index (`int`): Index of the store.
             tiers (`int`): Tiers of the recipe.
             most_capacity (`int`): Most tokens that its tail may say it has room for.
 
         Returns:
-            `StoreValues`: The values.
+            `StoreValues`: Its layers, pages, order of pages and sizes, each within range.
 
         Raises:
             CacheFormatError: If one is missing or out of range.

@@ -222,7 +222,7 @@ def layer_devices(model: nn.Module, layers: int) -> list[torch.device]:
         layers (`int`): How many layers its cache has.
 
     Returns:
-        `list[torch.device]`: One per layer.
+        `list[torch.device]`: The device of each layer's attention.
     """
     found: dict[int, torch.device] = {}
     for module in model.modules():

@@ -84,7 +84,7 @@ def load_cache(
             `PagedAttention`.
 
     Returns:
-        `LoadedCache`: The cache.
+        `LoadedCache`: What the file holds, checked.
 
     Raises:
         CacheFormatError: If the file is damaged, of another version, or was made with another model.

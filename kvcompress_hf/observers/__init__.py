@@ -1,9 +1,11 @@
 """Observers: from attention statistics to one importance score per slot.
 
 Importing any of them imports all, so that recipes in JSON can name each: a new one is a file here and a line below.
-What a class of one's own needs is here too: [`Observer`], and what it is given, [`Chunk`] and [`Slots`].
+What a class of one's own needs is here too: [`Observer`], and what it is given, [`Chunk`] with its [`NewTokens`], and
+[`Slots`].
 """
 
+from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
 
 from .base import Chunk, Observer
@@ -20,6 +22,7 @@ __all__ = [
     "ExpectedAttention",
     "GroupMeanScores",
     "KeyDiff",
+    "NewTokens",
     "Observer",
     "PersistenceScores",
     "Recency",

@@ -19,7 +19,7 @@ class AttentionSeen:
         chunk (`Chunk`): The chunk whose queries looked.
         scores (`torch.Tensor`): float32 `[batch, q_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
-        widths (`tuple[int, ...]`): How many of each.
+        widths (`tuple[int, ...]`): Slots of each of these parts.
         positions (`torch.Tensor`): `int32` `[batch, kv_heads, slots]`.
         filled (`torch.Tensor`): `bool` `[batch, kv_heads, slots]`.
     """
@@ -78,7 +78,7 @@ def write_field_of_all(
         chunk (`Chunk`): The chunk; its new tokens are not stored yet.
         values (`torch.Tensor`): float32 `[batch, kv_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
-        widths (`Sequence[int]`): How many of each.
+        widths (`Sequence[int]`): Slots of each of these parts.
         field (`str`): Name of the field.
         add (`bool`): Add to what the field holds instead of replacing it.
         largest (`bool`): Keep what the field holds where it is larger.
@@ -93,7 +93,8 @@ def write_field_of_all(
         return old + new if add else new
 
     # A sequence that has only padding in this chunk saw nothing, so what it holds keeps its values.
-    idle = None if add or largest or chunk.valid is None else ~chunk.valid.any(1)[:, None, None]
+    valid = chunk.new.valid
+    idle = None if add or largest or valid is None else ~valid.any(1)[:, None, None]
 
     def merged(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if idle is not None:
@@ -126,12 +127,12 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
         exclude (`int`): A query counts for a key only from this distance on.
 
     Returns:
-        `AttentionSeen`: The sums and where they belong.
+        `AttentionSeen`: The sums per query head, and the slots that they belong to.
     """
     store = chunk.store
     scores = store.backend.window_scores(
-        chunk.query[:, :, -observing:],
-        chunk.keys,
+        chunk.new.query[:, :, -observing:],
+        chunk.new.key,
         store.rows(chunk.layer),
         store.tail(chunk.layer),
         power=power,
@@ -142,7 +143,7 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
 
 
 def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, AttentionSeen]:
-    """The same for probabilities and for their squares, which together cost little more than one.
+    """As [`attention_seen`], for probabilities and for their squares, which together cost little more than one.
 
     Args:
         chunk (`Chunk`): The new tokens.
@@ -153,8 +154,8 @@ def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, At
     """
     store = chunk.store
     first, second = store.backend.column_scores(
-        chunk.query[:, :, -observing:],
-        chunk.keys,
+        chunk.new.query[:, :, -observing:],
+        chunk.new.key,
         store.rows(chunk.layer),
         store.tail(chunk.layer),
         **_options(chunk, observing),
@@ -163,27 +164,25 @@ def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, At
 
 
 def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
-    """What the last queries of a chunk look with."""
-    start = chunk.keys.shape[2] - observing
+    """Arguments of `Backend.window_scores` for the last `observing` queries of a chunk: positions, logits, padding."""
+    new = chunk.new
+    start = new.tokens - observing
     return dict(
-        position=chunk.position + start,
-        key_position=chunk.position,
-        scale=chunk.scale,
-        softcap=chunk.softcap,
-        window=chunk.window,
-        sinks=chunk.sinks,
-        query_valid=None if chunk.valid is None else chunk.valid[:, start:].contiguous(),
-        key_valid=chunk.valid,
+        position=new.position + start,
+        key_position=new.position,
+        logits=new.logits,
+        query_valid=None if new.valid is None else new.valid[:, start:].contiguous(),
+        key_valid=new.valid,
     )
 
 
 def _place(chunk: Chunk, scores: WindowScores) -> AttentionSeen:
     """Says which slot each score belongs to."""
     past, tail_scores, fresh = scores
-    keys, store = chunk.keys, chunk.store
-    batch, kv_heads, tokens, _ = keys.shape
+    new, store = chunk.new, chunk.store
+    batch, kv_heads, tokens, _ = new.key.shape
     rows, tail = store.rows(chunk.layer), store.tail(chunk.layer)
-    device = keys.device
+    device = new.key.device
     positions, filled = [], []
     for tier, part in enumerate(past):
         width = part.shape[-1]
@@ -193,9 +192,9 @@ def _place(chunk: Chunk, scores: WindowScores) -> AttentionSeen:
     in_tail = torch.arange(capacity, device=device) < tail.lengths[:, None]
     positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
     filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
-    new = torch.arange(chunk.position, chunk.position + tokens, dtype=torch.int32, device=device)
-    positions.append(new.expand(batch, kv_heads, tokens))
-    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if chunk.valid is None else chunk.valid
+    in_chunk = torch.arange(new.position, new.position + tokens, dtype=torch.int32, device=device)
+    positions.append(in_chunk.expand(batch, kv_heads, tokens))
+    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if new.valid is None else new.valid
     filled.append(real[:, None].expand(batch, kv_heads, tokens))
     pieces = [*past, tail_scores, fresh]
     return AttentionSeen(

@@ -2,11 +2,14 @@
 
 import abc
 import math
+import operator
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import Part
@@ -15,24 +18,32 @@ if TYPE_CHECKING:
     from kvcompress_hf.recipe import Recipe
 
 
+#: Where what a chunk had in 0.1 under these names is now.
+_NAMES_OF_0_1 = {
+    "query": "new.query",
+    "keys": "new.key",
+    "values": "new.value",
+    "position": "new.position",
+    "valid": "new.valid",
+    "scale": "new.logits.scale",
+    "softcap": "new.logits.softcap",
+    "window": "new.logits.window",
+    "sinks": "new.logits.sinks",
+}
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Several new tokens of one layer, before they are stored.
+    """Several new tokens of one layer, before they are stored, and what is stored already.
+
+    The names of 0.1 (`chunk.keys`, `chunk.scale`, ...) still work, with a warning, for one release.
 
     Args:
         store (`PagedStore`): What is stored already.
         layer (`int`): Index of the layer in the store.
-        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
-        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, as they will be stored: less the store's
-            `key_shift`, if there is one. Softmax does not notice; `store.whole(layer, keys)` gives whole keys back, and
-            [`Observer.describe`] gets them whole.
-        values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
-        position (`int`): Logical position of the first token.
-        scale (`float`): Factor on the logits.
-        softcap (`float`, *optional*): Soft cap on the logits.
-        window (`int`, *optional*): Sliding window in tokens.
-        sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
-        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        new (`NewTokens`): The new tokens, to be read only: `new.query`, `new.key`, `new.value`, `new.valid`,
+            `new.position`, `new.logits`. Keys are as they will be stored (`store.whole(layer, new.key)` gives back what
+            the model made, which [`Observer.describe`] gets).
         inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`,
             on the host; `None` where it is not known how another position would turn queries and keys, and for
             observers that do not ask for it.
@@ -40,16 +51,19 @@ class Chunk:
 
     store: PagedStore
     layer: int
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    position: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    sinks: torch.Tensor | None
-    valid: torch.Tensor | None
+    new: NewTokens
     inv_freq: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:  # only asked for what is not there
+        place = _NAMES_OF_0_1.get(name)
+        if place is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(
+            f"chunk.{name} is now chunk.{place}; the old name will be removed in the next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return operator.attrgetter(place)(self)
 
 
 class Observer(Part, abc.ABC):

@@ -17,7 +17,7 @@ def observe(observer: Observer, chunk: Chunk) -> dict[str, torch.Tensor]:
         chunk (`Chunk`): The new tokens.
 
     Returns:
-        `dict[str, torch.Tensor]`: As from [`Observer.observe`].
+        `dict[str, torch.Tensor]`: The fields of the new tokens by name, float32 `[batch, kv_heads, tokens]`.
 
     Raises:
         TypeError: If it returned something else.
@@ -26,7 +26,7 @@ def observe(observer: Observer, chunk: Chunk) -> dict[str, torch.Tensor]:
     with naming(observer, "observe"):
         fields: Any = observer.observe(chunk)
     expected = [name for name in observer.fields if name not in observer.describes]
-    return _fields(observer, "observe", fields, expected, chunk.keys)
+    return _fields(observer, "observe", fields, expected, chunk.new.key)
 
 
 def observe_again(observer: Observer, chunk: Chunk) -> None:
@@ -52,12 +52,12 @@ def describe(
     Args:
         observer (`Observer`): The observer.
         keys (`torch.Tensor`): As for [`Observer.describe`].
-        values (`torch.Tensor`): As there.
-        key_mean (`torch.Tensor`): As there.
-        value_mean (`torch.Tensor`): As there.
+        values (`torch.Tensor`): As for [`Observer.describe`].
+        key_mean (`torch.Tensor`): As for [`Observer.describe`].
+        value_mean (`torch.Tensor`): As for [`Observer.describe`].
 
     Returns:
-        `dict[str, torch.Tensor]`: As from there.
+        `dict[str, torch.Tensor]`: Its fields by name, float32 `[batch, kv_heads, tokens]`.
 
     Raises:
         TypeError: If it returned something else.
@@ -76,7 +76,8 @@ def rank(observer: Observer, slots: Slots) -> tuple[torch.Tensor, torch.Tensor |
         slots (`Slots`): Every stored slot.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: As from [`Observer.importance`] and [`Observer.spread`].
+        `tuple[torch.Tensor, torch.Tensor | None]`: Importance, and how unsettled it is if the observer can tell;
+        float32 `[batch, rows, slots]` each.
 
     Raises:
         TypeError: If it returned something else.

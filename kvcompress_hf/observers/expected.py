@@ -6,6 +6,7 @@ import torch
 
 from kvcompress_hf.observers.attention_seen import write_field_of_all
 from kvcompress_hf.observers.base import Chunk, Observer
+from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.validation import check_flags, require_int
 
@@ -50,10 +51,10 @@ class ExpectedAttention(Observer):
 
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """Scores new and stored tokens by the chunk's last queries; see [`Observer.observe`]."""
-        store, layer = chunk.store, chunk.layer
-        batch, kv_heads, tokens, dim = chunk.keys.shape
+        store, layer, new = chunk.store, chunk.layer, chunk.new
+        batch, kv_heads, tokens, dim = new.key.shape
         rows, tail = store.rows(layer), store.tail(layer)
-        mean, covariance = self._statistics(chunk)
+        mean, covariance = self._statistics(new)
         keys, values, filled = [], [], []
         for tier, lengths in enumerate(rows.lengths):
             width = rows.width(tier)
@@ -62,18 +63,18 @@ class ExpectedAttention(Observer):
             values.append(stored[1].view(batch, kv_heads, width, dim))
             filled.append((torch.arange(width, device=lengths.device) < lengths[:, None]).view(batch, kv_heads, width))
         slot = torch.arange(tail.k.shape[2], device=tail.k.device)
-        real = chunk.valid
+        real = new.valid
         if real is None:
-            real = torch.ones((batch, tokens), dtype=torch.bool, device=chunk.keys.device)
-        keys += [tail.k, chunk.keys]
-        values += [tail.v, chunk.values]
+            real = torch.ones((batch, tokens), dtype=torch.bool, device=new.key.device)
+        keys += [tail.k, new.key]
+        values += [tail.v, new.value]
         for used in (slot < tail.lengths[:, None], real):
             filled.append(used[:, None].expand(batch, kv_heads, -1))
         held = torch.cat(filled, dim=-1)
         # What is not a token may hold anything, infinities too.
         pieces = zip((store.whole(layer, k) for k in keys), filled, strict=True)  # queries vary: a shift would show
         logits = torch.cat([self._logits(torch.where(f[..., None], k, 0), mean, covariance) for k, f in pieces], dim=-1)
-        attention = (logits * chunk.scale).masked_fill(~held[:, :, None], -torch.inf).softmax(-1).mean(2)
+        attention = (logits * new.logits.scale).masked_fill(~held[:, :, None], -torch.inf).softmax(-1).mean(2)
         score = torch.where(held, attention, 0.0)
         if self.value:
             norms = [torch.where(f, v.float().norm(dim=-1), 0.0) for v, f in zip(values, filled, strict=True)]
@@ -81,20 +82,20 @@ class ExpectedAttention(Observer):
         widths = tuple(part.shape[-1] for part in filled)
         return {"score": write_field_of_all(chunk, score, widths, "score")}
 
-    def _statistics(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _statistics(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean `[batch, kv_heads, group, head_dim]` and covariance, times half the scale, of the last queries."""
-        query = chunk.query[:, :, -self.queries :].float()
-        query = query.unflatten(1, (chunk.keys.shape[1], -1))
+        query = new.query[:, :, -self.queries :].float()
+        query = query.unflatten(1, (new.key.shape[1], -1))
         weight = torch.ones(query.shape[0], query.shape[3], device=query.device)
-        if chunk.valid is not None:
-            weight = chunk.valid[:, -self.queries :].float()
+        if new.valid is not None:
+            weight = new.valid[:, -self.queries :].float()
         weight = (weight / weight.sum(1, keepdim=True).clamp(min=1))[:, None, None, :, None]
         query = torch.where(weight > 0, query, 0.0)
         mean = (query * weight).sum(3)
         if not self.covariance:
             return mean, None
         centred = query - mean[:, :, :, None]
-        return mean, (centred * weight).transpose(-1, -2) @ centred * (chunk.scale / 2)
+        return mean, (centred * weight).transpose(-1, -2) @ centred * (new.logits.scale / 2)
 
     @staticmethod
     def _logits(keys: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor | None) -> torch.Tensor:

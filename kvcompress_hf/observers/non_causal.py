@@ -77,32 +77,33 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
         `torch.Tensor` or `None`: float32 `[batch, kv_heads, group, tokens]`, 0 for padding; `None` where a query cannot
         be turned on: in layers with a sliding window, and in models of which it is not known how.
     """
-    if chunk.inv_freq is None or chunk.window is not None:
+    new, made = chunk.new, chunk.new.logits
+    if chunk.inv_freq is None or made.window is not None:
         return None
-    batch, kv_heads, tokens, head_dim = chunk.keys.shape
-    valid = chunk.valid
+    batch, kv_heads, tokens, head_dim = new.key.shape
+    valid = new.valid
     if valid is None:
-        valid = torch.ones((1, tokens), dtype=torch.bool, device=chunk.keys.device)
+        valid = torch.ones((1, tokens), dtype=torch.bool, device=new.key.device)
     places = _Places.of(valid)
-    inv_freq = to_device(chunk.inv_freq, chunk.keys.device)
+    inv_freq = to_device(chunk.inv_freq, new.key.device)
     by = places.count - places.of_token  # from where each token stands to behind the chunk
     blocks = -(-tokens // _BLOCK)
     filling = blocks * _BLOCK - tokens
-    keys = torch.where(valid[:, None, :, None], chunk.keys, 0)
+    keys = torch.where(valid[:, None, :, None], new.key, 0)
     near = F.pad(keys, (0, 0, _MARGIN, _MARGIN + filling)).unfold(2, _NEAR, _BLOCK)
     is_near = F.pad(valid, (_MARGIN, _MARGIN + filling)).unfold(1, _NEAR, _BLOCK)  # [batch, blocks, near]
     of_query = F.pad(places.of_token, (0, filling), value=-1).view(-1, blocks, _BLOCK)
     index = (places.first + places.of_far).clamp(max=tokens - 1)[:, None, :, None]
     far = keys.gather(2, index.expand(batch, kv_heads, -1, head_dim)).transpose(-1, -2)
 
-    per_block = chunk.query[:, :, 0, 0].numel() * _BLOCK * (_NEAR + _HERE + far.shape[-1])
+    per_block = new.query[:, :, 0, 0].numel() * _BLOCK * (_NEAR + _HERE + far.shape[-1])
     step = max(1, _NUMBERS.get(keys.device.type, _MOST_NUMBERS) // per_block)
     found = []
     for part in (slice(at, at + step) for at in range(0, blocks, step)):
         bias = _bias(is_near[:, part], of_query[:, part], places)
         inside = slice(part.start * _BLOCK, part.stop * _BLOCK)
-        query = chunk.query[:, :, inside] * chunk.scale  # before the products, which may not fit into float16
-        if chunk.valid is not None:  # padding may hold anything
+        query = new.query[:, :, inside] * made.scale  # before the products, which may not fit into float16
+        if new.valid is not None:  # padding may hold anything
             query = torch.where(valid[:, None, inside, None], query, 0)
         here = _in_blocks(query, kv_heads)
         ahead = _in_blocks(_turned(query, by[:, inside], inv_freq), kv_heads)
@@ -112,20 +113,20 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
         logits[..., _NEAR : _NEAR + _HERE] = here @ part_of_near[..., :_HERE]
         logits[..., _NEAR + _HERE :] = (ahead.flatten(2, 3) @ far).view(*here.shape[:-1], -1)
         logits = logits.unflatten(3, (-1, _BLOCK))  # [batch, kv_heads, blocks, group, block, keys]
-        if chunk.softcap is not None:
-            logits.div_(chunk.softcap).tanh_().mul_(chunk.softcap)
+        if made.softcap is not None:
+            logits.div_(made.softcap).tanh_().mul_(made.softcap)
         logits.add_(bias[:, None, :, None])
         top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # some padding sees nothing
         total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-        if chunk.sinks is not None:
-            total += (chunk.sinks.float().view(1, kv_heads, 1, -1, 1, 1) - top).exp()
+        if made.sinks is not None:
+            total += (made.sinks.view(1, kv_heads, 1, -1, 1, 1) - top).exp()
         real = (of_query[:, part] >= 0) & (of_query[:, part] < places.count[:, :, None])
         total.masked_fill_(~real[:, None, :, None, :, None], torch.inf)
         found.append((logits[..., :_NEAR] / total).square_().sum(-2))
     overlapping = torch.cat(found, 2).permute(0, 1, 3, 4, 2).flatten(0, 2)  # [batch * q_heads, near, blocks]
     summed = F.fold(overlapping, (1, blocks * _BLOCK + 2 * _MARGIN), (1, _NEAR), stride=(1, _BLOCK))
     result = summed[:, 0, 0, _MARGIN : _MARGIN + tokens].unflatten(0, (batch, kv_heads, -1))
-    if chunk.position:
+    if new.position:
         result = result * (1 - _share_of_the_past(chunk, by, inv_freq))[..., None].square()
     return torch.where(valid[:, None, None], result, 0.0)
 
@@ -170,23 +171,21 @@ def _bias(is_near: torch.Tensor, of_query: torch.Tensor, places: _Places) -> tor
 
 def _share_of_the_past(chunk: Chunk, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     """How much of their attention the chunk's queries give to what was stored before it, `[batch, kv_heads, group]`."""
-    batch, kv_heads, tokens, _ = chunk.keys.shape
+    new, store = chunk.new, chunk.store
+    batch, kv_heads, tokens, _ = new.key.shape
     asked = torch.linspace(0, tokens - 1, min(_ASKED, tokens), device=by.device).long()
-    query_valid = None if chunk.valid is None else chunk.valid[:, asked].contiguous()
-    store = chunk.store
+    query_valid = None if new.valid is None else new.valid[:, asked].contiguous()
     past, tail, _ = store.backend.window_scores(
-        _turned(chunk.query[:, :, asked], by[:, asked], inv_freq),
-        chunk.keys,
+        _turned(new.query[:, :, asked], by[:, asked], inv_freq),
+        new.key,
         store.rows(chunk.layer),
         store.tail(chunk.layer),
         power=1,
-        position=chunk.position + tokens,
-        key_position=chunk.position,
-        scale=chunk.scale,
-        softcap=chunk.softcap,
-        sinks=chunk.sinks,
+        position=new.position + tokens,
+        key_position=new.position,
+        logits=new.logits,
         query_valid=query_valid,
-        key_valid=chunk.valid,
+        key_valid=new.valid,
     )
     total = torch.stack([part.sum(-1) for part in (*past, tail)]).sum(0)  # [batch, q_heads]
     queries = torch.full((1,), asked.numel(), device=total.device) if query_valid is None else query_valid.sum(1)

@@ -28,30 +28,25 @@ def add_each_query(chunk: Chunk, observing: int, fields: tuple[str, ...], judge:
     Returns:
         `dict[str, torch.Tensor]`: The fields of the new tokens, float32 `[batch, kv_heads, tokens]`.
     """
-    tokens = chunk.keys.shape[2]
+    new = chunk.new
     totals: tuple[torch.Tensor, ...] = ()
-    for last in range(tokens - observing, tokens):
+    for last in range(new.tokens - observing, new.tokens):
         # A chunk that ends with this query: later keys are not there yet, so its one observing query is the right one.
         until = slice(0, last + 1)
-        valid = None if chunk.valid is None else chunk.valid[:, until].contiguous()
-        part = replace(
-            chunk,
-            query=chunk.query[:, :, until],
-            keys=chunk.keys[:, :, until],
-            values=chunk.values[:, :, until],
-            valid=valid,
-        )
-        seen = attention_seen(part, 1, 1)
+        query, key, value = (x[:, :, until] for x in (new.query, new.key, new.value))
+        valid = None if new.valid is None else new.valid[:, until].contiguous()
+        part = replace(new, query=query, key=key, value=value, valid=valid)
+        seen = attention_seen(replace(chunk, new=part), 1, 1)
         batch, kv_heads, slots = seen.filled.shape
         visible = seen.filled
-        if chunk.window is not None:
-            visible = visible & (seen.positions > chunk.position + last - chunk.window)
+        if new.logits.window is not None:
+            visible = visible & (seen.positions > new.position + last - new.logits.window)
         if valid is not None:
             visible = visible & valid[:, last, None, None]
         p = torch.where(visible[:, :, None], seen.scores.view(batch, kv_heads, -1, slots), 0.0)
         made = tuple(torch.where(visible, values, 0.0) for values in judge(p, visible))
         if totals:
-            made = tuple(new + F.pad(old, (0, slots - old.shape[-1])) for new, old in zip(made, totals, strict=True))
+            made = tuple(now + F.pad(old, (0, slots - old.shape[-1])) for now, old in zip(made, totals, strict=True))
         totals = made
     return {name: seen.write(total, name, add=True) for name, total in zip(fields, totals, strict=True)}
 
@@ -99,7 +94,7 @@ class PersistenceScores(Observer):
             votes = (ratio > 1 + 1e-6).float() if self.count == "above" else -(ratio < 1 - 1e-6).float()
             return (votes.sum(2),)
 
-        return add_each_query(chunk, min(self.window, chunk.keys.shape[2]), self.fields, judge)
+        return add_each_query(chunk, min(self.window, chunk.new.tokens), self.fields, judge)
 
     def importance(self, slots: Slots) -> torch.Tensor:
         """The count, negative for `"below"`; see [`Observer.importance`]."""
@@ -143,7 +138,7 @@ class GroupMeanScores(RunningScores):
             mean = p.mean(2)
             return (mean, mean.square())[: len(self.fields)]
 
-        return add_each_query(chunk, chunk.keys.shape[2], self.fields, of_group)
+        return add_each_query(chunk, chunk.new.tokens, self.fields, of_group)
 
     def _count(self, slots: Slots) -> torch.Tensor:
         return super()._count(slots) / slots.group[:, None]

@@ -76,12 +76,12 @@ class ReconstructionScores(Observer):
 
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """New tokens start from zero; see [`Observer.observe`]."""
-        batch, kv_heads, tokens, _ = chunk.keys.shape
-        return {"score": torch.zeros((batch, kv_heads, tokens), device=chunk.keys.device)}
+        key = chunk.new.key
+        return {"score": torch.zeros(key.shape[:3], device=key.device)}
 
     def observe_again(self, chunk: Chunk) -> None:
         """Records what the second reading looks at; see [`Observer.observe_again`]."""
-        seen = attention_seen(chunk, chunk.keys.shape[2], 0 if self.score == "max" else 2)
+        seen = attention_seen(chunk, chunk.new.tokens, 0 if self.score == "max" else 2)
         if self.score == "max":
             seen.write(seen.reduce(lambda scores, order: scores.amax(2)), "score", add=False, largest=True)
         else:

@@ -59,7 +59,7 @@ class RunningScores(Observer):
 
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """Adds what the chunk's queries see to every slot; see [`Observer.observe`]."""
-        observing = 1 if self.last_only else chunk.keys.shape[2]
+        observing = 1 if self.last_only else chunk.new.tokens
         powers = attention_seen_both(chunk, observing) if self.std else [attention_seen(chunk, observing, power=1)]
         result = {}
         for name, seen in zip(self.fields, powers, strict=True):

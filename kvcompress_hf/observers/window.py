@@ -116,10 +116,10 @@ class WindowScores(Observer):
 
     def observe(self, chunk: Chunk) -> dict[str, torch.Tensor]:
         """Scores new tokens, and what is stored by what the new ones see; see [`Observer.observe`]."""
-        tokens = chunk.keys.shape[2]
+        tokens = chunk.new.tokens
         observing = tokens if self.window is None else min(self.window, tokens)
         seen = attention_seen(chunk, observing, self.power, self.exclude)
-        decoding = self.observes_steps and tokens == 1 and chunk.position > 0
+        decoding = self.observes_steps and tokens == 1 and chunk.new.position > 0
 
         def pooled(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             scores = pool_in_order(scores, order, 1 if decoding else self.pool)
@@ -156,7 +156,7 @@ def equalise_layers(scores: torch.Tensor, layer_of_row: torch.Tensor) -> torch.T
         layer_of_row (`torch.Tensor`): `int64` `[rows]`.
 
     Returns:
-        `torch.Tensor`: float32 `[batch, rows, slots]`.
+        `torch.Tensor`: The scores so that those of each layer sum to one, float32 `[batch, rows, slots]`.
     """
     per_row = scores.sum(-1)
     layers = int(on_host(layer_of_row).max()) + 1

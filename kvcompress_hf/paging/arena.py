@@ -319,7 +319,7 @@ class Arena:
             ids (`torch.Tensor`): Page ids, `int32` `[n]`.
 
         Returns:
-            `torch.Tensor`: `uint8` `[n, page_bytes]`.
+            `torch.Tensor`: The bytes of each page, `uint8` `[n, page_bytes]`.
         """
         pages = torch.empty((ids.numel(), self.page_bytes), dtype=torch.uint8, device=self.device)
         for slab, inner, place in self._by_slab(ids):

@@ -16,10 +16,10 @@ KEY_SHIFT = Declared(
 
 
 class KeyCentring:
-    """What keys are centred by, in pages and tail alike; nothing until it is settled.
+    """The vector of each row that is taken off its keys, in pages and tail alike; none until it is settled.
 
     Args:
-        tensors (`SequenceTensors`): Where it is.
+        tensors (`SequenceTensors`): The store's tensors, the shift among them.
     """
 
     def __init__(self, tensors: SequenceTensors) -> None:
@@ -60,21 +60,21 @@ class KeyCentring:
         self.tensors.values["key_shift"] = shift
         self.tensors.moved()
 
-    def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """New keys as they are stored and attended to.
+    def centre(self, layer: int, key: torch.Tensor) -> torch.Tensor:
+        """Takes the shift off new keys, as they are to be stored and attended to.
 
         Args:
             layer (`int`): Index of the layer.
-            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            key (`torch.Tensor`): New keys, `[batch, kv_heads, tokens, head_dim]`.
 
         Returns:
-            `torch.Tensor`: The keys less the layer's shift; the keys themselves while there is none.
+            `torch.Tensor`: `key` less the layer's shift; `key` itself while there is none.
         """
         shift = self.shift
-        return keys if shift is None else keys - shift[layer]
+        return key if shift is None else key - shift[layer]
 
     def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`KeyCentring.centre`], for those who look at more of keys than what softmax sees.
+        """Adds the shift again: the inverse of [`KeyCentring.centre`], for whoever looks at keys without a softmax.
 
         Args:
             layer (`int`, *optional*): Index of the layer; all layers when left out.

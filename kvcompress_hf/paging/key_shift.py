@@ -71,7 +71,7 @@ def gains(
         bits (`int`): Bits of the keys' codes; of 4 and fewer they are Hadamard-rotated before.
 
     Returns:
-        `torch.Tensor`: `bool` `[batch, kv_heads, 1, 1]`.
+        `torch.Tensor`: True for heads that gain, `bool` `[batch, kv_heads, 1, 1]`.
     """
     batch, kv_heads, tokens, dim = keys.shape
     stride = -(-tokens // _MOST_TOKENS)

@@ -22,7 +22,7 @@ def turn(states: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torc
         inv_freq (`torch.Tensor`): Radians per position of each pair, float32 `[pairs]`.
 
     Returns:
-        `torch.Tensor`: float32 `[..., 2 * pairs]`.
+        `torch.Tensor`: The rotary channels, rotated, float32 `[..., 2 * pairs]`.
     """
     pairs = inv_freq.numel()
     angles = by.double()[..., None] * inv_freq.double()  # in float32, a large number of positions would lose the angle

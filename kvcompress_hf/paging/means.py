@@ -14,19 +14,19 @@ class Means:
     """Sums of keys and values, and of how many tokens; made when they are first needed.
 
     Args:
-        tensors (`SequenceTensors`): Where they are.
+        tensors (`SequenceTensors`): The store's tensors, the sums among them.
     """
 
     def __init__(self, tensors: SequenceTensors) -> None:
         self.tensors = tensors
 
     def add(self, part: slice, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> list[torch.Tensor]:
-        """Counts new tokens in.
+        """Adds new tokens to the sums.
 
         Args:
-            part (`slice`): Which layers.
+            part (`slice`): The layers they belong to.
             keys (`torch.Tensor`): Whole keys, `[batch, kv_heads, tokens, head_dim]`, where `batch` is `layers * batch`.
-            values (`torch.Tensor`): Likewise.
+            values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
 
         Returns:

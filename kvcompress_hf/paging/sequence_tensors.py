@@ -45,15 +45,15 @@ class Declared:
 
 
 def shape_of(each: Declared, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a tensor by its declaration.
+    """Works out the shape of a declared tensor.
 
     Args:
-        each (`Declared`): Which.
+        each (`Declared`): Its declaration.
         sizes (`Mapping[str, int]`): `layers`, `batch`, `kv_heads`, `head_dim`, `tiers` and `fields`; `slots` and
             `columns` are 0 when left out.
 
     Returns:
-        `tuple[int, ...]`: The shape.
+        `tuple[int, ...]`: The size of each of its dimensions.
     """
     known = {"columns": 0, "slots": 0, **sizes}
     known["rows"] = known["layers"] * known["batch"] * known["kv_heads"]
@@ -61,16 +61,16 @@ def shape_of(each: Declared, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def of_layers(each: Declared, value: torch.Tensor, index: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
-    """The part that some layers have in a tensor.
+    """Picks layers out of a tensor.
 
     Args:
-        each (`Declared`): Which tensor.
+        each (`Declared`): The tensor's declaration.
         value (`torch.Tensor`): Its value.
         index (`torch.Tensor`): `int64` `[layers]`, on the value's device.
         sizes (`Mapping[str, int]`): `batch` and `kv_heads`.
 
     Returns:
-        `torch.Tensor`: A copy with these layers.
+        `torch.Tensor`: A copy that holds these layers alone, in the given order.
     """
     if "layers" in each.dims:
         return value.index_select(each.dims.index("layers"), index)
@@ -93,7 +93,7 @@ class SequenceTensors:
         declared (`Iterable[Declared]`): The declarations.
         sizes (`Mapping[str, int]`): `layers`, `batch`, `kv_heads`, `head_dim`, `tiers` and `fields`.
         dtype (`torch.dtype`): Of the keys.
-        device (`torch.device`): Where they are.
+        device (`torch.device`): Where tensors are made that are not kept on the host.
     """
 
     def __init__(
@@ -111,27 +111,27 @@ class SequenceTensors:
                 self.make(each.name)
 
     def make(self, name: str, **sizes: int) -> torch.Tensor:
-        """Puts zeros in the place of a tensor.
+        """Makes a declared tensor anew, all zeros.
 
         Args:
-            name (`str`): Which.
+            name (`str`): Its name.
             sizes (`int`): `slots` or `columns`, where it has such a dimension.
 
         Returns:
-            `torch.Tensor`: The zeros.
+            `torch.Tensor`: The new tensor, which is the one in `values` from now on.
         """
         self.values[name] = self.zeros(name, **sizes)
         return self.values[name]
 
     def zeros(self, name: str, **sizes: int) -> torch.Tensor:
-        """Zeros of a tensor's shape and dtype, that may be changed in place in whatever grad mode.
+        """Makes zeros of the shape and dtype of a declared tensor, which itself stays as it is.
 
         Args:
-            name (`str`): Which.
+            name (`str`): Name of the tensor.
             sizes (`int`): As for [`SequenceTensors.make`].
 
         Returns:
-            `torch.Tensor`: A new tensor.
+            `torch.Tensor`: Zeros that may be changed in place inside and outside of inference mode.
         """
         each = self.declared[name]
         device = torch.device("cpu") if each.on_host else self.device
@@ -139,29 +139,29 @@ class SequenceTensors:
             return torch.zeros(self.shape(each, **sizes), dtype=each.dtype or self.dtype, device=device)
 
     def shape(self, each: Declared, **sizes: int) -> tuple[int, ...]:
-        """The shape a tensor must have.
+        """Works out the shape of a tensor of this store.
 
         Args:
-            each (`Declared`): Which.
+            each (`Declared`): The tensor's declaration.
             sizes (`int`): `slots` or `columns`, where it has such a dimension; other sizes in place of the store's.
 
         Returns:
-            `tuple[int, ...]`: Its shape.
+            `tuple[int, ...]`: The size of each of its dimensions.
         """
         return shape_of(each, {**self.sizes, **sizes})
 
     # -- along a dimension -----------------------------------------------------------------------------------------
 
     def of_sequences(self, each: Declared, value: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """The part of some sequences.
+        """Picks sequences out of a tensor.
 
         Args:
-            each (`Declared`): Which tensor.
+            each (`Declared`): The tensor's declaration.
             value (`torch.Tensor`): Its value.
             index (`torch.Tensor`): `int64` `[new batch]`, on the value's device.
 
         Returns:
-            `torch.Tensor`: A copy with that batch.
+            `torch.Tensor`: A copy whose sequence `i` is sequence `index[i]` of `value`.
         """
         if "batch" in each.dims:
             return value.index_select(each.dims.index("batch"), index)
@@ -176,13 +176,14 @@ class SequenceTensors:
     # -- a life ----------------------------------------------------------------------------------------------------
 
     def select(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the tensors are once sequence `i` is what sequence `index[i]` was; nothing changes yet.
+        """Picks sequences out of every tensor; nothing changes yet.
 
         Args:
             index (`torch.Tensor`): `int64` `[new batch]`.
 
         Returns:
-            `dict[str, torch.Tensor]`: By name; to be given to [`SequenceTensors.replace`].
+            `dict[str, torch.Tensor]`: Copies by name, whose sequence `i` is what sequence `index[i]` is now; for
+            [`SequenceTensors.replace`].
         """
         near, there = on_host(index), to_device(index, self.device)
         with torch.inference_mode(False):
@@ -193,11 +194,11 @@ class SequenceTensors:
             }
 
     def replace(self, values: Mapping[str, torch.Tensor], batch: int | None = None) -> None:
-        """Takes other values over, all of them.
+        """Replaces all tensors at once.
 
         Args:
-            values (`Mapping[str, torch.Tensor]`): By name.
-            batch (`int`, *optional*): Their batch, where it is another.
+            values (`Mapping[str, torch.Tensor]`): The new tensors by name; what is not among them is there no more.
+            batch (`int`, *optional*): Sequences they are for, where that changes.
         """
         self.values = dict(values)
         if batch is not None:
@@ -205,10 +206,10 @@ class SequenceTensors:
         self.moved()
 
     def copies_for_fork(self) -> dict[str, torch.Tensor]:
-        """The values a fork begins with.
+        """Copies the tensors for a fork.
 
         Returns:
-            `dict[str, torch.Tensor]`: Copies, but for what forks share.
+            `dict[str, torch.Tensor]`: Every tensor by name: a copy, or the very same where forks share it.
         """
         with torch.inference_mode(False):
             return {name: value if self.declared[name].shared else value.clone() for name, value in self.values.items()}
@@ -221,7 +222,7 @@ class SequenceTensors:
                 Before anything else changes in place, a later note must have copies of it.
 
         Returns:
-            `dict[str, torch.Tensor]`: All there is, by name.
+            `dict[str, torch.Tensor]`: Every tensor by name: a copy where it will change in place, else the very same.
         """
         noted: dict[str, torch.Tensor] = dict(self.values)
         if changing not in self._changed_by:
@@ -257,14 +258,15 @@ class SequenceTensors:
         self.replace({name: self.zeros(name) for name, each in self.declared.items() if each.always})
 
     def state(self, layers: int, used: int) -> dict[str, torch.Tensor]:
-        """What is saved.
+        """Collects what is saved to a file.
 
         Args:
             layers (`int`): How many of the first layers have rows.
             used (`int`): Slots of the tail that are used; with 0, tensors that have slots are left out.
 
         Returns:
-            `dict[str, torch.Tensor]`: By name; copies of what changes in place at any time.
+            `dict[str, torch.Tensor]`: The declared tensors that are saved, by name; copies of those that change in
+            place at any time.
         """
         state = {}
         for name, value in self.values.items():

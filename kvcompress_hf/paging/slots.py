@@ -62,25 +62,25 @@ class Slots:
     padding: torch.Tensor | None = None
 
     def columns(self, tier: int) -> slice:
-        """The columns of the slots of a tier.
+        """Finds the columns that hold the slots of a tier.
 
         Args:
             tier (`int`): Index of the tier.
 
         Returns:
-            `slice`: They.
+            `slice`: From its first column to behind its last one.
         """
         tiers = on_host(self.tier)
         return slice(int((tiers < tier).sum()), int((tiers <= tier).sum()))
 
     def of(self, sequences: torch.Tensor | slice) -> "Slots":
-        """The slots of some sequences.
+        """Picks sequences of the batch.
 
         Args:
-            sequences (`torch.Tensor` or `slice`): Which, `int64` `[n]` on the host.
+            sequences (`torch.Tensor` or `slice`): Their indices, `int64` `[n]` on the host, or a range of them.
 
         Returns:
-            `Slots`: Their slots.
+            `Slots`: The slots of these sequences alone, in the given order.
         """
         return replace(
             self,
@@ -101,7 +101,7 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
         prompt (`int`): Tokens that came in chunks.
 
     Returns:
-        `Slots`: Every slot.
+        `Slots`: Every slot, with the fields asked for.
     """
     device = parts[0].store.geometry.device
     tiers = len(parts[0].store.layout.tiers)
@@ -160,7 +160,7 @@ class Decision:
                 whose target is above its tier stays where it is.
 
         Returns:
-            `Decision`: Not carried out yet.
+            `Decision`: What has to be done; nothing of it has been done yet.
         """
         targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
         targets = torch.where(slots.filled, targets, -1)
@@ -228,7 +228,7 @@ def evicted_by(parts: Sequence[StorePart], decision: Decision) -> int:
         decision (`Decision`): The decision, its counts known on the host.
 
     Returns:
-        `int`: Slots.
+        `int`: Number of slots, over all sequences.
     """
     held = sum(int(part.store.lengths_on_host().sum()) for part in parts)
     return held - sum(int(on_host(counts).sum()) for counts in decision.counts)

@@ -47,17 +47,17 @@ class PagedStore(StoredRows):
         """
         self._keys.settle(layer, keys, real, query, bits, sequences)
 
-    def centre(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """New keys as they are stored and attended to; see [`KeyCentring.centre`].
+    def centre(self, layer: int, key: torch.Tensor) -> torch.Tensor:
+        """Takes the layer's `key_shift` off new keys; see [`KeyCentring.centre`].
 
         Args:
             layer (`int`): Index of the layer.
-            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+            key (`torch.Tensor`): New keys, `[batch, kv_heads, tokens, head_dim]`.
 
         Returns:
-            `torch.Tensor`: The keys less the layer's `key_shift`.
+            `torch.Tensor`: The keys as they are to be stored and attended to.
         """
-        return self._keys.centre(layer, keys)
+        return self._keys.centre(layer, key)
 
     def key_shift_of(self, layer: int) -> torch.Tensor | None:
         """What [`PagedStore.centre`] takes off the keys of a layer.
@@ -71,14 +71,14 @@ class PagedStore(StoredRows):
         return None if self.key_shift is None else self.key_shift[layer]
 
     def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`PagedStore.centre`]; see [`KeyCentring.whole`].
+        """Adds the layer's `key_shift` again, the inverse of [`PagedStore.centre`]; see [`KeyCentring.whole`].
 
         Args:
             layer (`int`, *optional*): Index of the layer; all layers when left out.
             keys (`torch.Tensor`): Centred, `[batch, kv_heads, tokens, head_dim]`.
 
         Returns:
-            `torch.Tensor`: The keys with the layer's `key_shift`.
+            `torch.Tensor`: The keys as the model made them.
         """
         return self._keys.whole(layer, keys)
 
@@ -160,12 +160,12 @@ class PagedStore(StoredRows):
                 `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees whole keys.
             keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred; with all layers, `batch` is
                 `layers * batch`.
-            values (`torch.Tensor`): Likewise.
+            values (`torch.Tensor`): Values, of the same shape.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
 
         Returns:
-            `dict[str, torch.Tensor]`: Fields by name.
+            `dict[str, torch.Tensor]`: What `describe` made: fields by name, `[batch, kv_heads, tokens]`.
         """
         keys = self.whole(layer, keys)
         means = self._means.add(slice(None) if layer is None else slice(layer, layer + 1), keys, values, real)
@@ -179,8 +179,8 @@ class PagedStore(StoredRows):
     def pack(
         self,
         tier: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         counts: torch.Tensor,
         index: torch.Tensor | None,
         fields: Mapping[str, torch.Tensor],
@@ -190,9 +190,9 @@ class PagedStore(StoredRows):
 
         Args:
             tier (`int`): Index of the tier.
-            keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`; with all layers, `batch` is
-                `layers * batch`.
-            values (`torch.Tensor`): Likewise.
+            key (`torch.Tensor`): Keys as they are to be stored, `[batch, kv_heads, tokens, head_dim]`; with all layers,
+                `batch` is `layers * batch`.
+            value (`torch.Tensor`): Values, of the same shape.
             counts (`torch.Tensor`): `int32` `[batch, kv_heads]`, slots to add to each row.
             index (`torch.Tensor`, *optional*): `int32` `[batch, kv_heads, tokens]`, which tokens; the first ones
                 when left out.
@@ -205,7 +205,7 @@ class PagedStore(StoredRows):
         part = self._slice(layer)
         added = on_host(counts).reshape(-1)
         self._tables.reserve(tier, part, added)
-        clamped = self.backend.pack(self.rows(layer), tier, keys, values, counts, index, fields)
+        clamped = self.backend.pack(self.rows(layer), tier, key, value, counts, index, fields)
         self._tables.add(tier, part, counts.reshape(-1), added)
         if isinstance(clamped, int):
             self.tell_clamped(clamped)
@@ -221,7 +221,7 @@ class PagedStore(StoredRows):
         """Warns if slots had to be clamped.
 
         Args:
-            count (`int`): How many.
+            count (`int`): Number of slots that were clamped.
         """
         self._clamped = None
         if count:
@@ -260,7 +260,7 @@ class PagedStore(StoredRows):
             lengths (`torch.Tensor`, *optional*): `int32` `[tiers, rows]` on the host, in place of what rows hold now.
 
         Returns:
-            `int`: Pages over all rows.
+            `int`: Number of pages, over all rows.
         """
         lengths = (self.lengths_on_host() if lengths is None else lengths)[tier]
         lengths = lengths.view(self.layers, self.batch, -1)[:layers]
@@ -278,7 +278,7 @@ class PagedStore(StoredRows):
             lengths (`torch.Tensor`): `int32` `[tiers, rows]` on the host.
 
         Returns:
-            `int`: Pages; negative if more are needed.
+            `int`: Number of pages; negative if more are needed than now.
         """
         now, pages = self.lengths_on_host(), self._tables.pages
         return sum(int((pages(tier, now[tier]) - pages(tier, after)).sum()) for tier, after in enumerate(lengths))

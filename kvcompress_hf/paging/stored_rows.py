@@ -21,11 +21,11 @@ from kvcompress_hf.paging.usage import Usage, measure_usage
 
 
 def declare(layout: PageLayout, device: torch.device) -> list[Declared]:
-    """Every tensor of a store that sequences have a part of.
+    """Declares every tensor of a store that sequences have a part of.
 
     Args:
-        layout (`PageLayout`): What its pages look like.
-        device (`torch.device`): Where it is.
+        layout (`PageLayout`): Layout of the store's pages.
+        device (`torch.device`): Where the store is.
 
     Returns:
         `list[Declared]`: Their declarations; a new tensor is one more.
@@ -38,7 +38,7 @@ class StoreNote:
     """What a store held at one moment; see [`StoredRows.note`].
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): Of the declared tensors.
+        tensors (`dict[str, torch.Tensor]`): The declared tensors by name, copied where they change in place.
         tail_shared (`bool`): Whether forks shared the tail.
         evicted (`bool`): Whether slots had been dropped or moved.
         fields (`list[tuple[int, str, torch.Tensor]]`): Statistics in slots: tier, field, and its values,
@@ -162,7 +162,7 @@ class StoredRows:
         return slice(0, self.layers * rows) if layer is None else slice(layer * rows, (layer + 1) * rows)
 
     def rows(self, layer: int | None = None) -> Rows:
-        """The packed slots of one layer, or of all layers in one.
+        """Shows the packed slots of one layer, or of all layers in one, to the kernels.
 
         Args:
             layer (`int`, *optional*): Index of the layer; all layers when left out.
@@ -174,18 +174,18 @@ class StoredRows:
         return self._tables.rows(self._slice(layer))
 
     def tail(self, layer: int) -> Tail:
-        """The tail of one layer; it must have been reserved.
+        """Shows the tail of one layer to the kernels; it must have been reserved.
 
         Args:
             layer (`int`): Index of the layer.
 
         Returns:
-            `Tail`: Views; valid until `version` changes.
+            `Tail`: Views of the layer's tail; valid until `version` changes.
         """
         return self._tail.views(layer)
 
     def lengths_on_host(self) -> torch.Tensor:
-        """The lengths on the host; see [`Tables.lengths_on_host`].
+        """Brings the lengths of rows to the host; see [`Tables.lengths_on_host`].
 
         Returns:
             `torch.Tensor`: `int32` `[tiers, rows]`, not to be changed.
@@ -199,7 +199,7 @@ class StoredRows:
             tier (`int`): Index of the tier.
 
         Returns:
-            `int`: Slots.
+            `int`: Number of slots, 0 without rows.
         """
         lengths = self.lengths_on_host()[tier]
         return int(lengths.max()) if lengths.numel() else 0
@@ -230,13 +230,13 @@ class StoredRows:
         """Page ids in use, with repeats where rows share a page.
 
         Returns:
-            `torch.Tensor`: `int32` `[n]`.
+            `torch.Tensor`: Page ids, `int32` `[n]`.
         """
         return self._tables.live_ids()
 
     @changes_pages
     def read_field(self, tier: int, field: str, width: int | None = None) -> torch.Tensor:
-        """A field of every packed slot of all layers.
+        """Reads a field of every packed slot of all layers.
 
         Args:
             tier (`int`): Index of the tier.
@@ -275,7 +275,7 @@ class StoredRows:
     # -- going back ------------------------------------------------------------------------------------------------
 
     def note(self, statistics: bool = False, packing: bool = True, tail: bool = False) -> StoreNote:
-        """What the store holds now, to go back to by [`StoredRows.restore`] if only additions follow.
+        """Notes what the store holds, to go back to by [`StoredRows.restore`] if only additions follow.
 
         Args:
             statistics (`bool`): Whether statistics in slots will change.
@@ -283,7 +283,7 @@ class StoredRows:
             tail (`bool`): Whether slots of the tail may be written over.
 
         Returns:
-            `StoreNote`: Copies of what changes in place.
+            `StoreNote`: What is needed to go back, with copies of what changes in place.
         """
         changing = ["step"] + ["packing"] * packing + ["statistics"] * statistics
         fields: list[tuple[int, str, torch.Tensor]] = []
@@ -300,10 +300,10 @@ class StoredRows:
         return StoreNote(noted, self._tail.shared, self.evicted, fields)
 
     def note_sequences(self) -> StoreNote:
-        """What the store holds now, to go back to if other sequences take the places of these and nothing else happens.
+        """Notes what the store holds, to go back to if other sequences take the places of these and nothing else comes.
 
         Returns:
-            `StoreNote`: Without copies: [`StoredRows.select`] changes nothing in place.
+            `StoreNote`: What is needed to go back, without copies: [`StoredRows.select`] changes nothing in place.
         """
         return StoreNote(dict(self.tensors.values), self._tail.shared, self.evicted, [], self.batch)
 
@@ -356,7 +356,7 @@ class StoredRows:
         """A second owner of the same pages and tail; whoever writes first copies what it writes to.
 
         Returns:
-            `PagedStore`: The copy, of the same class.
+            `PagedStore`: The other owner, a store of the same class.
         """
         other = type(self)(self.geometry, self.layers, self.batch, self.layout, self.arena, self.backend)
         try:

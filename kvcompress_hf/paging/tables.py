@@ -1,4 +1,4 @@
-"""Which pages each row has, and how many slots: page tables, lengths, and what the host knows of them."""
+"""Which pages each row has, and how many slots: page tables, lengths, and the host's copy of the lengths."""
 
 import torch
 
@@ -11,7 +11,7 @@ _AHEAD = 32  # a growing table is allocated 1/32 wider than it must be
 
 
 def declare_tables(tiers: int, device: torch.device) -> list[Declared]:
-    """The tensors of page tables.
+    """Declares the tensors of page tables.
 
     Args:
         tiers (`int`): Number of tiers; each has a table.
@@ -45,7 +45,7 @@ class Tables:
     """The pages and slots of each row of a store.
 
     Args:
-        tensors (`SequenceTensors`): Where the tables and lengths are.
+        tensors (`SequenceTensors`): The store's tensors, the tables and lengths among them.
         layout (`PageLayout`): What a page looks like.
         arena (`Arena`): Where pages come from.
     """
@@ -82,13 +82,13 @@ class Tables:
         return known
 
     def rows(self, part: slice) -> Rows:
-        """Views for the kernels.
+        """Shows some rows to the kernels.
 
         Args:
-            part (`slice`): Which rows.
+            part (`slice`): The rows to show.
 
         Returns:
-            `Rows`: Views of tables and lengths.
+            `Rows`: Views of the tables and lengths of these rows.
         """
         pool, known = self.arena.pool, self._known
         widths: list[int] | None = None
@@ -125,7 +125,7 @@ class Tables:
             tier (`int`): Index of the tier.
 
         Returns:
-            `torch.Tensor`: `bool` `[rows, columns]`.
+            `torch.Tensor`: True where there is a page, `bool` `[rows, columns]`.
         """
         table = self.tensors.values[self.names[tier]]
         columns = torch.arange(table.shape[1], device=table.device)
@@ -135,7 +135,7 @@ class Tables:
         """Page ids in use, with repeats where rows share a page.
 
         Returns:
-            `torch.Tensor`: `int32` `[n]`.
+            `torch.Tensor`: Page ids, `int32` `[n]`.
         """
         ids = []
         for tier, (table, lengths) in enumerate(zip(self.tables, self.lengths_on_host(), strict=True)):
@@ -147,9 +147,9 @@ class Tables:
 
         Args:
             tier (`int`): Index of the tier.
-            part (`slice`): Which rows.
-            counts (`torch.Tensor`): `int32` `[rows]`, how many.
-            here (`torch.Tensor`): The same on the host.
+            part (`slice`): The rows that are meant.
+            counts (`torch.Tensor`): `int32` `[rows]`, how many slots each row got.
+            here (`torch.Tensor`): `counts` on the host.
         """
         known = self._known
         if known is not None:
@@ -161,7 +161,7 @@ class Tables:
 
         Args:
             tier (`int`): Index of the tier.
-            part (`slice`): Which rows.
+            part (`slice`): The rows that are meant.
             counts (`torch.Tensor`): `int32` `[rows]` on the host, slots to come.
 
         Raises:
@@ -206,7 +206,7 @@ class Tables:
             grows (`torch.Tensor`): `bool` `[rows]` on the host.
 
         Returns:
-            `int`: Pages.
+            `int`: Number of pages.
         """
         if not self.arena.shared:
             return 0
@@ -266,7 +266,7 @@ class Tables:
         self.narrow(tier)
 
     def narrow(self, tier: int) -> None:
-        """Makes a table no wider than it must be, and a little.
+        """Makes a table as narrow as its longest row allows, with a little room to grow.
 
         Args:
             tier (`int`): Index of the tier.

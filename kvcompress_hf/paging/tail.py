@@ -10,10 +10,10 @@ _STATES = ("layers", "batch", "kv_heads", "slots", "head_dim")
 
 
 def declare_tail(layout: PageLayout) -> list[Declared]:
-    """The tensors of a tail.
+    """Declares the tensors of a tail.
 
     Args:
-        layout (`PageLayout`): Says whether slots have fields.
+        layout (`PageLayout`): Layout of the store's pages; slots of the tail have the same fields.
 
     Returns:
         `list[Declared]`: Lengths; keys, values, positions and fields, which forks share until one of them writes.
@@ -36,7 +36,7 @@ class TailSlots:
     """The tail of all layers of a store.
 
     Args:
-        tensors (`SequenceTensors`): Where it is.
+        tensors (`SequenceTensors`): The store's tensors, those of the tail among them.
     """
 
     def __init__(self, tensors: SequenceTensors) -> None:
@@ -44,13 +44,13 @@ class TailSlots:
         self.shared = False  # whether a fork may still read the same memory
 
     def views(self, layer: int) -> TailViews:
-        """The tail of one layer for the kernels; it must have been reserved.
+        """Shows the tail of one layer to the kernels; it must have been reserved.
 
         Args:
             layer (`int`): Index of the layer.
 
         Returns:
-            `Tail`: Views.
+            `Tail`: Views of the layer's keys, values, lengths, positions and fields.
         """
         values = self.tensors.values
         if "tail_keys" not in values:
@@ -122,7 +122,7 @@ class TailSlots:
         """Notes that some layers have no slots there any more.
 
         Args:
-            part (`slice`): Which layers.
+            part (`slice`): The layers whose tail has been emptied.
         """
         if self.shared:
             with torch.inference_mode(False):

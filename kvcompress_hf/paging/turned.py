@@ -20,10 +20,10 @@ def turn_stored_keys(
     """Rotates stored keys, a few pages at a time; see [`PagedStore.turn_keys`].
 
     Args:
-        store (`PagedStore`): Where they are.
+        store (`PagedStore`): The store that holds the keys.
         tier (`int`): Index of a native tier.
         by (`torch.Tensor`): Positions to go forward, `int32` `[rows, pages, slots of a page]`.
-        seed (`torch.Tensor`): For rounding, likewise.
+        seed (`torch.Tensor`): Seeds of rounding, `int32` `[rows, pages, slots of a page]`; see [`turn_keys`].
         inv_freq (`torch.Tensor`): Radians per position of each pair of channels, float32 `[pairs]`.
     """
     row, column = torch.nonzero(by.any(-1), as_tuple=True)

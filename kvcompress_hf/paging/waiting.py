@@ -1,4 +1,4 @@
-"""What the host knows of tensors on a device, so that it need not wait for the device to find out.
+"""Host copies of device tensors, so that reading them needs no synchronisation.
 
 A device works off a queue. Whoever asks it for a number waits until the queue is empty, and it then stands idle until
 new work comes. So what came from the host is remembered here, several questions are asked at once, and lists whose
@@ -14,26 +14,27 @@ _KNOWN = "_kvc_on_host"  # attribute of a device tensor that is not changed in p
 
 
 def known(values: torch.Tensor) -> torch.Tensor | None:
-    """The values on the host, if they are there already.
+    """Looks up the host's copy of a tensor; never waits for a device.
 
     Args:
         values (`torch.Tensor`): On any device.
 
     Returns:
-        `torch.Tensor` or `None`: On the host; `None` if the device would have to be waited for.
+        `torch.Tensor` or `None`: The copy on the host (a tensor on the CPU is its own); `None` if there is none, so
+        that the device would have to be waited for.
     """
     return values if values.device.type == "cpu" else getattr(values, _KNOWN, None)
 
 
 def known_as(values: torch.Tensor, on_host: torch.Tensor) -> torch.Tensor:
-    """Remembers that values on a device are known.
+    """Attaches a host copy to a tensor on a device, for [`known`] to find.
 
     Args:
         values (`torch.Tensor`): On any device; must not be changed in place from now on.
         on_host (`torch.Tensor`): The same values on the host.
 
     Returns:
-        `torch.Tensor`: `values`.
+        `torch.Tensor`: `values` itself.
     """
     if values.device.type != "cpu":
         setattr(values, _KNOWN, on_host)
@@ -45,10 +46,10 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
     Args:
         values (`torch.Tensor`): On the host, and not changed in place from now on; or on the device already.
-        device (`torch.device`): Where to.
+        device (`torch.device`): Where they are needed.
 
     Returns:
-        `torch.Tensor`: The values there.
+        `torch.Tensor`: The values on `device`; `values` itself if they are there already.
     """
     if values.device == device:
         return values
@@ -57,13 +58,13 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def on_host(values: torch.Tensor) -> torch.Tensor:
-    """The values on the host; waits for the device if they are not known.
+    """Brings values to the host; waits for the device if the host has no copy.
 
     Args:
         values (`torch.Tensor`): On any device.
 
     Returns:
-        `torch.Tensor`: On the host.
+        `torch.Tensor`: The values on the host; `values` itself for a tensor on the CPU.
     """
     here = known(values)
     return values.cpu() if here is None else here
@@ -76,7 +77,7 @@ def ask(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         values (`Sequence[torch.Tensor]`): Integers or truth values of any shapes, on any devices.
 
     Returns:
-        `list[torch.Tensor]`: The same on the host, `int64` where they were not known.
+        `list[torch.Tensor]`: The values of each on the host, `int64` where the device had to be asked.
     """
     answers = [known(each) for each in values]
     for device in {each.device for each, here in zip(values, answers, strict=True) if here is None}:
@@ -88,14 +89,14 @@ def ask(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def pick(values: torch.Tensor, index: torch.Tensor | slice | int) -> torch.Tensor:
-    """`values[index]`, known on the host if `values` are.
+    """Indexes the first dimension, and the host's copy with it.
 
     Args:
         values (`torch.Tensor`): On any device.
-        index (`torch.Tensor`, `slice` or `int`): Which of the first dimension; a tensor is on the host.
+        index (`torch.Tensor`, `slice` or `int`): Index into the first dimension; a tensor is on the host.
 
     Returns:
-        `torch.Tensor`: Those.
+        `torch.Tensor`: `values[index]`, known on the host if `values` are.
     """
     there = to_device(index, values.device) if isinstance(index, torch.Tensor) else index
     here = known(values)
@@ -103,14 +104,14 @@ def pick(values: torch.Tensor, index: torch.Tensor | slice | int) -> torch.Tenso
 
 
 def derive(values: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """What a function makes of values, known on the host if they are.
+    """Applies a function to values, and to the host's copy of them.
 
     Args:
         values (`torch.Tensor`): On any device.
         make (`Callable`): From values on any device to a new tensor there.
 
     Returns:
-        `torch.Tensor`: What it makes.
+        `torch.Tensor`: `make(values)`, known on the host if `values` are.
     """
     here = known(values)
     made = make(values)
@@ -125,7 +126,7 @@ def places(mask: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         count (`int`): In how many places it is true.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `int64` `[count]` each.
+        `tuple[torch.Tensor, torch.Tensor]`: Row and column of each place, `int64` `[count]` each.
     """
     if mask.device.type == "cpu":
         row, column = torch.nonzero(mask, as_tuple=True)

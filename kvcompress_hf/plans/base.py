@@ -64,13 +64,13 @@ class PlanView:
         return self.slots_per_page.shape[1]
 
     def of(self, sequences: slice) -> "PlanView":
-        """The view of some sequences.
+        """Picks sequences of the batch.
 
         Args:
-            sequences (`slice`): Which.
+            sequences (`slice`): Their range in the batch.
 
         Returns:
-            `PlanView`: Their view.
+            `PlanView`: A view that shows these sequences alone.
         """
         per_sequence = (
             "importance",

@@ -16,7 +16,7 @@ def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
         view (`PlanView`): Every slot.
 
     Returns:
-        `torch.Tensor`: As from [`Plan.targets`].
+        `torch.Tensor`: The tier to keep each slot in, or `EVICT`, `int64` `[batch, rows, slots]`.
 
     Raises:
         TypeError: If it returned something else.

@@ -90,7 +90,7 @@ class _Attempt:
         """Plans again for what the excess leaves.
 
         Returns:
-            `_Attempt`: With other targets.
+            `_Attempt`: The same attempt with other targets.
         """
         return _attempt(self.plan, self.view, self.excess, self.left - 1)
 

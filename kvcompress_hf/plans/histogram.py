@@ -53,7 +53,7 @@ class SlotCounts:
             depth (`torch.Tensor`): `int32` `[batch, rows, slots]`, from [`bins_below_top`].
 
         Returns:
-            `SlotCounts`: The counts.
+            `SlotCounts`: How many slots lie below each bin, protected ones apart.
         """
         batch, rows = depth.shape[:2]
         kind = view.tier.to(torch.int32) * 2 * BINS  # of each column

@@ -108,7 +108,7 @@ def view_of(view: PlanView, rows: torch.Tensor) -> "FlatRows":
 
     Args:
         view (`PlanView`): Every slot.
-        rows (`torch.Tensor`): Which, `int64` `[n]`.
+        rows (`torch.Tensor`): Indices of the rows, `int64` `[n]`.
 
     Returns:
         `FlatRows`: Importance, positions and filled, each `[batch, 1, rows * slots]`.

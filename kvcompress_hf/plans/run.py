@@ -49,7 +49,7 @@ def cost_of_page(store: PagedStore) -> int:
         store (`PagedStore`): The store.
 
     Returns:
-        `int`: Bytes.
+        `int`: Bytes per page.
     """
     return store.layout.page_bytes + _TABLE_BYTES
 
@@ -91,7 +91,7 @@ def make_limits(
             are allowed what they take in the first tier.
 
     Returns:
-        `Limits`: The limits.
+        `Limits`: What each sequence may hold.
     """
     per_page = torch.cat(
         [torch.tensor([[tier.slots for tier in part.store.layout.tiers]] * part.rows) for part in parts]
@@ -163,7 +163,7 @@ def make_view(
         headroom (`float`): Share of the budget to leave free.
 
     Returns:
-        `PlanView`: The view.
+        `PlanView`: What the plan is given.
     """
     device = slots.filled.device
     sinks, recent = recipe.protect.sinks, recipe.protect.recent

@@ -34,41 +34,24 @@ class PagedAttention(LayerWork):
     # -- one layer -------------------------------------------------------------------------------------------------
 
     def attend(
-        self,
-        layer_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        *,
-        scaling: float,
-        dense: Callable[[], torch.Tensor],
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: torch.Tensor | None = None,
+        self, layer_idx: int, new: AttentionCall, mask: torch.Tensor | None, dense: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        """Attention of new queries over everything stored and the new keys, which are stored on the way.
+        """Attends from new tokens to everything stored and to themselves, and stores them.
 
-        What [`CompressedPagedCache.attend`] says of arguments, result and errors holds here too.
+        What [`CompressedPagedCache.attend`] says of shapes and errors holds here too.
 
         Args:
-            layer_idx (`int`): As there, like the others.
-            query (`torch.Tensor`): After rotary embedding.
-            key (`torch.Tensor`): New tokens only.
-            value (`torch.Tensor`): New tokens only.
-            mask (`torch.Tensor`, *optional*): `attention_mask` there. A token that may not see itself is padding.
-            scaling (`float`): Factor on the logits.
-            dense (`Callable[[], torch.Tensor]`): Used while nothing is stored.
-            softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
-            window (`int`, *optional*): `sliding_window` there.
-            sinks (`torch.Tensor`, *optional*): Extra logit per query head.
+            layer_idx (`int`): Index of the layer.
+            new (`AttentionCall`): The new tokens, keys as the model made them. Position, padding and mask are found
+                here and noted in it.
+            mask (`torch.Tensor`, *optional*): The model's mask. A token that may not see itself is padding.
+            dense (`Callable[[], torch.Tensor]`): The model's own attention, for the first chunk.
 
         Returns:
-            `torch.Tensor`: `[batch, tokens, q_heads, head_dim]`.
+            `torch.Tensor`: Output of attention, `[batch, tokens, q_heads, head_dim]`.
         """
         last = layer_idx == len(self.layers) - 1 and not self._reading_again
         try:
-            new = AttentionCall(query, key, value, None, 0, scaling, softcap, window, sinks)
             output = self._attend(layer_idx, new, mask, dense)
             if last:
                 self._end_forward()
@@ -147,7 +130,7 @@ class PagedAttention(LayerWork):
 
     def _settle_key_shift(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> None:
         """Decides by what keys are centred, for the sequences whose first tokens these are: padding is no token."""
-        if new.softcap is not None or new.sinks is not None:
+        if new.logits.softcap is not None or new.logits.sinks is not None:
             return  # neither a soft cap nor a sink's logit is moved along with the keys' logits, so keys stay whole
         first = None
         if new.position:
@@ -160,7 +143,7 @@ class PagedAttention(LayerWork):
         if real is None and new.valid is not None:
             real = on_host(new.valid)
         seen, _ = aligned(new, real)
-        looks = None if self.recipe.centre_keys else seen.query.detach()[:, :, -32:] * new.scaling
+        looks = None if self.recipe.centre_keys else seen.query.detach()[:, :, -32:] * new.logits.scale
         bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
         store.settle_key_shift(layer.index, seen.key.detach(), seen.valid, looks, bits, first)
 
@@ -168,25 +151,27 @@ class PagedAttention(LayerWork):
         self,
         layer_idx: int,
         source_idx: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        new: AttentionCall,
         mask: torch.Tensor | None,
-        *,
-        scaling: float,
         dense: Callable[[], torch.Tensor],
-        softcap: float | None = None,
-        window: int | None = None,
-        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of a layer that reads the keys and values of an earlier one; nothing is stored or scored.
+        """Attends with the queries of one layer to the keys and values of an earlier one; stores and scores nothing.
 
-        Arguments, result and errors are those of [`CompressedPagedCache.attend_shared`], under the names of [`attend`].
+        What [`CompressedPagedCache.attend_shared`] says of shapes and errors holds here too.
+
+        Args:
+            layer_idx (`int`): Index of the layer that reads.
+            source_idx (`int`): Index of the layer whose keys and values it reads.
+            new (`AttentionCall`): Queries of the layer that reads, new keys and values of the other.
+            mask (`torch.Tensor`, *optional*): The model's mask.
+            dense (`Callable[[], torch.Tensor]`): The model's own attention, for the first chunk.
+
+        Returns:
+            `torch.Tensor`: Output of attention, `[batch, queries, q_heads, head_dim]`.
         """
         last = layer_idx == len(self.layers) - 1
         try:
-            read = None if mask is None else self._read_mask(mask)
-            new = AttentionCall(query, key, value, None, 0, scaling, softcap, window, sinks, read)
+            new.mask = None if mask is None else self._read_mask(mask)
             output = self._attend_shared(layer_idx, source_idx, new, dense)
             if last:
                 self._end_forward()

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.kernels import Tail
+from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.store import PagedStore
 
 # An additive mask forbids by its dtype's least number, by -inf, or by hand by -1e4 and less: softmax makes 0 of all.
@@ -15,72 +15,42 @@ _FORBIDS = -9_999.0
 
 
 @dataclass(slots=True)
-class AttentionCall:
-    """Queries, keys and values of new tokens of one layer, and how they attend.
+class AttentionCall(NewTokens):
+    """New tokens of one layer, and which of them may see which.
 
     Args:
-        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
-        key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred where the cache centres keys.
-        value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
-        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
-        position (`int`): Logical position of the first token.
-        scaling (`float`): Factor on the logits.
-        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`.
-        window (`int`, *optional*): Sliding window in tokens.
-        sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
-        mask (`Mask`, *optional*): Who of the new tokens sees whom.
+        query (`torch.Tensor`): As in [`NewTokens`], like the others that are not named here.
+        mask (`Mask`, *optional*): Which new tokens a query may see; `None` for causal attention.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    valid: torch.Tensor | None
-    position: int
-    scaling: float
-    softcap: float | None
-    window: int | None
-    sinks: torch.Tensor | None
     mask: "Mask | None" = None
-
-    @property
-    def tokens(self) -> int:
-        """`int`: How many there are."""
-        return self.key.shape[2]
-
-    def sink_logits(self) -> torch.Tensor | None:
-        """The sinks as kernels take them.
-
-        Returns:
-            `torch.Tensor` or `None`: float32 `[q_heads]`.
-        """
-        return None if self.sinks is None else self.sinks.detach().float().contiguous()
 
     def detached(self) -> "AttentionCall":
         """The same tokens without a gradient.
 
         Returns:
-            `AttentionCall`: They.
+            `AttentionCall`: A copy whose queries, keys and values share memory with these, outside of autograd.
         """
         return replace(self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
 
     def select(self, index: torch.Tensor) -> "AttentionCall":
-        """The same tokens of other sequences.
+        """Picks sequences, as beam search does.
 
         Args:
             index (`torch.Tensor`): `int64` `[new batch]`.
 
         Returns:
-            `AttentionCall`: Sequence `i` is what sequence `index[i]` was.
+            `AttentionCall`: A copy whose sequence `i` is this one's sequence `index[i]`.
         """
         at = index.to(self.key.device)
         valid = None if self.valid is None else self.valid[at]
         return replace(self, query=self.query[at], key=self.key[at], value=self.value[at], valid=valid)
 
     def singly(self) -> "Iterator[AttentionCall]":
-        """The tokens one by one.
+        """Goes through the tokens one by one, oldest first.
 
         Yields:
-            `AttentionCall`: One token.
+            `AttentionCall`: A single token at its position, without a mask: it sees everything before it.
         """
         for token in range(self.tokens):
             one = slice(token, token + 1)
@@ -99,17 +69,17 @@ class AttentionCall:
         position: int,
         key_position: int | None = None,
     ) -> torch.Tensor:
-        """Attention over what is stored and the new tokens, which are not stored here.
+        """Attends to what is stored and to the new tokens; stores nothing.
 
         Args:
-            store (`PagedStore`): Where the past is.
-            layer (`int`): Place of the layer among the store's.
-            tail (`Tail`): Its tail.
-            position (`int`): Position of the first query.
-            key_position (`int`, *optional*): Position of the first key, where it is another.
+            store (`PagedStore`): Holds the past of the layer.
+            layer (`int`): Place of the layer among the store's layers.
+            tail (`Tail`): Tail of the layer, or a part of it.
+            position (`int`): Logical position of the first query.
+            key_position (`int`, *optional*): Logical position of the first new key; `position` when left out.
 
         Returns:
-            `torch.Tensor`: `[batch, queries, q_heads, head_dim]`.
+            `torch.Tensor`: Output of attention, `[batch, queries, q_heads, head_dim]`.
         """
         allowed, bias = (None, None) if self.mask is None else self.mask.parts()
         if allowed is not None and allowed.shape[0] != self.query.shape[0]:  # one mask for all sequences
@@ -117,22 +87,18 @@ class AttentionCall:
             allowed = allowed.expand(batch, -1, -1).contiguous()
             bias = None if bias is None else bias.expand(batch, -1, -1).contiguous()
         with store.reading:  # pages and tables stay where they are
-            attended = store.backend.chunk_attention(
+            return store.backend.chunk_attention(
                 self.query,
                 self.key,
                 self.value,
                 store.rows(layer),
                 tail,
                 position=position,
+                logits=self.logits,
                 key_position=key_position,
-                scale=self.scaling,
-                softcap=self.softcap,
-                window=self.window,
-                sinks=self.sink_logits(),
                 allowed=allowed,
                 bias=bias,
             )
-        return cast(torch.Tensor, attended)  # without return_lse it is the output alone
 
 
 class Mask:
@@ -158,7 +124,7 @@ class Mask:
             batch (`int`): Sequences.
 
         Returns:
-            `torch.Tensor`: `bool` `[batch, tokens]`.
+            `torch.Tensor`: True for real tokens, `bool` `[batch, tokens]`.
 
         Raises:
             UnsupportedFeatureError: If the mask is not over the new tokens only.
@@ -181,7 +147,7 @@ class Mask:
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
-        """`list[torch.Tensor | None]`: All that it keeps."""
+        """`list[torch.Tensor | None]`: The mask itself and what was read from it so far, for counting bytes."""
         return [self.tensor, self._real, *(self._parts or ())]
 
     @property
@@ -204,11 +170,11 @@ class Mask:
             )
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What it says.
+        """Splits the mask into what it forbids and what it adds, when first asked; later calls get the same tensors.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Who of the new tokens sees whom, and what is added to the logits
-            if anything is, each `[batch, queries, tokens]`.
+            `tuple[torch.Tensor, torch.Tensor | None]`: Which new tokens each query may see, `bool`; and what is added
+            to the logits, float32, `None` where that is nothing. Each `[batch, queries, tokens]`.
         """
         if self._parts is None:
             self._check_heads()

@@ -159,7 +159,7 @@ class Compression:
             return  # every sequence had tokens before
         padding = None if real_on_host is None else (~real_on_host).sum(1)
         tiers = [TIERS[name] for name in self.state.recipe.tiers]
-        measured = measure_distortion(new.query, new.key, new.value, new.scaling, tiers, padding)
+        measured = measure_distortion(new.query, new.key, new.value, new.logits.scale, tiers, padding)
         if before is not None:
             before = to_device(before, measured.device)
             measured = torch.where(before.isnan(), measured, before)
@@ -296,7 +296,7 @@ class Compression:
             tokens (`int`): New tokens to be packed besides the tails.
 
         Returns:
-            `bool`: Whether it fits now.
+            `bool`: True if the next packing fits now.
         """
         state = self.state
         if state.max_bytes is None or state.recording or not (tokens or packs_next(state)):
@@ -366,7 +366,7 @@ class Compression:
         """The error to raise where [`Compression.make_room`] could not, before the change is taken back.
 
         Returns:
-            `CacheMemoryError`: Not raised yet.
+            `CacheMemoryError`: The error, for the caller to raise.
         """
         note = self.rollback.note
         seen = self.state.seen if note is None else note.counters.seen

@@ -47,30 +47,16 @@ class LayerWork(Past):
         before = store.tail_lengths[layer.index].clone() if fields else None
         valid = new.valid
         with store.reading:  # pages and tables stay where they are
-            sinks = new.sinks
-            plan_key = (
-                tensors.version,
-                layer.group,
-                new.scaling,
-                new.softcap,
-                new.window,
-                None if sinks is None else sinks.data_ptr(),
-                sum_field,
-                square_field,
-                centred,
-            )
+            plan_key = (tensors.version, layer.group, new.logits, sum_field, square_field, centred)
             plan = tensors.plans.get(layer.index)
             if plan is None or layer.plan_key != plan_key:
                 plan = tensors.plans[layer.index] = store.backend.plan_decode(
                     store.rows(layer.index),
                     replace(store.tail(layer.index), used=layer.tail_used),
-                    scale=new.scaling,
-                    softcap=new.softcap,
-                    window=new.window,
-                    sinks=new.sink_logits(),
+                    logits=new.logits,
+                    q_heads=new.query.shape[1],
                     sum_field=sum_field,
                     square_field=square_field,
-                    q_heads=new.query.shape[1],
                     key_shift=None if centred else store.key_shift_of(layer.index),
                 )
                 layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
@@ -106,20 +92,7 @@ class LayerWork(Past):
         store.reserve_tail(layer.tail_used)
         if store.arena.shared:
             store.own_all()  # observers write into the fields of what is stored
-        chunk = Chunk(
-            store=store,
-            layer=layer.index,
-            query=new.query,
-            keys=new.key,
-            values=new.value,
-            position=layer.seen,
-            scale=new.scaling,
-            softcap=new.softcap,
-            window=new.window,
-            sinks=new.sink_logits(),
-            valid=new.valid,
-            inv_freq=self.inv_freq,
-        )
+        chunk = Chunk(store=store, layer=layer.index, new=new, inv_freq=self.inv_freq)
         fields: dict[str, torch.Tensor] = {}
         with store.reading:
             if self._reading_again:

@@ -15,13 +15,13 @@ BEST = 0  # new slots enter the first tier
 
 
 def describe_of(state: CacheState) -> Describe | None:
-    """What makes slot fields from keys and values, where the recipe's observer wants such.
+    """Finds the function that makes slot fields from keys and values, where the recipe's observer has such fields.
 
     Args:
         state (`CacheState`): The cache.
 
     Returns:
-        `Callable` or `None`: See [`PagedStore.describe`].
+        `Callable` or `None`: The function, as [`PagedStore.describe`] calls it; `None` if there are no such fields.
     """
     observer = state.recipe.observer
     return partial(checked.describe, observer) if observer is not None and observer.describes else None

@@ -73,7 +73,7 @@ def padding_first(positions: Tensor, runs: Tensor | None) -> Tensor:
         runs (`torch.Tensor`, *optional*): `int64` `[batch, runs, 2]`, all padding of each sequence.
 
     Returns:
-        `torch.Tensor`: `int32` `[batch, rows, slots]`.
+        `torch.Tensor`: The moved positions, `int32` `[batch, rows, slots]`.
     """
     if runs is None or not bool(((runs[..., 0] > 0) & (runs[..., 1] > 0)).any()):
         return positions
@@ -121,7 +121,7 @@ def put_back(fields: dict[str, Tensor], order: Tensor | None) -> dict[str, Tenso
         order (`torch.Tensor`, *optional*): As from [`aligned`].
 
     Returns:
-        `dict[str, torch.Tensor]`: `[batch, kv_heads, tokens]`.
+        `dict[str, torch.Tensor]`: Fields by name in that order, `[batch, kv_heads, tokens]`.
     """
     if order is None:
         return fields

@@ -48,7 +48,7 @@ class Past(CacheState):
     # -- forward passes --------------------------------------------------------------------------------------------
 
     def _read_mask(self, mask: torch.Tensor) -> Mask:
-        """The mask as it was read by an earlier layer of this forward pass, if that got the same one."""
+        """Reads a mask once per forward pass: layers that are given the same tensor get the same [`Mask`]."""
         read = self._masks.get(id(mask))
         if read is None:
             read = Mask(mask)
@@ -252,10 +252,10 @@ class Past(CacheState):
         self.rollback.closed = None
 
     def fork(self: _Self) -> _Self:
-        """A copy that shares pages until one of the two writes to them.
+        """Makes a second past out of this one; pages are shared until one of the two writes to them.
 
         Returns:
-            `PagedAttention`: The copy.
+            `PagedAttention`: The new past, with the same tokens.
         """
         self.settle()
         other = type(self)(
@@ -270,11 +270,11 @@ class Past(CacheState):
         return other
 
     def tensors_aside(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Everything that is kept besides arenas and the tensors of stores.
+        """Lists every tensor that is kept besides arenas and the tensors of stores, for counting bytes.
 
         Returns:
-            `tuple[list[torch.Tensor], list[torch.Tensor]]`: What is known of sequences or was noted to go back to; and
-            tokens that are held back.
+            `tuple[list[torch.Tensor], list[torch.Tensor]]`: Tensors of counters, masks and notes; and queries, keys,
+            values and padding of tokens that are held back.
         """
         note, rest = self.rollback.note, [self.inv_freq if self.batch else None, self._new_valid]
         rest += [None if each is None else each.keys for each in (self._beginning, self._stopped)]
@@ -290,10 +290,10 @@ class Past(CacheState):
         return [each for each in rest if each is not None], [each for each in tokens if each is not None]
 
     def state(self) -> AttentionState:
-        """What a file must hold besides the stores; see [`CacheState.state`].
+        """Collects what a file must hold besides the stores; see [`CacheState.state`].
 
         Returns:
-            `AttentionState`: Numbers and tensors.
+            `AttentionState`: The counters of this past, and what was measured.
 
         Raises:
             RuntimeError: If a forward pass is under way, recorded tokens wait for `crop`, or the cache is closed.
@@ -314,7 +314,7 @@ class Past(CacheState):
         """How many more tokens fit into the tail before it is packed.
 
         Returns:
-            `int`: Tokens, at least 0.
+            `int`: Number of tokens, at least 0.
         """
         used = max((self.tail_used(owned) for owned in self.owned.values()), default=0)
         return max(0, self.recipe.when.every - used)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import pick, to_device
 from kvcompress_hf.recipe import Recipe
@@ -53,6 +54,9 @@ class LayerState:
         held (`list[AttentionCall]`): The newest tokens while past recording is on, oldest first.
         plan_key (`tuple`): What its store's decode plan was made for.
         plan_room (`int`): Tokens the tail had room for then.
+        logits (`Logits`, *optional*): As made at its last call; see [`LayerState.logits_of`].
+        sinks (`torch.Tensor`, *optional*): What the model gave as sinks then.
+        sinks_stamp (`tuple[int, int]`, *optional*): Where those were and how often they had been written to.
     """
 
     window: int | None
@@ -67,13 +71,45 @@ class LayerState:
     held: list[AttentionCall] = field(default_factory=list)
     plan_key: tuple[object, ...] = (None,)
     plan_room: int = 0
+    logits: Logits | None = None
+    sinks: torch.Tensor | None = None
+    sinks_stamp: tuple[int, int] | None = None
+
+    def logits_of(self, scale: float, softcap: float | None, window: int | None, sinks: torch.Tensor | None) -> Logits:
+        """How the layer makes logits, as kernels take it.
+
+        Args:
+            scale (`float`): Factor on the logits.
+            softcap (`float`, *optional*): Soft cap on the logits.
+            window (`int`, *optional*): Sliding window in tokens.
+            sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`, in any dtype.
+
+        Returns:
+            `Logits`: The very object of the last call where nothing has changed since, so that what was prepared for
+            it is used again and the sinks are converted once.
+        """
+        logits, stamp = self.logits, None
+        if sinks is not None:  # inference tensors do not count how often they are written to
+            stamp = (sinks.data_ptr(), 0 if sinks.is_inference() else sinks._version)
+        if (
+            logits is None
+            or logits.scale != scale
+            or logits.softcap != softcap
+            or logits.window != window
+            or sinks is not self.sinks
+            or stamp != self.sinks_stamp
+        ):
+            converted = None if sinks is None else sinks.detach().float().contiguous()
+            logits = self.logits = Logits(scale, softcap, window, converted)
+            self.sinks, self.sinks_stamp = sinks, stamp
+        return logits
 
     def grows(self, tokens: int, valid: torch.Tensor | None) -> None:
         """Notes new tokens in the tail.
 
         Args:
-            tokens (`int`): How many.
-            valid (`torch.Tensor`, *optional*): Where given, some may be padding.
+            tokens (`int`): How many new tokens there are, padding included.
+            valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`; where it is given, some may be padding.
         """
         self.tail_used += tokens
         if valid is not None:
@@ -91,7 +127,7 @@ class LayerState:
             changes: Fields that are to be different.
 
         Returns:
-            `LayerState`: The copy.
+            `LayerState`: A copy with a list of held tokens of its own, for which no decode plan has been made yet.
         """
         return replace(self, **{"held": list(self.held), "plan_key": (None,), **changes})
 
@@ -141,7 +177,7 @@ class Counters:
         """A copy that does not change with this one.
 
         Returns:
-            `Counters`: The copy; tensors are shared, as they are never changed in place.
+            `Counters`: A copy that shares the tensors, as those are never changed in place.
         """
         other = object.__new__(Counters)
         other.__dict__.update(self.__dict__)
@@ -161,13 +197,13 @@ class Counters:
         self.padding, self.gaps = self.padding - gone, left
 
     def select(self, index: torch.Tensor) -> "Counters":
-        """The same for other sequences.
+        """Picks sequences of the batch.
 
         Args:
             index (`torch.Tensor`): `int64` `[new batch]` on the host.
 
         Returns:
-            `Counters`: A copy for these.
+            `Counters`: A copy whose sequence `i` is this one's sequence `index[i]`.
         """
         recipes = self.recipes
         return replace(

@@ -54,7 +54,7 @@ class Note:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """`list[torch.Tensor]`: Of stores, as they were."""
+        """`list[torch.Tensor]`: What the notes of stores keep alive, for counting bytes."""
         of_stores = (noted.tensors.values() for noted in self.stores.values())
         fields = (values for noted in self.stores.values() for *_, values in noted.fields)
         return [*(tensor for tensors in of_stores for tensor in tensors), *fields]
@@ -112,7 +112,7 @@ class Rollback:
             renewed (`bool`): Whether what the change under way has done so far stays.
 
         Returns:
-            `Note`: The note.
+            `Note`: What was noted, which is `self.note` from now on.
         """
         state = self.state
         noted = {
@@ -145,7 +145,7 @@ class Rollback:
         """Says that stored slots are going to be written over; from here on a change can only end or close the cache.
 
         Args:
-            what (`str`): What does so, for the message.
+            what (`str`): The change that writes over them, as the first words of a message.
         """
         if self.note is not None:
             self.note.overwriting = what
@@ -232,13 +232,10 @@ class Rollback:
                 plan = store.backend.plan_decode(
                     store.rows(layer.index),
                     replace(store.tail(layer.index), used=None),
-                    scale=new.scaling,
-                    softcap=new.softcap,
-                    window=new.window,
-                    sinks=new.sink_logits(),
+                    logits=new.logits,
+                    q_heads=new.query.shape[1],
                     sum_field=observer.sum_field,
                     square_field=observer.square_field,
-                    q_heads=new.query.shape[1],
                 )
                 valid = None if new.valid is None else new.valid[:, 0]
                 again = partial(plan.run, new.query.detach(), None, None, new.position, valid, append=False)
@@ -284,7 +281,7 @@ class Rollback:
         """Refuses a cache that had to be closed.
 
         Raises:
-            RuntimeError: If it had to be.
+            RuntimeError: If the cache had to be closed; the message says why.
         """
         if self.closed is not None:
             raise RuntimeError(self.closed)

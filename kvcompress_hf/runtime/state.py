@@ -124,7 +124,8 @@ class CacheState:
         """Slots kept in each row.
 
         Returns:
-            `list[torch.Tensor]`: One `int64` `[batch, kv_heads]` per layer; empty for a layer that never ran.
+            `list[torch.Tensor]`: Slots of each row, `int64` `[batch, kv_heads]` per layer of the model; a layer that
+            never ran has no rows.
         """
         slots = {id(owned.store): owned.store.slots() for owned in self.owned.values()}
         return [
@@ -135,10 +136,10 @@ class CacheState:
         ]
 
     def dense_bytes(self) -> int:
-        """What a `DynamicCache` would hold after the same tokens, padding included.
+        """Works out what a `DynamicCache` would hold after the same tokens, padding included.
 
         Returns:
-            `int`: Bytes.
+            `int`: Bytes of its keys and values.
         """
         total = 0
         for layer in self.layers:
@@ -155,13 +156,13 @@ class CacheState:
     # -- tails -----------------------------------------------------------------------------------------------------
 
     def tail_used(self, owned: StoreLayers) -> int:
-        """Most slots any sequence has in the tail of a store.
+        """Finds the longest tail of a store.
 
         Args:
-            owned (`StoreLayers`): The store.
+            owned (`StoreLayers`): The store and its layers.
 
         Returns:
-            `int`: Slots.
+            `int`: Slots of the sequence that has the most there.
         """
         return max((self.layers[index].tail_used for index in owned.layers), default=0)
 
@@ -197,10 +198,10 @@ class CacheState:
             known_as(asked, answer)
 
     def losses(self) -> list[torch.Tensor]:
-        """What was measured of each layer, on the host: all that is not there yet comes at once.
+        """Brings the measured losses of all layers to the host, by one transfer per device.
 
         Returns:
-            `list[torch.Tensor]`: Each float32 `[batch, kv_heads, tiers]`.
+            `list[torch.Tensor]`: The losses of each layer that was measured, float32 `[batch, kv_heads, tiers]`.
         """
         distortion = self.counters.distortion
         bits = ask([losses.view(torch.int32) for losses in distortion.values()])
@@ -226,10 +227,10 @@ class CacheState:
             key (`torch.Tensor`): Its first keys, `[batch, kv_heads, tokens, head_dim]`.
 
         Returns:
-            `PagedStore`: The store.
+            `PagedStore`: The store in which the layer has its rows from now on.
 
         Raises:
-            ValueError: If they are of another batch.
+            ValueError: If the keys are of another batch than the cache holds.
         """
         layer = self.layers[layer_idx]
         batch, heads, _, head_dim = key.shape
@@ -281,7 +282,7 @@ class CacheState:
         ]
 
     def state(self) -> AttentionState:
-        """What a file must hold besides the stores; the inverse of [`CacheState.load_state`].
+        """Collects what a file must hold besides the stores; the inverse of [`CacheState.load_state`].
 
         Returns:
             `AttentionState`: Numbers and tensors that are not changed in place later.
@@ -332,14 +333,14 @@ class CacheState:
 
 
 def layout_for(recipe: Recipe, geometry: Geometry) -> kernels.PageLayout:
-    """What the pages of a cache look like.
+    """Works out what the pages of a cache look like.
 
     Args:
         recipe (`Recipe`): Its recipe: tiers, page size, and whether slots need positions and scores.
         geometry (`Geometry`): Shape and dtype of the keys.
 
     Returns:
-        `PageLayout`: The layout.
+        `PageLayout`: Size and sections of a page in each of the recipe's tiers.
 
     Raises:
         ValueError: If the recipe's `page_bytes` cannot hold a page, or `head_dim` is not supported.

@@ -58,7 +58,7 @@ def make_up(query: Tensor, key: Tensor, length: int, scaling: float | None, laye
         dtype (`torch.dtype`): The dtype to round to.
 
     Returns:
-        `MadeUp`: Of `length` tokens.
+        `MadeUp`: Queries, keys and values of `length` tokens.
     """
     rows, q_heads, _, head_dim = query.shape
     generator = torch.Generator().manual_seed(layer + 1)

@@ -249,7 +249,7 @@ def behind_a_past(config: PreTrainedConfig, notes: Notes, shapes: dict[int, Tens
         shapes (`dict[int, Tensor]`): As in [`Notes`], of an earlier trial.
 
     Returns:
-        `StockCache`: The cache.
+        `StockCache`: A cache that holds the past.
     """
     return _PastCache(config, notes, shapes)
 

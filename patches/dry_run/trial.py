@@ -79,7 +79,7 @@ def reading(model: PreTrainedModel) -> Trial:
         model (`PreTrainedModel`): The model.
 
     Returns:
-        `Trial`: On the model's device.
+        `Trial`: A trial whose tensors are on the model's device.
     """
     ids = _ordinary_ids(model, 2, sum(_READING))
     real = torch.ones_like(ids, dtype=torch.bool)

@@ -201,7 +201,11 @@ def test_pages_stay_where_they_are_while_a_cache_is_saved(model, tmp_path, monke
 PROCESS = """
 import os, threading, torch, kvcompress_hf as kvc
 from kvcompress_hf.presets import resolve_rows
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
+
+logits = Logits(0.125)
 
 def shapes(tokens):
     return [torch.randn(2, heads, tokens, 64, generator=random) for heads in (8, 2, 2)]
@@ -211,7 +215,7 @@ def run(recipe, attention=None, tokens=(2000, 40, *[1] * 20)):
     found = []
     for n in tokens:
         q, k, v = (each[:, :, :n] for each in drawn)
-        found.append(attention.attend(0, q, k, v, None, scaling=0.125, dense=lambda: q.transpose(1, 2)))
+        found.append(attention.attend(0, AttentionCall(q, k, v, logits), None, lambda: q.transpose(1, 2)))
     return torch.cat(found, 1), attention
 
 random = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress_hf.kernels import ReferenceBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels import Logits, ReferenceBackend, Rows, Tail, page_layout
 from kvcompress_hf.kernels.cuda import CudaBackend
 from kvcompress_hf.kernels.host_shim import ORDERS, ShimError, build_shim, shim_backend
 
@@ -72,6 +72,11 @@ class Twins:
                 got, wanted = (getattr(tail, name)[b, :, :n] for tail in (self.tail, self.expected_tail))
                 assert torch.equal(got, wanted)
             assert torch.equal(self.tail.positions[b, :n], self.expected_tail.positions[b, :n])
+
+    @staticmethod
+    def asked(scale: float, softcap=None, window=None, sinks=None, **options) -> dict:
+        """Options of an attention operation, how logits are made among them."""
+        return {"logits": Logits(scale, softcap, window, sinks), **options}
 
 
 def _make(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from conftest import _make
 
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.host_shim import shim_backend
 
 backend = shim_backend(Path(sys.argv[1]), "shuffled")
@@ -32,15 +33,15 @@ for head_dim, group, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHA
         backend.retier(rows, row, tier, src, (tier + 1) % len(tiers), dst)
         backend.read_slots(rows, tier, 50)
         backend.write_field(rows, tier, "sum", torch.zeros(4, 50))
-    backend.chunk_attention(q, k, v, rows, tail, position=900, scale=0.1, return_lse=True)
-    backend.chunk_attention(q[:, :, :1], k, v, rows, tail, position=900, scale=0.1, window=99)
+    backend.chunk_attention(q, k, v, rows, tail, position=900, logits=Logits(0.1))
+    backend.chunk_attention(q[:, :, :1], k, v, rows, tail, position=900, logits=Logits(0.1, window=99))
     many = [twins.randn(heads, 70) for heads in (6, 2, 2)]
-    backend.chunk_attention(*many, rows, None, position=900, scale=0.1)
-    backend.window_scores(q, k, rows, tail, position=900, key_position=900, scale=0.1, exclude=2, window=99)
+    backend.chunk_attention(*many, rows, None, position=900, logits=Logits(0.1))
+    backend.window_scores(q, k, rows, tail, position=900, key_position=900, logits=Logits(0.1, window=99), exclude=2)
     backend.append(tail, k[:, :, :3], v[:, :, :3], 900)
     token = (x[:, :, :1] for x in (q, k, v))
     statistics = dict(sum_field="sum", square_field="square")
-    backend.decode_attention(*token, rows, tail, position=903, scale=0.1, window=800, **statistics)
+    backend.decode_attention(*token, rows, tail, position=903, logits=Logits(0.1, window=800), **statistics)
     if "broken" in sys.argv:
         rows.slab_addresses += 2 * rows.layout.page_bytes  # reaches behind the slabs
         for tier in range(len(tiers)):

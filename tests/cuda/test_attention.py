@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress_hf.kernels import Logits
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TIERS = [(0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2)]
 
@@ -13,6 +15,7 @@ def decode(twins, backend, exact, close, *, position=1000, valid=None, append=Tr
     q = twins.randn(twins.kv_heads * twins.group, 1)
     k, v = twins.randn(twins.kv_heads, 1), twins.randn(twins.kv_heads, 1)
     options |= dict(position=position, valid=valid, append=append, scale=scale or q.shape[-1] ** -0.5)
+    options = twins.asked(**options)
     actual = backend.decode_attention(q, k, v, twins.rows, twins.tail, **options)
     expected = exact.decode_attention(q, k, v, twins.expected_rows, twins.expected_tail, **options)
     close(actual, expected, twins.rows.layout.dtype)
@@ -106,8 +109,8 @@ def test_statistics(make_twins, backend, exact, close, head_dim, group):
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_a_plan_outlives_a_full_tail(make_twins, shim, exact, close, head_dim):
     twins = make_twins(head_dim=head_dim, capacity=4, tail_lengths=(2, 1))
-    plan = shim.plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8)
-    expected = exact.plan_decode(twins.expected_rows, twins.expected_tail, scale=0.1, q_heads=8)
+    plan = shim.plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)
+    expected = exact.plan_decode(twins.expected_rows, twins.expected_tail, logits=Logits(0.1), q_heads=8)
 
     def step(position):
         q, k, v = twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1)
@@ -128,7 +131,7 @@ def test_a_plan_outlives_a_full_tail(make_twins, shim, exact, close, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_a_plan_takes_the_shift_off_new_keys(make_twins, shim, exact, close, head_dim):
     twins = make_twins(head_dim=head_dim)
-    options = dict(scale=0.1, q_heads=8, key_shift=twins.randn(2, 1).contiguous())
+    options = dict(logits=Logits(0.1), q_heads=8, key_shift=twins.randn(2, 1).contiguous())
     plan = shim.plan_decode(twins.rows, twins.tail, **options)
     expected = exact.plan_decode(twins.expected_rows, twins.expected_tail, **options)
     for position in (7, 8):
@@ -139,7 +142,7 @@ def test_a_plan_takes_the_shift_off_new_keys(make_twins, shim, exact, close, hea
 
 def test_a_plan_says_what_is_wrong(make_twins, shim):
     twins = make_twins()
-    plan = shim.plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8)
+    plan = shim.plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)
     q, k = twins.randn(8, 1), twins.randn(2, 1)
     for arguments, message in [
         ((q[:, :4], k, k), "q must have shape"),
@@ -180,11 +183,10 @@ def test_chunk(make_twins, backend, exact, close, options, shape):
         options["sinks"] = torch.linspace(-4, 4, heads)
     tail, expected_tail = (None, None) if options.pop("bare", False) else (twins.tail, twins.expected_tail)
     q, k, v = twins.randn(heads, n_q), twins.randn(twins.kv_heads, n_k), twins.randn(twins.kv_heads, n_k)
-    options = dict(position=1000, scale=0.1, return_lse=True) | options
-    actual, lse = backend.chunk_attention(q, k, v, twins.rows, tail, **options)
-    expected, expected_lse = exact.chunk_attention(q, k, v, twins.expected_rows, expected_tail, **options)
+    options = twins.asked(**dict(position=1000, scale=0.1) | options)
+    actual = backend.chunk_attention(q, k, v, twins.rows, tail, **options)
+    expected = exact.chunk_attention(q, k, v, twins.expected_rows, expected_tail, **options)
     close(actual, expected, twins.rows.layout.dtype)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
     twins.assert_same_pages()
     twins.assert_same_tail()
 
@@ -213,7 +215,7 @@ def test_window_scores(make_twins, backend, exact, options, shape):
     if options.pop("sinks", False):
         options["sinks"] = torch.linspace(-3, 3, heads)
     q, k = twins.randn(heads, n_q), twins.randn(twins.kv_heads, n_k)
-    options = dict(position=1000, key_position=1000 + n_q - n_k, scale=0.1) | options
+    options = twins.asked(**dict(position=1000, key_position=1000 + n_q - n_k, scale=0.1) | options)
     expected = exact.column_scores(q, k, twins.expected_rows, twins.expected_tail, **options)
     both = backend.column_scores(q, k, twins.rows, twins.tail, **options)
     one = backend.window_scores(q, k, twins.rows, twins.tail, power=power, **options)

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from kvcompress_hf.kernels import dispatch
+from kvcompress_hf.kernels import Logits, dispatch
 from kvcompress_hf.kernels.cuda import CudaBackend, CudaLauncher, DriverError, driver, images, load_driver, nvrtc
 
 STREAM = types.SimpleNamespace(cuda_stream=0)
@@ -37,7 +37,7 @@ def test_launch_through_the_driver(make_twins, exact, close, shim_library, elf, 
     backend = CudaBackend(launcher)
     twins = make_twins(tiers=[(8, 4), (4, 2)])
     q, k, v = twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1)
-    options = dict(position=900, scale=0.1, sum_field="sum")
+    options = dict(position=900, logits=Logits(0.1), sum_field="sum")
     actual = backend.decode_attention(q, k, v, twins.rows, twins.tail, **options)
     expected = exact.decode_attention(q, k, v, twins.expected_rows, twins.expected_tail, **options)
     close(actual, expected, torch.float16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.cuda import CudaBackend
 from kvcompress_hf.kernels.host_shim import ShimLauncher
 
@@ -49,7 +50,7 @@ def recorder(request, shim_library, monkeypatch):
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_a_captured_step_replays(make_twins, recorder, exact, close, head_dim):
     twins = make_twins(tiers=[(8, 4), (4, 2)], head_dim=head_dim, capacity=12)
-    options = dict(scale=0.1, window=180, sum_field="sum", square_field="square", q_heads=8)
+    options = dict(logits=Logits(0.1, window=180), sum_field="sum", square_field="square", q_heads=8)
     plan = CudaBackend(recorder).plan_decode(twins.rows, twins.tail, **options)
     expected = exact.plan_decode(twins.expected_rows, twins.expected_tail, **options)
     static = [twins.randn(heads, 1).clone() for heads in (8, 2, 2)]
@@ -83,7 +84,7 @@ def test_a_captured_step_replays(make_twins, recorder, exact, close, head_dim):
 
 def test_replays_beyond_the_tail_write_nothing(make_twins, recorder):
     twins = make_twins(capacity=8, tail_lengths=(5, 5))
-    plan = CudaBackend(recorder).plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8)
+    plan = CudaBackend(recorder).plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)
     new = [twins.randn(heads, 1) for heads in (8, 2, 2)]
     plan.run(*new, 300)
     recorder.recording = True
@@ -98,7 +99,7 @@ def test_replays_beyond_the_tail_write_nothing(make_twins, recorder):
 
 def test_capturing_needs_a_step_before_it(make_twins, recorder):
     twins = make_twins()
-    plan = CudaBackend(recorder).plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8)
+    plan = CudaBackend(recorder).plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)
     new = [twins.randn(heads, 1) for heads in (8, 2, 2)]
     recorder.recording = True
     with pytest.raises(RuntimeError, match="this one is at 300, the last known is 0: run a step first"):
@@ -116,7 +117,7 @@ def test_capturing_needs_a_step_before_it(make_twins, recorder):
 def test_a_plan_made_in_inference_mode_may_be_used_outside(make_twins, shim):
     twins = make_twins()
     with torch.inference_mode():
-        plan = shim.plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8)
+        plan = shim.plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)
     new = [twins.randn(heads, 1) for heads in (8, 2, 2)]
     plan.run(*new, 300)
     plan.run(*new, 400)

@@ -13,6 +13,7 @@ def compare(twins, backend, exact, n_q, *, n_k=None, bare=False, **options):
     heads, n_k = twins.kv_heads * twins.group, n_q if n_k is None else n_k
     q, k = twins.randn(heads, n_q), twins.randn(twins.kv_heads, n_k)
     options = dict(position=3000, key_position=3000 + n_q - n_k, scale=q.shape[-1] ** -0.5) | options
+    options = twins.asked(**options)
     tails = (None, None) if bare else (twins.tail, twins.expected_tail)
     wanted = [
         *exact.column_scores(q, k, twins.expected_rows, tails[1], **options),

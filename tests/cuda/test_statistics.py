@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.cuda import CudaBackend
 from kvcompress_hf.kernels.host_shim import ORDERS, ShimError, ShimLauncher
 
@@ -35,7 +36,7 @@ def compare(twins, launcher, exact, close, *, steps=2, **options):
     valid = options.pop("valid", None)
     q_heads = twins.kv_heads * twins.group
     position, append = options.pop("position", 1000), options.pop("append", True)
-    options = dict(scale=0.1, q_heads=q_heads) | options
+    options = twins.asked(**dict(scale=0.1, q_heads=q_heads) | options)
     plans = (
         backend.plan_decode(twins.rows, twins.tail, **options),
         exact.plan_decode(twins.expected_rows, twins.expected_tail, **options),
@@ -99,14 +100,14 @@ def test_options(make_twins, shim_library, exact, close, options):
 
 def test_without_statistics_nobody_waits(make_twins, shim_library):
     twins, launcher = make_twins(), Counter(shim_library)
-    plan = CudaBackend(launcher).plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8)
+    plan = CudaBackend(launcher).plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)
     plan.run(twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1), 300)
     assert launcher.launches == [("kvc_decode_64_f16_8", False)]
 
 
 def test_other_shapes_add_them_up_afterwards(make_twins, shim_library):
     twins, launcher = make_twins(head_dim=48), Counter(shim_library)
-    plan = CudaBackend(launcher).plan_decode(twins.rows, twins.tail, scale=0.1, q_heads=8, sum_field="sum")
+    plan = CudaBackend(launcher).plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8, sum_field="sum")
     plan.run(twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1), 300)
     assert launcher.launches[-1] == ("kvc_statistics", False)
 
@@ -118,5 +119,5 @@ def test_the_shim_notices_a_wait_for_blocks_that_do_not_run(make_twins, shim_lib
     with pytest.raises(ShimError, match="wait for each other for ever"):
         backend.decode_attention(
             twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1), twins.rows, twins.tail,
-            position=300, scale=0.1, sum_field="sum",
+            position=300, logits=Logits(0.1), sum_field="sum",
         )  # fmt: skip

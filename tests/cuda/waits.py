@@ -22,8 +22,10 @@ from far_device import FAR, FarDevice, taken
 
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
 
 LAYERS, BATCH, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 2, 4, 2, 64
 PROMPT, STEPS = 70, 18
@@ -85,6 +87,7 @@ def steps_of(
     windows = [None] * (LAYERS - 1) + [window]
     turned = recipe.positions == "reindexed" or (recipe.observer is not None and recipe.observer.needs_rotary)
     turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)) if turned else None
+    logits = {width: Logits(HEAD_DIM**-0.5, window=width) for width in windows}
     attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=turning)
     forks: list[PagedAttention] = []
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +105,7 @@ def steps_of(
         for layer, width in enumerate(windows):
             out = torch.zeros((BATCH, tokens, Q_HEADS, HEAD_DIM), dtype=torch.float16, device=device)
             new = randn(Q_HEADS, tokens), randn(KV_HEADS, tokens), randn(KV_HEADS, tokens)
-            attention.attend(layer, *new, mask, scaling=HEAD_DIM**-0.5, dense=lambda out=out: out, window=width)
+            attention.attend(layer, AttentionCall(*new, logits[width]), mask, lambda out=out: out)
 
     mask = None
     if padding:

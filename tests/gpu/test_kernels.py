@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from kvcompress_hf.kernels import ReferenceBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels import Logits, ReferenceBackend, Rows, Tail, page_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -150,10 +150,11 @@ def test_storage(gpu, tiers, head_dim, dtype):
 def test_decode(gpu, group, tiers, head_dim, dtype):
     case = make(tiers, head_dim, dtype, group=group)
     fill(case, gpu)
-    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, scale=0.1, q_heads=4 * group, sum_field="sum")
+    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, logits=Logits(0.1), q_heads=4 * group, sum_field="sum")
     for position in range(2000, 2003):
         q, k, v = case.randn(4 * group, 1), case.randn(4, 1), case.randn(4, 1)
-        wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, position=position, scale=0.1, sum_field="sum")
+        options = dict(position=position, logits=Logits(0.1), sum_field="sum")
+        wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, **options)
         close(plan.run(q.cuda(), k.cuda(), v.cuda(), position), wanted, dtype)
     case.check_tail()
     for tier in range(len(tiers)):
@@ -166,9 +167,9 @@ def test_decode_of_other_shapes(gpu, head_dim, dtype):
     case = make([(8, 4), (0, 0)], head_dim, dtype)
     fill(case, gpu)
     q, k, v = case.randn(16, 1), case.randn(4, 1), case.randn(4, 1)
-    wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, position=9, scale=0.1, softcap=5.0)
+    wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, position=9, logits=Logits(0.1, softcap=5.0))
     got = gpu.decode_attention(
-        q.cuda(), k.cuda(), v.cuda(), case.gpu_rows, case.gpu_tail, position=9, scale=0.1, softcap=5.0
+        q.cuda(), k.cuda(), v.cuda(), case.gpu_rows, case.gpu_tail, position=9, logits=Logits(0.1, softcap=5.0)
     )
     close(got, wanted, dtype)
 
@@ -179,11 +180,10 @@ def test_chunk_and_scores(gpu, head_dim, dtype):
     fill(case, gpu, 300)
     q, k, v = case.randn(16, 33), case.randn(4, 33), case.randn(4, 33)
     on_gpu = (q.cuda(), k.cuda(), v.cuda())
-    options = dict(position=900, scale=0.1, window=700)
-    wanted, lse = EXACT.chunk_attention(q, k, v, case.rows, case.tail, return_lse=True, **options)
-    got, gpu_lse = gpu.chunk_attention(*on_gpu, case.gpu_rows, case.gpu_tail, return_lse=True, **options)
+    options = dict(position=900, logits=Logits(0.1, window=700))
+    wanted = EXACT.chunk_attention(q, k, v, case.rows, case.tail, **options)
+    got = gpu.chunk_attention(*on_gpu, case.gpu_rows, case.gpu_tail, **options)
     close(got, wanted, dtype)
-    torch.testing.assert_close(gpu_lse.cpu(), lse, rtol=1e-4, atol=1e-3)
     wanted = EXACT.window_scores(q, k, case.rows, case.tail, key_position=900, exclude=2, **options)
     got = gpu.window_scores(*on_gpu[:2], case.gpu_rows, case.gpu_tail, key_position=900, exclude=2, **options)
     for a, b in [*zip(got.past, wanted.past, strict=True), (got.tail, wanted.tail), (got.fresh, wanted.fresh)]:
@@ -197,19 +197,16 @@ def test_chunk_and_scores_on_tensor_cores(gpu, head_dim, dtype, n_q, n_k):
     case = make([*TIERS[:3], (4, 2)], head_dim, dtype)
     fill(case, gpu)
     q, k, v = case.randn(16, n_q), case.randn(4, n_k), case.randn(4, n_k)
-    options = dict(position=2500 + n_k - n_q, key_position=2500, scale=head_dim**-0.5)
+    options = dict(position=2500 + n_k - n_q, key_position=2500)
     for more in (dict(), dict(window=2100), dict(softcap=20.0, sinks=torch.linspace(-3, 3, 16))):
-        chosen = options | more
-        on_gpu = chosen | {name: x.cuda() for name, x in chosen.items() if isinstance(x, torch.Tensor)}
+        there = more | {name: x.cuda() for name, x in more.items() if isinstance(x, torch.Tensor)}
+        chosen, on_gpu = (options | {"logits": Logits(head_dim**-0.5, **each)} for each in (more, there))
         for masks in [{}] if "window" in more else [{}, dict(allowed=torch.rand(2, n_q, n_k) < 0.5)]:
-            wanted, lse = EXACT.chunk_attention(q, k, v, case.rows, case.tail, return_lse=True, **chosen, **masks)
+            wanted = EXACT.chunk_attention(q, k, v, case.rows, case.tail, **chosen, **masks)
             moved = {name: x.cuda() for name, x in masks.items()}
             for _ in range(2):  # the same again: what blocks share is in order afterwards
-                got, gpu_lse = gpu.chunk_attention(
-                    q.cuda(), k.cuda(), v.cuda(), case.gpu_rows, case.gpu_tail, return_lse=True, **on_gpu, **moved
-                )
+                got = gpu.chunk_attention(q.cuda(), k.cuda(), v.cuda(), case.gpu_rows, case.gpu_tail, **on_gpu, **moved)
                 close(got, wanted, dtype)
-                torch.testing.assert_close(gpu_lse.cpu(), lse, rtol=1e-4, atol=1e-3)
         wanted = EXACT.column_scores(q, k, case.rows, case.tail, exclude=2, **chosen)
         found = gpu.column_scores(q.cuda(), k.cuda(), case.gpu_rows, case.gpu_tail, exclude=2, **on_gpu)
         for got, exactly in zip(found, wanted, strict=True):
@@ -225,9 +222,9 @@ def test_another_stream(gpu):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = gpu.decode_attention(q, k, v, case.gpu_rows, case.gpu_tail, position=9, scale=0.1)
+        got = gpu.decode_attention(q, k, v, case.gpu_rows, case.gpu_tail, position=9, logits=Logits(0.1))
     stream.synchronize()
-    wanted = EXACT.decode_attention(q.cpu(), k.cpu(), v.cpu(), case.rows, case.tail, position=9, scale=0.1)
+    wanted = EXACT.decode_attention(q.cpu(), k.cpu(), v.cpu(), case.rows, case.tail, position=9, logits=Logits(0.1))
     close(got, wanted, F16)
 
 
@@ -235,8 +232,8 @@ def test_another_stream(gpu):
 def test_a_step_in_a_cuda_graph(gpu, head_dim):
     case = make([(8, 4)], head_dim, F16)
     fill(case, gpu)
-    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, scale=0.1, q_heads=16, window=1500, sum_field="sum")
-    options = dict(scale=0.1, window=1500, sum_field="sum")
+    plan = gpu.plan_decode(case.gpu_rows, case.gpu_tail, logits=Logits(0.1, window=1500), q_heads=16, sum_field="sum")
+    options = dict(logits=Logits(0.1, window=1500), sum_field="sum")
     static = [torch.empty(2, heads, 1, head_dim, dtype=F16, device="cuda") for heads in (16, 4, 4)]
     graph, out = torch.cuda.CUDAGraph(), None
     for position in range(2000, 2006):

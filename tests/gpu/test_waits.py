@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import kvcompress_hf as kvc
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.runtime.attention import PagedAttention
+from kvcompress_hf.runtime.call import AttentionCall
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +43,7 @@ def test_a_step_waits_no_more_than_it_must(gpu, preset, changes, packing, plan):
     torch.manual_seed(0)
     recipe = kvc.get_preset(preset).with_overrides(**changes)
     attention = PagedAttention([recipe], [None] * LAYERS)
+    logits = Logits(HEAD_DIM**-0.5)
 
     def forward(tokens):
         for layer in range(LAYERS):
@@ -49,7 +52,7 @@ def test_a_step_waits_no_more_than_it_must(gpu, preset, changes, packing, plan):
                 for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
             )
             out = torch.zeros(BATCH, tokens, Q_HEADS, HEAD_DIM, dtype=torch.float16, device="cuda")
-            attention.attend(layer, q, k, v, None, scaling=HEAD_DIM**-0.5, dense=lambda out=out: out)
+            attention.attend(layer, AttentionCall(q, k, v, logits), None, lambda out=out: out)
 
     with torch.no_grad():
         forward(300)

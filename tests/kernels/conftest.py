@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress_hf.kernels import ReferenceBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels import Logits, ReferenceBackend, Rows, Tail, page_layout
 from kvcompress_hf.kernels.cpu import CpuBackend, instruction_sets
 
 SLAB_SHIFT = 2  # four pages per slab, so that every case spans many
@@ -42,6 +42,11 @@ class Cache:
     def hf(self, heads: int, tokens: int) -> Tensor:
         """`[batch, heads, tokens, head_dim]` as transformers makes it: a transposed view, not contiguous."""
         return self.randn(self.batch, tokens, heads, self.rows.layout.head_dim).transpose(1, 2)
+
+    @staticmethod
+    def asked(scale: float, softcap=None, window=None, sinks=None, **options) -> dict:
+        """Options of an attention operation, how logits are made among them."""
+        return {"logits": Logits(scale, softcap, window, sinks), **options}
 
 
 def _copy_tail(tail: Tail) -> Tail:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress_hf.kernels import Logits
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 QUANTISED = [(k, v) for k in (8, 4, 2) for v in (8, 4, 2)]
 
@@ -13,6 +15,7 @@ def run_both(cache, backend, exact, *, position: int = 1000, valid=None, append:
     q = cache.hf(cache.q_heads, 1)
     k, v = cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
     options |= dict(position=position, valid=valid, append=append, scale=scale or q.shape[-1] ** -0.5)
+    options = cache.asked(**options)
     actual = backend.decode_attention(q, k, v, cache.rows, cache.tail, **options)
     return actual, exact.decode_attention(q, k, v, cache.expected_rows, cache.expected_tail, **options)
 
@@ -67,7 +70,7 @@ def test_edges(build_cache, backend, exact, relative_error, tolerance, lengths, 
 def test_nothing_stored_gives_zeros(build_cache, backend):
     cache = build_cache(backend, most=0, tail_lengths=None)
     out = backend.decode_attention(
-        cache.hf(cache.q_heads, 1), None, None, cache.rows, cache.tail, position=0, scale=1.0, append=False
+        cache.hf(cache.q_heads, 1), None, None, cache.rows, cache.tail, position=0, logits=Logits(1.0), append=False
     )
     assert torch.equal(out, torch.zeros_like(out))
 
@@ -94,8 +97,7 @@ def test_window_that_hides_everything(build_cache, backend):
         cache.rows,
         cache.tail,
         position=10**6,
-        scale=1.0,
-        window=5,
+        logits=Logits(1.0, window=5),
         append=False,
     )
     assert torch.equal(out, torch.zeros_like(out))
@@ -161,7 +163,7 @@ def test_full_tail_is_an_error_and_changes_nothing(build_cache, backend):
     lengths = cache.tail.lengths.clone()
     q, k = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1)
     with pytest.raises(ValueError):
-        backend.decode_attention(q, k, k, cache.rows, cache.tail, position=1, scale=1.0)
+        backend.decode_attention(q, k, k, cache.rows, cache.tail, position=1, logits=Logits(1.0))
     assert torch.equal(cache.tail.lengths, lengths)
 
 
@@ -180,11 +182,11 @@ def test_append_skips_padding(build_cache, backend, exact):
 
 def test_plan_matches_direct_call(build_cache, backend):
     cache, other = (build_cache(backend, dtype=BF16, head_dim=128, seed=3) for _ in range(2))
-    plan = backend.plan_decode(cache.rows, cache.tail, scale=0.1, q_heads=cache.q_heads, sum_field="sum")
+    plan = backend.plan_decode(cache.rows, cache.tail, logits=Logits(0.1), q_heads=cache.q_heads, sum_field="sum")
     for step in range(3):
         q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
         expected = backend.decode_attention(
-            q, k, v, other.rows, other.tail, position=500 + step, scale=0.1, sum_field="sum"
+            q, k, v, other.rows, other.tail, position=500 + step, logits=Logits(0.1), sum_field="sum"
         )
         assert torch.equal(plan.run(q, k, v, 500 + step), expected)
 
@@ -194,7 +196,7 @@ def test_keys_are_shifted_on_their_way_into_the_tail(build_cache, backend, dtype
     """To the bit as if the caller had taken the shift off; attention sees the shifted keys; padding is left out."""
     cache, other = (build_cache(backend, dtype=dtype, head_dim=80, seed=3) for _ in range(2))
     shift = 3.0 * cache.randn(2, cache.kv_heads, 1, 80).to(dtype)
-    options = dict(scale=0.1, q_heads=cache.q_heads)
+    options = dict(logits=Logits(0.1), q_heads=cache.q_heads)
     shifting = backend.plan_decode(cache.rows, cache.tail, key_shift=shift, **options)
     plain = backend.plan_decode(other.rows, other.tail, **options)
     valid = torch.tensor([True, False])
@@ -216,7 +218,7 @@ def test_outliers_in_the_query(build_cache, backend, exact, relative_error, outl
     q = cache.randn(2, cache.q_heads, 1, 80) if outliers else torch.zeros(2, cache.q_heads, 1, 80)
     q[..., ::2][..., :outliers] *= 30.0
     q[:, 0, :, 4:] = 0.0  # fewer quads than get two bytes
-    options = dict(position=400, scale=80**-0.5 / 8, append=False)
+    options = dict(position=400, logits=Logits(80**-0.5 / 8), append=False)
     actual = backend.decode_attention(q, None, None, cache.rows, cache.tail, **options)
     expected = exact.decode_attention(q, None, None, cache.expected_rows, cache.expected_tail, **options)
     assert relative_error(actual, expected) <= 2e-2
@@ -226,5 +228,7 @@ def test_nan_in_the_query_is_not_hidden(build_cache, backend):
     cache = build_cache(backend, tiers=[(8, 4)], most=[[20, 30, 40, 50]])
     q = cache.hf(cache.q_heads, 1).clone()
     q[0, 0, 0, 3] = float("nan")
-    out = backend.decode_attention(q, None, None, cache.rows, cache.tail, position=400, scale=0.1, append=False)
+    out = backend.decode_attention(
+        q, None, None, cache.rows, cache.tail, position=400, logits=Logits(0.1), append=False
+    )
     assert out[0, 0, 0].isnan().all() and out[1].isfinite().all()

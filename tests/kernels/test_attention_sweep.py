@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def check_decode(cache, backend, exact, relative_error, tolerance, **options):
     q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
-    options |= dict(scale=q.shape[-1] ** -0.5)
+    options = cache.asked(q.shape[-1] ** -0.5, **options)
     actual = backend.decode_attention(q, k, v, cache.rows, cache.tail, **options)
     expected = exact.decode_attention(q, k, v, cache.expected_rows, cache.expected_tail, **options)
     assert relative_error(actual, expected) <= tolerance(cache)
@@ -21,7 +21,7 @@ def check_decode(cache, backend, exact, relative_error, tolerance, **options):
 
 def check_chunk(cache, backend, exact, relative_error, tolerance, n_q, window):
     q, k, v = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_q), cache.hf(cache.kv_heads, n_q)
-    options = dict(position=450, scale=q.shape[-1] ** -0.5, window=window)
+    options = cache.asked(q.shape[-1] ** -0.5, window=window, position=450)
     actual = backend.chunk_attention(q, k, v, cache.rows, cache.tail, **options)
     expected = exact.chunk_attention(q, k, v, cache.expected_rows, cache.expected_tail, **options)
     assert relative_error(actual, expected) <= tolerance(cache)
@@ -29,7 +29,7 @@ def check_chunk(cache, backend, exact, relative_error, tolerance, n_q, window):
 
 def check_scores(cache, backend, exact, n_q, window):
     q, k = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_q)
-    options = dict(position=450, key_position=450, scale=q.shape[-1] ** -0.5, window=window)
+    options = cache.asked(q.shape[-1] ** -0.5, window=window, position=450, key_position=450)
     scores = backend.column_scores(q, k, cache.rows, cache.tail, **options)
     expected = exact.column_scores(q, k, cache.expected_rows, cache.expected_tail, **options)
     for ours, theirs in zip(scores, expected, strict=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvcompress_hf.kernels import Logits
+
 
 @pytest.fixture(params=[-1, -2048, 1 << 20, "beyond the last slab", "beyond the end of a short slab"])
 def broken(request, build_cache, backend):
@@ -24,23 +26,23 @@ def broken(request, build_cache, backend):
 def test_decode(broken, backend):
     q = broken.hf(broken.q_heads, 1)
     with pytest.raises(ValueError, match="page"):
-        backend.decode_attention(q, None, None, broken.rows, broken.tail, position=9, scale=1.0, append=False)
+        backend.decode_attention(q, None, None, broken.rows, broken.tail, position=9, logits=Logits(1.0), append=False)
 
 
 def test_chunk_and_scores(broken, backend):
     q, k = broken.hf(broken.q_heads, 3), broken.hf(broken.kv_heads, 3)
     with pytest.raises(ValueError, match="page"):
-        backend.chunk_attention(q, k, k, broken.rows, broken.tail, position=9, scale=1.0)
+        backend.chunk_attention(q, k, k, broken.rows, broken.tail, position=9, logits=Logits(1.0))
     with pytest.raises(ValueError, match="page"):
-        backend.window_scores(q, k, broken.rows, broken.tail, position=9, key_position=9, scale=1.0)
+        backend.window_scores(q, k, broken.rows, broken.tail, position=9, key_position=9, logits=Logits(1.0))
     with pytest.raises(ValueError, match="page"):
-        backend.column_scores(q, k, broken.rows, broken.tail, position=9, key_position=9, scale=1.0)
+        backend.column_scores(q, k, broken.rows, broken.tail, position=9, key_position=9, logits=Logits(1.0))
 
 
 def test_entries_beyond_the_length_are_not_looked_at(build_cache, backend):
     cache = build_cache(backend)
     assert (cache.rows.tables[0][:, -1] == -1).any()
-    backend.plan_decode(cache.rows, cache.tail, scale=1.0, q_heads=cache.q_heads)
+    backend.plan_decode(cache.rows, cache.tail, logits=Logits(1.0), q_heads=cache.q_heads)
 
 
 def test_storage(broken, backend):
@@ -83,7 +85,7 @@ def test_a_plan_notices_ids_that_came_after_it(build_cache, backend):
     """Page ids of slabs that were added later mean nothing to the addresses that a plan holds."""
     cache = build_cache(backend, tiers=[(8, 4)])
     rows = cache.rows
-    plan = backend.plan_decode(rows, cache.tail, scale=1.0, q_heads=cache.q_heads)
+    plan = backend.plan_decode(rows, cache.tail, logits=Logits(1.0), q_heads=cache.q_heads)
     q, k = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1)
     before = cache.tail.lengths.clone()
     rows.tables[0][int(rows.lengths[0].argmax()), 0] = len(rows.slabs) << rows.slab_shift
@@ -97,12 +99,15 @@ def test_positions_that_32_bits_cannot_hold(build_cache, backend, position):
     cache = build_cache(backend)
     q, k = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1)
     before = cache.tail.lengths.clone()
+    options = dict(position=position, logits=Logits(1.0))
     with pytest.raises(ValueError, match="position"):
-        backend.decode_attention(q, k, k, cache.rows, cache.tail, position=position, scale=1.0)
+        backend.decode_attention(q, k, k, cache.rows, cache.tail, **options)
     with pytest.raises(ValueError, match="position"):
         backend.append(cache.tail, k, k, position)
     with pytest.raises(ValueError, match="position"):
-        backend.chunk_attention(q, k, k, cache.rows, cache.tail, position=position, scale=1.0)
+        backend.chunk_attention(q, k, k, cache.rows, cache.tail, **options)
     with pytest.raises(ValueError, match="position"):
-        backend.window_scores(q, k, cache.rows, cache.tail, position=position, key_position=position, scale=1.0)
+        backend.window_scores(
+            q, k, cache.rows, cache.tail, position=position, key_position=position, logits=Logits(1.0)
+        )
     assert torch.equal(cache.tail.lengths, before)

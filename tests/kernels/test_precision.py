@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompress_hf.kernels import Rows, Tail, page_layout
+from kvcompress_hf.kernels import Logits, Rows, Tail, page_layout
 
 CONTEXT, HEAD_DIM, HEADS, GROUP = 700, 128, 2, 4
 
@@ -51,7 +51,7 @@ def test_arithmetic_adds_little_to_the_error_of_the_codes(backend, tier, name):
     empty = torch.zeros(1, HEADS, 0, HEAD_DIM)
     tail = Tail(empty, empty, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 0, dtype=torch.int32))
     actual = backend.decode_attention(
-        q[None, :, None], None, None, rows, tail, position=CONTEXT, scale=scale, append=False
+        q[None, :, None], None, None, rows, tail, position=CONTEXT, logits=Logits(scale), append=False
     ).view(HEADS * GROUP, HEAD_DIM)
     stored_k, stored_v = backend.read_slots(rows, 0, CONTEXT)
     stored = attention(q, stored_k, stored_v, scale)

@@ -13,6 +13,7 @@ def check(cache, backend, exact, *, n_q: int = 32, n_k: int | None = None, **opt
     q, k = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_k)
     position = 1000
     options = dict(position=position, key_position=position + n_q - n_k, scale=q.shape[-1] ** -0.5) | options
+    options = cache.asked(**options)
     actual = backend.window_scores(q, k, cache.rows, cache.tail, **options)
     expected = exact.window_scores(q, k, cache.expected_rows, cache.expected_tail, **options)
     parts = [*zip(actual.past, expected.past, strict=True), (actual.fresh, expected.fresh)]
@@ -29,6 +30,7 @@ def check_both(cache, backend, exact, *, n_q: int = 32, n_k: int | None = None, 
     n_k = n_q if n_k is None else n_k
     q, k = cache.hf(cache.q_heads, n_q), cache.hf(cache.kv_heads, n_k)
     options = dict(position=1000, key_position=1000 + n_q - n_k, scale=q.shape[-1] ** -0.5) | options
+    options = cache.asked(**options)
     for power, both in enumerate(backend.column_scores(q, k, cache.rows, cache.tail, **options), start=1):
         one = backend.window_scores(q, k, cache.rows, cache.tail, power=power, **options)
         expected = exact.column_scores(q, k, cache.expected_rows, cache.expected_tail, **options)[power - 1]

@@ -114,7 +114,7 @@ class Field(kvc.Observer):
         return ("mine",)
 
     def observe(self, chunk):
-        return {"mine": torch.ones(chunk.keys.shape[:3])}
+        return {"mine": torch.ones(chunk.new.key.shape[:3])}
 
     def importance(self, slots):
         return slots.fields["mine"]
@@ -129,17 +129,17 @@ SLIPS = {
     "no dict": (dict(observe=lambda self, chunk: None), TypeError, r"Spoiled\.observe returned NoneType"),
     "missing field": (dict(observe=lambda self, chunk: {}), ValueError, r"fields \(none\); it must return .*mine"),
     "other field": (
-        dict(observe=lambda self, chunk: {"yours": torch.ones(chunk.keys.shape[:3])}),
+        dict(observe=lambda self, chunk: {"yours": torch.ones(chunk.new.key.shape[:3])}),
         ValueError,
         r"Spoiled\.observe returned the fields yours",
     ),
     "shape": (
-        dict(observe=lambda self, chunk: {"mine": torch.ones(chunk.keys.shape[:2])}),
+        dict(observe=lambda self, chunk: {"mine": torch.ones(chunk.new.key.shape[:2])}),
         ValueError,
         r"Spoiled\.observe\(\)\['mine'\] returned a tensor of shape \[1, 2\]; it must be float32 \[batch, kv_heads",
     ),
     "dtype": (
-        dict(observe=lambda self, chunk: {"mine": torch.ones(chunk.keys.shape[:3]).double()}),
+        dict(observe=lambda self, chunk: {"mine": torch.ones(chunk.new.key.shape[:3]).double()}),
         TypeError,
         r"Spoiled\.observe\(\)\['mine'\] returned a tensor of torch\.float64",
     ),

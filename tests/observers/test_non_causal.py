@@ -1,5 +1,6 @@
 """Prompts judged as if they came again, against the same attention computed densely, query by query."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -8,9 +9,11 @@ from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig
 
 import kvcompress_hf as kvc
 from kvcompress_hf import rotary
+from kvcompress_hf.kernels import Logits
 from kvcompress_hf.observers import non_causal
 from kvcompress_hf.observers.base import Chunk
 from kvcompress_hf.observers.non_causal import non_causal_scores
+from kvcompress_hf.paging.new_tokens import NewTokens
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 INV_FREQ = 1 / 100.0 ** (torch.arange(0, 12, 2) / 12)  # of the first 12 channels
@@ -23,8 +26,14 @@ def states(tokens, seed=0, batch=1):
 
 
 def a_chunk(query, key, value, **changes):
-    parts = dict(store=None, layer=0, position=0, scale=SCALE, softcap=None, window=None, sinks=None, valid=None)
-    return Chunk(query=query, keys=key, values=value, **{**parts, "inv_freq": INV_FREQ, **changes})
+    """A chunk of these states; what `changes` names is a field of it, of its new tokens, or of their logits."""
+    parts, places = {**changes}, ({"inv_freq": INV_FREQ}, {}, {"scale": SCALE})
+    for part, owner in zip(places, (Chunk, NewTokens, Logits), strict=True):
+        part |= {each.name: parts.pop(each.name) for each in dataclasses.fields(owner) if each.name in parts}
+    assert not parts
+    of_chunk, of_new, of_logits = places
+    new = NewTokens(query, key, value, Logits(**of_logits), **of_new)
+    return Chunk(store=None, layer=0, new=new, **of_chunk)
 
 
 def rotate(query, by):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig
 
 import kvcompress_hf as kvc
+from kvcompress_hf.kernels import Logits
+from kvcompress_hf.observers import Chunk, NewTokens
 from kvcompress_hf.paging.slots import Slots
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 2, 3, 16
@@ -259,3 +261,15 @@ def test_scores_fade_by_half_lives_and_so_do_their_counts(make_slots_of):
     slots = replace(slots, seen=19, prompt=3)  # three queries of the prompt, then 16 steps
     mean = kvc.WindowScores(window=8, power=1, mean=True, half_life=4).importance(slots)
     assert float(mean) == pytest.approx(1 / (3 / 16 + sum(0.5 ** (age / 4) for age in range(16))))
+
+
+def test_names_that_chunks_had_in_0_1_still_work_and_warn():
+    query, key, value = states(5, seed=0)
+    new = NewTokens(query, key, value, Logits(0.5, softcap=3.0, window=4), position=7)
+    chunk = Chunk(store=None, layer=0, new=new)
+    then = {"query": query, "keys": key, "values": value, "position": 7, "valid": None}
+    for name, wanted in {**then, "scale": 0.5, "softcap": 3.0, "window": 4, "sinks": None}.items():
+        with pytest.warns(DeprecationWarning, match=rf"chunk\.{name} is now chunk\.new\."):
+            assert getattr(chunk, name) is wanted
+    with pytest.raises(AttributeError, match="'Chunk' object has no attribute 'tokens'"):
+        getattr(chunk, "tokens")  # noqa: B009

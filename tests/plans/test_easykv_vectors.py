@@ -117,7 +117,7 @@ class FromFirstOverflow(kvc.RunningScores):
 
     def observe(self, chunk):
         new = super().observe(chunk)
-        if chunk.position < self.start:
+        if chunk.new.position < self.start:
             for name in self.fields:
                 chunk.store.clear_field(name, chunk.layer)
             new = {name: torch.zeros_like(values) for name, values in new.items()}
