@@ -20,8 +20,8 @@ def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
 
     Raises:
         TypeError: If it returned something else.
-        ValueError: If it is of another shape, or names a tier that is not there. On a GPU tiers are not looked at: it
-            would have to be waited for.
+        ValueError: If it is of another shape, names a tier that is not there, or evicts what is protected. On a GPU the
+            tiers are not looked at: it would have to be waited for.
     """
     with naming(plan, "targets"):
         targets: Any = plan.targets(view)
@@ -32,5 +32,11 @@ def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
             raise ValueError(
                 f"{type(plan).__name__}.targets returned the tier {int(targets[unknown][0])}; tiers are 0 to "
                 f"{view.tiers - 1}, and EVICT ({EVICT}) drops a slot."
+            )
+        lost = int((view.filled & view.protected & (targets == EVICT)).sum())
+        if lost:
+            raise ValueError(
+                f"{type(plan).__name__}.targets evicts {lost} slots that the recipe protects (view.protected); give "
+                "them a tier, such as the last."
             )
     return targets

@@ -169,6 +169,11 @@ def test_slips_of_observers_are_named_and_leave_the_cache_as_it_was(slip, tiny_l
         (lambda self, view: view.filled, TypeError, r"Spoiled\.targets returned a tensor of torch\.bool"),
         (lambda self, view: view.tier, ValueError, r"Spoiled\.targets returned a tensor of shape"),
         (lambda self, view: torch.where(view.filled, 1, EVICT), ValueError, r"Spoiled\.targets returned the tier 1"),
+        (
+            lambda self, view: torch.full_like(view.positions, EVICT).long(),
+            ValueError,
+            r"Spoiled\.targets evicts \d+ slots",
+        ),
     ],
 )
 def test_slips_of_plans_are_named(targets, error, message, tiny_llama):
