@@ -176,7 +176,8 @@ class CompressedPagedCache(Cache):
                 be closed.
         """
         self._pending[layer_idx] = 0
-        self._check_unread()
+        if self._unread is not None:
+            self._check_unread()
         logits = self._attention.layers[layer_idx].logits_of(scaling, softcap, sliding_window, sinks)
         output = self._attention.attend(layer_idx, AttentionCall(query, key, value, logits), attention_mask, dense)
         return self._gradients.after(layer_idx, output, (query, key, value))

@@ -48,7 +48,7 @@ class GradientGuard:
             `Tensor`: `output`, or the same values with a `backward` that raises `UnsupportedFeatureError`.
         """
         behind, self._filled[layer_idx] = self._filled[layer_idx], True
-        return self._guarded(behind, output, inputs)
+        return self._guarded(behind, output, inputs) if torch.is_grad_enabled() else output
 
     def after_shared(self, source_idx: int, output: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """As [`GradientGuard.after`], for a layer that reads what another one has stored.
@@ -61,11 +61,9 @@ class GradientGuard:
         Returns:
             `Tensor`: `output`, as from [`GradientGuard.after`].
         """
-        return self._guarded(True, output, inputs)
+        return self._guarded(True, output, inputs) if torch.is_grad_enabled() else output
 
     def _guarded(self, behind: bool, output: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        if not torch.is_grad_enabled():
-            return output
         wanted = any(tensor.requires_grad for tensor in inputs)
         if not behind and (output.requires_grad or not wanted):
             self._cut = self._cut or wanted

@@ -37,7 +37,7 @@ class LayerWork(Past):
             self.note_peak()
         observer = self._observer
         sum_field = square_field = None
-        fields: dict[str, torch.Tensor] = {}
+        fields: dict[str, torch.Tensor] | None = None
         if observer is not None and self._counts_steps:
             if self.recording:
                 layer.held.append(new.detached())  # without the tag, which leads back to this cache
@@ -63,7 +63,7 @@ class LayerWork(Past):
                 if layer.index == store.layers - 1:
                     self.note_peak()
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
-        if before is not None:
+        if before is not None and fields is not None:
             packing.write_tail_fields(store, layer, before, valid, fields)
         layer.grows(1, valid)
         return output

@@ -55,8 +55,9 @@ class LayerState:
         plan_key (`tuple`): What its store's decode plan was made for.
         plan_room (`int`): Tokens the tail had room for then.
         logits (`Logits`, *optional*): As made at its last call; see [`LayerState.logits_of`].
-        sinks (`torch.Tensor`, *optional*): What the model gave as sinks then.
-        sinks_stamp (`tuple[int, int]`, *optional*): Where those were and how often they had been written to.
+        given (`tuple`): The factor, soft cap and window that the model gave then.
+        sinks (`torch.Tensor`, *optional*): The sinks that it gave then.
+        sinks_stamp (`tuple[int, int]`, *optional*): Where those were, and how often they had been written to.
     """
 
     window: int | None
@@ -72,6 +73,7 @@ class LayerState:
     plan_key: tuple[object, ...] = (None,)
     plan_room: int = 0
     logits: Logits | None = None
+    given: tuple[object, ...] = ()
     sinks: torch.Tensor | None = None
     sinks_stamp: tuple[int, int] | None = None
 
@@ -88,21 +90,15 @@ class LayerState:
             `Logits`: The very object of the last call where nothing has changed since, so that what was prepared for
             it is used again and the sinks are converted once.
         """
-        logits, stamp = self.logits, None
-        if sinks is not None:  # inference tensors do not count how often they are written to
-            stamp = (sinks.data_ptr(), 0 if sinks.is_inference() else sinks._version)
-        if (
-            logits is None
-            or logits.scale != scale
-            or logits.softcap != softcap
-            or logits.window != window
-            or sinks is not self.sinks
-            or stamp != self.sinks_stamp
-        ):
+        same = sinks is self.sinks and self.given == (scale, softcap, window)
+        if same and sinks is None and self.logits is not None:
+            return self.logits
+        stamp = None if sinks is None else _stamp_of(sinks)
+        if self.logits is None or not same or stamp != self.sinks_stamp:
             converted = None if sinks is None else sinks.detach().float().contiguous()
-            logits = self.logits = Logits(scale, softcap, window, converted)
+            self.logits, self.given = Logits(scale, softcap, window, converted), (scale, softcap, window)
             self.sinks, self.sinks_stamp = sinks, stamp
-        return logits
+        return self.logits
 
     def grows(self, tokens: int, valid: torch.Tensor | None) -> None:
         """Notes new tokens in the tail.
@@ -130,6 +126,14 @@ class LayerState:
             `LayerState`: A copy with a list of held tokens of its own, for which no decode plan has been made yet.
         """
         return replace(self, **{"held": list(self.held), "plan_key": (None,), **changes})
+
+
+def _stamp_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What differs once a tensor has been written to or given other memory."""
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:  # tensors of inference mode do not count how often they are written to
+        return tensor.data_ptr(), 0
 
 
 @dataclass
