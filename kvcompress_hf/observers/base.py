@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.recipe import Part
@@ -33,9 +34,8 @@ class Chunk:
         window (`int`, *optional*): Sliding window in tokens.
         sinks (`torch.Tensor`, *optional*): Extra logit per query head, `[q_heads]`.
         valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
-        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`,
-            on the host; `None` where it is not known how another position would turn queries and keys, and for
-            observers that do not ask for it.
+        rotation (`Rotation`, *optional*): How position turns the queries of this layer; `None` where that is not
+            known, and for observers that do not ask for it.
     """
 
     store: PagedStore
@@ -49,7 +49,7 @@ class Chunk:
     window: int | None
     sinks: torch.Tensor | None
     valid: torch.Tensor | None
-    inv_freq: torch.Tensor | None = None
+    rotation: Rotation | None = None
 
 
 class Observer(Part, abc.ABC):
@@ -136,7 +136,7 @@ class Observer(Part, abc.ABC):
 
     @property
     def needs_rotary(self) -> bool:
-        """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.inv_freq`."""
+        """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.rotation`."""
         return False
 
     @property

@@ -218,6 +218,7 @@ class Compression:
                 padding=padding[each.rows],
                 distortion=state.losses(),
                 headroom=0.0 if counters.unfinished else each.plan.headroom,
+                guesses=state.guesses,
             )
             for each in ruled
         ]

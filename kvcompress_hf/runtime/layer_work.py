@@ -118,7 +118,7 @@ class LayerWork(Past):
             window=new.window,
             sinks=new.sink_logits(),
             valid=new.valid,
-            inv_freq=self.inv_freq,
+            rotation=self.rotation_of(layer),
         )
         fields: dict[str, torch.Tensor] = {}
         with store.reading:

@@ -234,6 +234,7 @@ class Past(CacheState):
         other = type(self)(
             self.given_recipes, self.windows, self.prompt_tokens, self.max_bytes, self.sharing, self.inv_freq
         )
+        other.rotations = self.rotations
         try:
             self.share_with(other)
         except BaseException:
