@@ -264,8 +264,7 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If stored keys were turned with other factors.
         """
-        if self._pending != (none := [0] * len(self._pending)):
-            self._pending = none  # of a pass that stopped half way
+        self._pending = none = [0] * len(self._pending)  # some may be of a pass that stopped half way
         self._patch, self._attention.rotations = weakref.ref(patch), rotations
         if not self.get_seq_length():
             self._factors, self._gradients = factors, GradientGuard(len(none), filled=False)
@@ -622,13 +621,12 @@ class CompressedPagedCache(Cache):
             inner = " (give the inner one: model.get_base_model())" if hasattr(model, "get_base_model") else ""
             raise TypeError(f"load() takes the model that goes on with the cache, got {type(model).__name__}{inner}.")
         windows = layer_windows(model.config)
-        limit = None if max_bytes is None else require_bytes("max_bytes", max_bytes)
         loaded = load_cache(
             path,
             model_identity(model.config, model),
             windows,
             layer_devices(model, len(windows)),
-            limit,
+            None if max_bytes is None else require_bytes("max_bytes", max_bytes),
             layer_sharing(model.config),
         )
         try:

@@ -117,18 +117,16 @@ def learn_turning(model: PreTrainedModel) -> Turning:
     apart = max(1, min(_FARTHEST, longest - _TOKENS))
     listener = _Listener(model)
     found = Turning([None] * len(listener))
-    moved = takes(model, "position_ids")
-    if not moved and sources:
-        found.unknown = "it takes no position_ids, so its tokens cannot be moved to another place to look"
+    if not sources and not takes(model, "position_ids"):
+        apart = 0  # nothing turns its queries, so they need not be moved to another place to see
+    try:
+        _listen(model, listener, apart)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        found.unknown = f"it does not run on a few tokens at two places ({type(error).__name__}: {error})"
     else:
-        try:
-            _listen(model, listener, apart if moved else 0)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            found.unknown = f"it does not run on a few tokens at two places ({type(error).__name__}: {error})"
-    if not found.unknown:
-        _explain(found, listener.heard, sources, apart if moved else 0)
+        _explain(found, listener.heard, sources, apart)
     found.varies = any(_varies(angles) for angles in sources)
     if found.unknown:
         logger.warning_once(
@@ -154,9 +152,7 @@ def _listen(model: PreTrainedModel, cache: _Listener, apart: int) -> None:
         model(**arguments, use_cache=True, **as_argument(model, cache))
 
 
-def _explain(
-    found: Turning, heard: dict[int, tuple[Tensor, Tensor]], sources: Sequence[Angles], apart: int
-) -> None:
+def _explain(found: Turning, heard: dict[int, tuple[Tensor, Tensor]], sources: Sequence[Angles], apart: int) -> None:
     """Finds for each layer the way that makes the first row's queries those of the second."""
     length, named = _TOKENS + apart, []
     ways = [_Way(None)]
@@ -183,7 +179,7 @@ def _explain(
             f"the queries of layer {named[0]} at another place are explained by none of the {len(sources)} rotary "
             "embeddings found in it"
         )
-    elif sources and apart and all(each is None or each[0].angles is None for each in found.ways):
+    elif sources and all(each is None or each[0].angles is None for each in found.ways):
         found.ways = [None] * len(found.ways)
         found.unknown = "it has a rotary embedding, but its queries do not follow position_ids"
 
@@ -213,7 +209,7 @@ def _sources(model: PreTrainedModel) -> list[Angles]:
         if "rotary" not in type(module).__name__.lower():
             continue
         parameters = list(inspect.signature(type(module).forward).parameters)[3:]  # self, states, positions
-        for kind in (kinds if parameters and "type" in parameters[0] else [None]):
+        for kind in kinds if parameters and "type" in parameters[0] else [None]:
             angles = _asking(module, kind)
             try:
                 says = angles(2)

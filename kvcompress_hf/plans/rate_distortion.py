@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcompress_hf.paging.waiting import known, on_host
+from kvcompress_hf.paging.waiting import known, on_host, to_device
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
 from kvcompress_hf.plans.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
 from kvcompress_hf.recipe import Recipe
@@ -155,8 +155,8 @@ class _Ladder:
         #: Sequences of which every slot is stored, `bool` `[batch]`; `None` if there is none.
         self._whole: torch.Tensor | None = None
         if view.guesses:
-            cheapest = [BINS, *[0] * (len(hull) - 1)]
-            every = torch.tensor(cheapest, device=self._stored.device).expand(*self._stored.shape[:2], -1)[..., None]
+            cheapest = to_device(torch.tensor([BINS, *[0] * (len(hull) - 1)]), self._stored.device)
+            every = cheapest.expand(*self._stored.shape[:2], -1)[..., None]
             self._whole = self.row_bytes(every).sum((1, 2)) <= view.bytes_allowed()
 
     def at(self, cheapest: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from far_device import FAR, FarDevice, taken
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
 from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.runtime.attention import PagedAttention
 
 LAYERS, BATCH, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 2, 4, 2, 64
@@ -83,9 +84,10 @@ def steps_of(
     """
     recipe = kvc.get_preset(preset).with_overrides(**changes)
     windows = [None] * (LAYERS - 1) + [window]
-    turned = recipe.positions == "reindexed" or (recipe.observer is not None and recipe.observer.needs_rotary)
-    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)) if turned else None
-    attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=turning)
+    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    reindexed = turning if recipe.positions == "reindexed" else None
+    attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=reindexed)
+    attention.rotations = [Rotation(turning)] * LAYERS
     forks: list[PagedAttention] = []
     generator = torch.Generator().manual_seed(0)
 
