@@ -96,7 +96,12 @@ class PatchRecord:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model has had no run of its own yet, and nobody would ever leave its blocks.
-        fresh = {"last_run": None, "turning": None, "told": set(), "holders": Holders(self.holders.in_force())}
+        fresh: dict[str, Any] = {
+            "last_run": None,
+            "turning": None,
+            "told": set(),
+            "holders": Holders(self.holders.in_force()),
+        }
         return self.__dict__ | fresh
 
 
@@ -119,8 +124,13 @@ def begin_pass(model: PreTrainedModel, cache: CompressedPagedCache, tokens: int)
         model (`PreTrainedModel`): The patched model.
         cache (`CompressedPagedCache`): An empty cache.
         tokens (`int`): How many tokens per row will come.
+
+    Raises:
+        ValueError: If the model is not patched.
     """
-    record: PatchRecord = model.__dict__[RECORD]
+    record = record_of(model)
+    if record is None:
+        raise ValueError(f"{type(model).__name__} is not patched; call kvcompress_hf.patch(model) first.")
     cache.begin_pass(record, (), rotations_for(model, record, cache, tokens))
 
 
