@@ -30,8 +30,12 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def model(family, build_model):
-    model = tiny_model(family) if family in TINY else build_model(family)
-    return kvc.patch(model, "lossless", check=False)
+    if family not in TINY:
+        return kvc.patch(build_model(family), "lossless", check=False)
+    try:
+        return kvc.patch(tiny_model(family), "lossless", check=False)
+    except kvc.UnsupportedModelError as error:  # GPT-J's attention came to the interface with 5.24
+        pytest.skip(str(error))
 
 
 def ids_of(tokens, seed=0):
