@@ -25,6 +25,7 @@ from kvcompress_hf.io import (
     weights_fingerprint,
 )
 from kvcompress_hf.layers import KVHandle, LayerFace, layer_sharing, layer_windows
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport, measure_memory, measure_rows
@@ -234,19 +235,19 @@ class CompressedPagedCache(Cache):
         """
         return self._pending[layer_idx] > 0
 
-    def begin_pass(self, patch: Any, factors: tuple[bool, ...]) -> None:
+    def begin_pass(self, patch: Any, factors: tuple[bool, ...], rotations: Sequence[Rotation | None] = ()) -> None:
         """Called by a patched model before each forward pass.
 
         Args:
             patch (`PatchRecord`): Of that model; a pass stops when it is taken off meanwhile.
             factors (`tuple[bool, ...]`): Per long rope, whether new tokens are turned with its long factors.
+            rotations (`Sequence[Rotation | None]`): How position turns each layer's queries, for observers that ask.
 
         Raises:
             UnsupportedFeatureError: If stored keys were turned with other factors.
         """
-        if self._pending != (none := [0] * len(self._pending)):
-            self._pending = none  # of a pass that stopped half way
-        self._patch = weakref.ref(patch)
+        self._pending = none = [0] * len(self._pending)  # some may be of a pass that stopped half way
+        self._patch, self._attention.rotations = weakref.ref(patch), rotations
         if not self.get_seq_length():
             self._factors, self._gradients = factors, GradientGuard(len(none), filled=False)
         elif factors != (self._factors or ()):
@@ -602,13 +603,12 @@ class CompressedPagedCache(Cache):
             inner = " (give the inner one: model.get_base_model())" if hasattr(model, "get_base_model") else ""
             raise TypeError(f"load() takes the model that goes on with the cache, got {type(model).__name__}{inner}.")
         windows = layer_windows(model.config)
-        limit = None if max_bytes is None else require_bytes("max_bytes", max_bytes)
         loaded = load_cache(
             path,
             model_identity(model.config, model),
             windows,
             layer_devices(model, len(windows)),
-            limit,
+            None if max_bytes is None else require_bytes("max_bytes", max_bytes),
             layer_sharing(model.config),
         )
         try:

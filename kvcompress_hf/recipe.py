@@ -264,7 +264,8 @@ class Recipe:
         protect (`Protect`): Slots that are never evicted.
         budget (`Budget`, *optional*): How much may be kept.
         plan (`Plan`, *optional*): Which slots go, and which move to a lower tier.
-        tiers (`tuple[str, ...]`): The storage formats of packed slots, best first; new slots enter the first.
+        tiers (`tuple[str, ...]`): The storage formats of packed slots, best first; new slots enter the first. Without a
+            plan there may be two, where `protect` names sinks: these alone enter the first, all others the second.
         when (`When`): When the cache packs and plans.
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
         centre_keys (`bool`, *optional*): Whether what the keys of a head have in common is taken off before they are
@@ -360,8 +361,11 @@ class Recipe:
         order = list(TIERS)
         if sorted(set(self.tiers), key=order.index) != list(self.tiers):
             raise ValueError(f"Recipe.tiers is {self.tiers!r}; give each tier once, best first: {', '.join(TIERS)}.")
-        if len(self.tiers) > 1 and self.plan is None:
-            raise ValueError(f"Recipe.tiers is {self.tiers!r}, but without a plan no slot would ever leave the first.")
+        if len(self.tiers) > 1 and self.plan is None and not self.sinks_apart:
+            raise ValueError(
+                f"Recipe.tiers is {self.tiers!r}, but without a plan no slot would ever leave the first. Give one "
+                "tier; or two and protect={'sinks': 4}, so that the first four tokens alone are stored in the first."
+            )
 
     def _check_positions(self) -> None:
         if self.positions not in POSITIONS:
@@ -383,6 +387,12 @@ class Recipe:
                 f"Recipe {self.name!r} has positions='reindexed' and centre_keys=True: re-indexing rotates whole keys. "
                 "Leave centre_keys out."
             )
+
+    @property
+    def sinks_apart(self) -> int:
+        """`int`: Tokens at the beginning of each sequence that alone enter the first tier, and all others the second;
+        0 where every token enters the first."""
+        return self.protect.sinks if self.plan is None and len(self.tiers) == 2 else 0
 
     @property
     def evicts(self) -> bool:

@@ -1,4 +1,4 @@
-"""The rotary embedding of a model, as far as keys and queries can be turned on to other positions."""
+"""The rotary embedding of a model, as far as stored keys can be turned on to other positions."""
 
 import torch
 
@@ -12,11 +12,8 @@ __all__ = ["key_frequencies"]
 # this; each of them is tested against the stock model with positions re-indexed.
 _FAMILIES = frozenset({"arcee", "gemma", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "phi"})
 _FAMILIES |= {"phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"}
-# Others that rotate in the same way, but have not been re-indexed in a test: their queries are turned, keys are not.
-_QUERIES = frozenset({"apertus", "bitnet", "cwm", "dots1", "flex_olmo", "gemma2", "gpt_oss", "granitemoe", "nemotron"})
-_QUERIES |= {"granitemoeshared", "ministral", "olmoe", "persimmon", "phimoe", "seed_oss", "solar_open", "vaultgemma"}
-# Those of both with a partial_rotary_factor.
-_PARTIAL = frozenset({"gpt_neox", "nemotron", "persimmon", "phi", "phi3", "stablelm"})
+# Those of them with a partial_rotary_factor.
+_PARTIAL = frozenset({"gpt_neox", "phi", "phi3", "stablelm"})
 _TYPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies are the same at every length
 
 
@@ -29,31 +26,29 @@ def key_frequencies(config: PreTrainedConfig, recipe: Recipe, windows: list[int 
         windows (`list[int | None]`): Sliding window of each layer, `None` for full attention.
 
     Returns:
-        `torch.Tensor` or `None`: Radians per position of each pair of channels, float32 `[pairs]`; `None` where the
-        recipe does not ask for it, and where turning a key on is not all that another position does to it in this
-        model.
+        `torch.Tensor` or `None`: Radians per position of each pair of channels, float32 `[pairs]`; `None` unless the
+        recipe re-indexes positions.
 
     Raises:
         UnsupportedFeatureError: If the recipe re-indexes positions and this model does not allow it.
     """
-    reindexed = recipe.positions == "reindexed"
-    if not reindexed and (recipe.observer is None or not recipe.observer.needs_rotary):
+    if recipe.positions != "reindexed":
         return None
-    found = _frequencies(config, _FAMILIES if reindexed else _FAMILIES | _QUERIES)
-    if reindexed and isinstance(found, str):
+    found = _frequencies(config)
+    if isinstance(found, str):
         raise _refusal(found)
-    if reindexed and any(window is not None for window in windows):
+    if any(window is not None for window in windows):
         raise _refusal("this model has layers with a sliding window, which is counted in absolute positions")
-    return None if isinstance(found, str) else found
+    return found
 
 
-def _frequencies(config: PreTrainedConfig, families: frozenset[str]) -> torch.Tensor | str:
-    """The frequencies of a model of these families, or why there are none that are all of it."""
+def _frequencies(config: PreTrainedConfig) -> torch.Tensor | str:
+    """The frequencies of a model, or why there are none that are all that another position does to a key."""
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     family, kind = text.model_type, rope.get("rope_type")
-    if family not in families:
-        known = ", ".join(sorted(families))
+    if family not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
         return f"it has not been tested with {family} models, only with {known}"
     if kind not in _TYPES:
         return f"the rope_type of this model is {kind!r}; it must be one of {', '.join(_TYPES)}"

@@ -30,15 +30,24 @@ from kvcompress_hf.compat import (
 from kvcompress_hf.errors import UnsupportedFeatureError
 from kvcompress_hf.patches.holders import Holders
 from kvcompress_hf.patches.implementation import has_implementation
-from kvcompress_hf.patches.passes import HELD, after_pass, before_pass, check_implementation, tell_once, turns_otherwise
+from kvcompress_hf.patches.passes import (
+    HELD,
+    after_pass,
+    before_pass,
+    check_implementation,
+    rotations_for,
+    tell_once,
+    turns_otherwise,
+)
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates, recording_ends, tokens_held
 from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
+from kvcompress_hf.patches.turning import Turning
 from kvcompress_hf.presets import resolve_rows
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.reports import RunReport
 
-__all__ = ["RECORD", "PatchRecord", "bind_methods", "record_of", "unbind_methods"]
+__all__ = ["RECORD", "PatchRecord", "begin_pass", "bind_methods", "record_of", "unbind_methods"]
 
 #: The one attribute a patched model carries.
 RECORD = "_kvcompress_patch"
@@ -64,6 +73,7 @@ class PatchRecord:
         hooks (`list[RemovableHandle]`): Of the hooks before and after each pass of a part of the model.
         told (`set[str]`): What was warned of.
         last_run (`RunReport`, *optional*): Figures of the last cache `generate` worked on.
+        turning (`Turning`, *optional*): How position turns the model's queries, once a recipe has asked for it.
     """
 
     route: str
@@ -76,6 +86,7 @@ class PatchRecord:
     hooks: list[RemovableHandle] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
     last_run: RunReport | None = None
+    turning: Turning | None = None
 
     @property
     def recipe(self) -> Recipe | None:
@@ -85,7 +96,13 @@ class PatchRecord:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model has had no run of its own yet, and nobody would ever leave its blocks.
-        return {**self.__dict__, "last_run": None, "told": set(), "holders": Holders(self.holders.in_force())}
+        fresh: dict[str, Any] = {
+            "last_run": None,
+            "turning": None,
+            "told": set(),
+            "holders": Holders(self.holders.in_force()),
+        }
+        return self.__dict__ | fresh
 
 
 def record_of(model: nn.Module) -> PatchRecord | None:
@@ -98,6 +115,23 @@ def record_of(model: nn.Module) -> PatchRecord | None:
         `PatchRecord` or `None`: `None` if the model is not patched.
     """
     return unwrap(model).__dict__.get(RECORD)
+
+
+def begin_pass(model: PreTrainedModel, cache: CompressedPagedCache, tokens: int) -> None:
+    """Makes a cache ready to be given recorded queries, keys and values of a patched model by hand.
+
+    Args:
+        model (`PreTrainedModel`): The patched model.
+        cache (`CompressedPagedCache`): An empty cache.
+        tokens (`int`): How many tokens per row will come.
+
+    Raises:
+        ValueError: If the model is not patched.
+    """
+    record = record_of(model)
+    if record is None:
+        raise ValueError(f"{type(model).__name__} is not patched; call kvcompress_hf.patch(model) first.")
+    cache.begin_pass(record, (), rotations_for(model, record, cache, tokens))
 
 
 def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:

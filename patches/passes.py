@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import Cache, cache_argument, move_cache
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.patches.holders import Holders
 from kvcompress_hf.patches.implementation import has_implementation
 from kvcompress_hf.patches.support import text_config
+from kvcompress_hf.patches.turning import Turning, learn_turning
 
 __all__ = [
     "HELD",
@@ -22,6 +24,7 @@ __all__ = [
     "before_pass",
     "check_implementation",
     "read_with",
+    "rotations_for",
     "tell_once",
     "turns_otherwise",
 ]
@@ -37,6 +40,7 @@ class Patch(Protocol):
     installed: bool
     holders: Holders
     told: set[str]
+    turning: Turning | None
 
 
 def before_pass(
@@ -73,7 +77,8 @@ def before_pass(
     if isinstance(cache, CompressedPagedCache):
         _check_mask_length(cache, args, kwargs)
         _check_pass(model, record, cache)
-        cache.begin_pass(record, read_with(model, cache, part, args, moved))
+        rotations = rotations_for(model, record, cache, _new_tokens(args, moved))
+        cache.begin_pass(record, read_with(model, cache, part, args, moved), rotations)
     elif cache is None and (part is model or part.config is text_config(model)):
         _tell_of_stock_cache(record, part, kwargs)
     return None if moved is kwargs else (args, moved)
@@ -98,17 +103,45 @@ def after_pass(part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _check_mask_length(cache: CompressedPagedCache, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuses a 2-D mask of another length than the tokens held and the new ones: transformers would cut or fill it."""
-    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
-    new = next((each for each in given if isinstance(each, torch.Tensor) and each.dim() >= 2), None)
-    mask = kwargs.get("attention_mask")
+    new, mask = _new_tokens(args, kwargs), kwargs.get("attention_mask")
     if new is None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
         return
     seen = cache.get_seq_length()
-    if mask.shape[1] != seen + new.shape[1]:
+    if mask.shape[1] != seen + new:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but the cache holds {seen} tokens and {new.shape[1]} are "
-            f"new; it must be [batch, {seen + new.shape[1]}], padding of earlier turns included."
+            f"attention_mask has shape {tuple(mask.shape)}, but the cache holds {seen} tokens and {new} are "
+            f"new; it must be [batch, {seen + new}], padding of earlier turns included."
         )
+
+
+def _new_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many new tokens per row a call brings, where that is seen."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    new = next((each for each in given if isinstance(each, torch.Tensor) and each.dim() >= 2), None)
+    return None if new is None else new.shape[1]
+
+
+@torch.compiler.disable
+def rotations_for(
+    model: PreTrainedModel, record: Patch, cache: CompressedPagedCache, new: int | None
+) -> tuple[Rotation | None, ...]:
+    """How position turns each layer's queries, where the cache's observer asks for it; learned at the first such call.
+
+    Args:
+        model (`PreTrainedModel`): The patched model.
+        record (`Patch`): Its patch record.
+        cache (`CompressedPagedCache`): With what came before.
+        new (`int`, *optional*): New tokens per row.
+
+    Returns:
+        `tuple[Rotation | None, ...]`: One per layer, `None` where it is not known; empty where nobody asks.
+    """
+    observer = cache.recipe.observer
+    if observer is None or not observer.needs_rotary:
+        return ()
+    if record.turning is None:
+        record.turning = learn_turning(model)
+    return record.turning.rotations(cache.get_seq_length() + (new or 0))
 
 
 @torch.compiler.disable

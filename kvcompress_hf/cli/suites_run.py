@@ -15,6 +15,7 @@ import torch
 
 import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
+from kvcompress_hf.patches.generation import begin_pass
 from kvcompress_hf.patches.second_reading import read_again
 
 from .suites import Question
@@ -57,6 +58,7 @@ class Prompt:
         """
         torch.manual_seed(seed)
         cache = kvc.CompressedPagedCache(self.model.config, recipe, prompt_tokens=self.length)
+        begin_pass(self.model, cache, self.length)
         for args, kwargs in self._calls:
             cache.attend(*args, **kwargs, dense=_no_output)
         if cache.awaits_second_reading:

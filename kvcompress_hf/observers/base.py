@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.paging.store import PagedStore
@@ -44,15 +45,14 @@ class Chunk:
         new (`NewTokens`): The new tokens, to be read only: `new.query`, `new.key`, `new.value`, `new.valid`,
             `new.position`, `new.logits`. Keys are as they will be stored (`store.whole(layer, new.key)` gives back what
             the model made, which [`Observer.describe`] gets).
-        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`,
-            on the host; `None` where it is not known how another position would turn queries and keys, and for
-            observers that do not ask for it.
+        rotation (`Rotation`, *optional*): How position turns the queries of this layer; `None` where that is not
+            known, and for observers that do not ask for it.
     """
 
     store: PagedStore
     layer: int
     new: NewTokens
-    inv_freq: torch.Tensor | None = None
+    rotation: Rotation | None = None
 
     def __getattr__(self, name: str) -> Any:  # only asked for what is not there
         place = _NAMES_OF_0_1.get(name)
@@ -150,7 +150,7 @@ class Observer(Part, abc.ABC):
 
     @property
     def needs_rotary(self) -> bool:
-        """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.inv_freq`."""
+        """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.rotation`."""
         return False
 
     @property

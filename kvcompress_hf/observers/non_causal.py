@@ -10,14 +10,14 @@ every query looks at the keys around it, later ones too. Here, as well,
   the prompt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from kvcompress_hf.observers.base import Chunk
-from kvcompress_hf.paging.key_turn import turn
-from kvcompress_hf.paging.waiting import to_device
+from kvcompress_hf.paging.key_turn import Rotation
+from kvcompress_hf.paging.new_tokens import NewTokens
 
 __all__ = ["non_causal_scores"]
 
@@ -68,24 +68,37 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
     `p(i, j) ** 2` over the queries up to 16 tokens away from it. The softmax runs over those keys, over the keys at and
     shortly before `i` seen from `i` itself, over the first four tokens, and over 96 others evenly spaced, which stand
     for all that are further away. In a later chunk, what falls on the tokens before it is estimated per query head from
-    32 of its queries.
+    32 of its queries. In a layer with a sliding window only what a later token can still see is looked at, as if the
+    chunk began there.
 
     Args:
         chunk (`Chunk`): The new tokens.
 
     Returns:
-        `torch.Tensor` or `None`: float32 `[batch, kv_heads, group, tokens]`, 0 for padding; `None` where a query cannot
-        be turned on: in layers with a sliding window, and in models of which it is not known how.
+        `torch.Tensor` or `None`: float32 `[batch, kv_heads, group, tokens]`, 0 for padding and for what has left the
+        window; `None` where it is not known how position turns the queries of this layer.
     """
-    new, made = chunk.new, chunk.new.logits
-    if chunk.inv_freq is None or made.window is not None:
+    if chunk.rotation is None:
         return None
+    new = chunk.new
+    window = new.logits.window
+    gone = 0 if window is None else max(0, new.tokens - max(window - 1, 1))
+    if not gone:
+        return _scores(chunk, chunk.rotation)
+    valid = None if new.valid is None else new.valid[:, gone:].contiguous()
+    query, key, value = (states[:, :, gone:] for states in (new.query, new.key, new.value))
+    within = NewTokens(query, key, value, new.logits, valid=valid)  # at position 0: no past is within reach
+    return F.pad(_scores(replace(chunk, new=within), chunk.rotation), (gone, 0))
+
+
+def _scores(chunk: Chunk, rotation: Rotation) -> torch.Tensor:
+    """[`non_causal_scores`] of tokens that a later one can all see."""
+    new, made = chunk.new, chunk.new.logits
     batch, kv_heads, tokens, head_dim = new.key.shape
     valid = new.valid
     if valid is None:
         valid = torch.ones((1, tokens), dtype=torch.bool, device=new.key.device)
     places = _Places.of(valid)
-    inv_freq = to_device(chunk.inv_freq, new.key.device)
     by = places.count - places.of_token  # from where each token stands to behind the chunk
     blocks = -(-tokens // _BLOCK)
     filling = blocks * _BLOCK - tokens
@@ -106,7 +119,7 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
         if new.valid is not None:  # padding may hold anything
             query = torch.where(valid[:, None, inside, None], query, 0)
         here = _in_blocks(query, kv_heads)
-        ahead = _in_blocks(_turned(query, by[:, inside], inv_freq), kv_heads)
+        ahead = _in_blocks(rotation.turn(query, by[:, None, inside]), kv_heads)
         part_of_near = near[:, :, part]
         logits = here.new_empty((*here.shape[:-1], bias.shape[-1]), dtype=torch.float32)
         logits[..., :_NEAR] = ahead @ part_of_near
@@ -127,7 +140,7 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
     summed = F.fold(overlapping, (1, blocks * _BLOCK + 2 * _MARGIN), (1, _NEAR), stride=(1, _BLOCK))
     result = summed[:, 0, 0, _MARGIN : _MARGIN + tokens].unflatten(0, (batch, kv_heads, -1))
     if new.position:
-        result = result * (1 - _share_of_the_past(chunk, by, inv_freq))[..., None].square()
+        result = result * (1 - _share_of_the_past(chunk, by, rotation))[..., None].square()
     return torch.where(valid[:, None, None], result, 0.0)
 
 
@@ -135,12 +148,6 @@ def _in_blocks(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """`[batch, kv_heads, blocks, group * block, head_dim]` from `[batch, q_heads, tokens, head_dim]` and zeros."""
     query = F.pad(query, (0, 0, 0, -query.shape[2] % _BLOCK))
     return query.unflatten(1, (kv_heads, -1)).unflatten(3, (-1, _BLOCK)).transpose(2, 3).flatten(3, 4)
-
-
-def _turned(query: torch.Tensor, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Queries `[batch, q_heads, tokens, head_dim]`, each turned on by its number of positions, `[batch, tokens]`."""
-    rotary = turn(query, by[:, None], inv_freq)
-    return torch.cat((rotary.to(query.dtype), query[..., rotary.shape[-1] :]), dim=-1)
 
 
 def _bias(is_near: torch.Tensor, of_query: torch.Tensor, places: _Places) -> torch.Tensor:
@@ -169,14 +176,14 @@ def _bias(is_near: torch.Tensor, of_query: torch.Tensor, places: _Places) -> tor
     return F.pad(each, (seen.shape[-1] - _SAMPLE, 0)).masked_fill(~seen, -torch.inf)
 
 
-def _share_of_the_past(chunk: Chunk, by: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+def _share_of_the_past(chunk: Chunk, by: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """How much of their attention the chunk's queries give to what was stored before it, `[batch, kv_heads, group]`."""
     new, store = chunk.new, chunk.store
     batch, kv_heads, tokens, _ = new.key.shape
     asked = torch.linspace(0, tokens - 1, min(_ASKED, tokens), device=by.device).long()
     query_valid = None if new.valid is None else new.valid[:, asked].contiguous()
     past, tail, _ = store.backend.window_scores(
-        _turned(new.query[:, :, asked], by[:, asked], inv_freq),
+        rotation.turn(new.query[:, :, asked], by[:, None, asked]),
         new.key,
         store.rows(chunk.layer),
         store.tail(chunk.layer),

@@ -34,8 +34,8 @@ class WindowScores(Observer):
             over the query heads of that step (as LeanKV's code), which takes a pass of its own per step.
         non_causal (`bool`): Count every query of the prompt once more, as if the prompt came again (see
             [`non_causal_scores`]), so that what the window does not look at can still be asked for; with `power=2`
-            only. Later chunks of a prompt then leave a slot the larger of the two scores. In layers with a sliding
-            window, and in models whose rotary embedding is not known, the window alone counts.
+            only. Later chunks of a prompt then leave a slot the larger of the two scores. Where it is not known how
+            position turns the queries of a layer, the window alone counts.
         half_life (`int`, *optional*): Decode steps after which what was seen counts half, so that slots are forgotten
             that once mattered; `None` remembers for ever, as the papers do. Scores fade once per packing.
     """

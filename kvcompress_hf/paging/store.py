@@ -10,7 +10,7 @@ from kvcompress_hf.paging.geometry import Geometry
 from kvcompress_hf.paging.stored_rows import StoredRows, StoreNote
 from kvcompress_hf.paging.turned import turn_stored_keys
 from kvcompress_hf.paging.usage import Usage
-from kvcompress_hf.paging.waiting import known_as, moves_into_holes, on_host, places
+from kvcompress_hf.paging.waiting import known_as, moves_into_holes, on_host, places, to_device
 
 __all__ = ["Describe", "Geometry", "PagedStore", "StoreNote", "Usage"]
 
@@ -107,6 +107,7 @@ class PagedStore(StoredRows):
         layer: int | None = None,
         describe: Describe | None = None,
         tails: torch.Tensor | None = None,
+        sinks: int = 0,
     ) -> None:
         """Moves the whole tail of one layer, or of all, into pages.
 
@@ -116,6 +117,7 @@ class PagedStore(StoredRows):
             describe (`Callable`, *optional*): Makes slot fields from keys, values and the means of both, see
                 [`PagedStore.describe`].
             tails (`torch.Tensor`, *optional*): `tail_lengths` on the host, where the caller knows them.
+            sinks (`int`): As for [`PagedStore.enter`].
 
         Raises:
             CacheMemoryError: If the arena is full; nothing has changed then.
@@ -142,7 +144,7 @@ class PagedStore(StoredRows):
         if describe is not None:
             real = torch.arange(used, device=keys.device) < lengths[:, None]
             fields.update(self.describe(describe, keys, values, real, layer))
-        self.pack(tier, keys, values, counts, None, fields, layer)
+        self.enter(tier, keys, values, counts, None, fields, layer, sinks)
         self._tail.empty(part)
 
     def describe(
@@ -174,6 +176,55 @@ class PagedStore(StoredRows):
         return describe(clean_keys, clean_values, means[0], means[1])
 
     # -- packed slots ----------------------------------------------------------------------------------------------
+
+    def enter(
+        self,
+        tier: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        counts: torch.Tensor,
+        index: torch.Tensor | None,
+        fields: Mapping[str, torch.Tensor],
+        layer: int | None,
+        sinks: int = 0,
+    ) -> None:
+        """[`PagedStore.pack`] for tokens in their order, the first of each sequence into the first tier.
+
+        Args:
+            tier (`int`): Index of the tier for all others.
+            keys (`torch.Tensor`): As for [`PagedStore.pack`], like all that follows.
+            values (`torch.Tensor`): Likewise.
+            counts (`torch.Tensor`): Likewise.
+            index (`torch.Tensor`, *optional*): Likewise.
+            fields (`Mapping[str, torch.Tensor]`): Likewise.
+            layer (`int`, *optional*): Likewise.
+            sinks (`int`): Slots of a row that lie in the first tier once it has as many.
+
+        Raises:
+            CacheMemoryError: If the arena is full.
+        """
+        here = on_host(counts)
+        first = self._missing_sinks(sinks, self._slice(layer), here) if sinks else torch.zeros_like(here)
+        if not bool(first.any()):
+            self.pack(tier, keys, values, counts, index, fields, layer)
+            return
+        most = int(first.max())
+        head = known_as(to_device(first, counts.device), first)
+        begin = None if index is None else index[..., :most].contiguous()
+        self.pack(0, keys, values, head, begin, fields, layer)
+        rest = here - first
+        if not bool(rest.any()):
+            return
+        if index is None:
+            index = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device).expand(*counts.shape, -1)
+        place = torch.arange(keys.shape[2], device=keys.device) + head[..., None].long()
+        index = index.gather(2, place.clamp(max=keys.shape[2] - 1)).contiguous()
+        self.pack(tier, keys, values, known_as(to_device(rest, counts.device), rest), index, fields, layer)
+
+    def _missing_sinks(self, sinks: int, part: slice, added: torch.Tensor) -> torch.Tensor:
+        """How many of the slots to be added to each row belong into the first tier, on the host, as `added`."""
+        stored = self.lengths_on_host()[0][part].view(added.shape)
+        return torch.minimum((sinks - stored).clamp(min=0), added).to(torch.int32)
 
     @changes_pages
     def pack(
@@ -249,6 +300,7 @@ class PagedStore(StoredRows):
         layers: int,
         tails: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
+        sinks: int = 0,
     ) -> int:
         """Pages that packing the tail and some more tokens takes, copies of shared ones included.
 
@@ -258,17 +310,28 @@ class PagedStore(StoredRows):
             layers (`int`): Layers that have rows here so far.
             tails (`torch.Tensor`, *optional*): `tail_lengths` on the host, where the caller knows them.
             lengths (`torch.Tensor`, *optional*): `int32` `[tiers, rows]` on the host, in place of what rows hold now.
+            sinks (`int`): As for [`PagedStore.enter`].
 
         Returns:
             `int`: Number of pages, over all rows.
         """
-        lengths = (self.lengths_on_host() if lengths is None else lengths)[tier]
-        lengths = lengths.view(self.layers, self.batch, -1)[:layers]
+        lengths = (self.lengths_on_host() if lengths is None else lengths).view(
+            len(self.layout.tiers), self.layers, self.batch, -1
+        )
+        lengths = lengths[:, :layers]
         added = on_host(self.tail_lengths if tails is None else tails)[:layers, :, None] + tokens
+        first = torch.minimum((sinks - lengths[0]).clamp(min=0), added)
+        return sum(
+            self._pages_to_add(into, lengths[into], more)
+            for into, more in ([(tier, added)] if not sinks else [(0, first), (tier, added - first)])
+        )
+
+    def _pages_to_add(self, tier: int, lengths: torch.Tensor, added: torch.Tensor) -> int:
+        """Pages that more slots take, by layer, sequence and head, copies of shared ones included."""
         pages = self._tables.pages
         new = int((pages(tier, lengths + added) - pages(tier, lengths)).sum())
         grows = torch.zeros((self.layers, self.batch, self.geometry.kv_heads), dtype=torch.bool)
-        grows[:layers] = added > 0
+        grows[: lengths.shape[0]] = added > 0
         return new + self._tables.shared_pages_to_copy(tier, grows.flatten())
 
     def pages_freed(self, lengths: torch.Tensor) -> int:

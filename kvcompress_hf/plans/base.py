@@ -40,6 +40,8 @@ class PlanView:
             of the loss of evicting it.
         counts_slots (`bool`): Whether the budget is a number of tokens, so that plans that count slots need not mind
             bytes.
+        guesses (`bool`): Whether the observer could not look as far as it wanted to, so that what seems of no
+            importance may be of much.
     """
 
     importance: torch.Tensor
@@ -57,6 +59,7 @@ class PlanView:
     dense_bytes: torch.Tensor
     distortion: torch.Tensor
     counts_slots: bool = False
+    guesses: bool = False
 
     @property
     def tiers(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcompress_hf.paging.waiting import known, on_host
+from kvcompress_hf.paging.waiting import known, on_host, to_device
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
 from kvcompress_hf.plans.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
 from kvcompress_hf.recipe import Recipe
@@ -24,6 +24,9 @@ _WORST = 0.99  # storing a slot is never worse than evicting it, so there is alw
 @dataclass(frozen=True)
 class RateDistortion(Plan):
     """Plan: keep each slot in the tier where its importance buys the most per byte, under one multiplier per sequence.
+
+    Where importance is a guess (the observer could not look as far as it wanted to), nothing is evicted as long as
+    every slot fits into the cheapest tier, and the multiplier shares out what is left.
 
     Args:
         kappa (`float`): Discount on the loss of quantising. Window scores misjudge eviction far more than
@@ -149,11 +152,20 @@ class _Ladder:
         self._stored, self._above = counts.stored(), counts.above()
         #: Bins between the threshold of the cheapest tier and that of each.
         self.offsets = [round(math.log2(slope / hull[0][1]) * BINS_PER_OCTAVE) for _, slope in hull]
+        #: Sequences of which every slot is stored, `bool` `[batch]`; `None` if there is none.
+        self._whole: torch.Tensor | None = None
+        if view.guesses:
+            cheapest = to_device(torch.tensor([BINS, *[0] * (len(hull) - 1)]), self._stored.device)
+            every = cheapest.expand(*self._stored.shape[:2], -1)[..., None]
+            self._whole = self.row_bytes(every).sum((1, 2)) <= view.bytes_allowed()
 
     def at(self, cheapest: torch.Tensor) -> torch.Tensor:
         """Thresholds of every step from those of the cheapest tier, `[batch, rows, n]` or broadcasting to it."""
         batch, rows = self._stored.shape[:2]
         steps = torch.stack([(cheapest - offset).clamp(0, BINS) for offset in self.offsets], dim=-2)
+        if self._whole is not None:
+            first = torch.where(self._whole[:, None, None], BINS, steps[..., 0, :])
+            steps = torch.cat([first[..., None, :], steps[..., 1:, :].expand(*first.shape[:-1], -1, -1)], dim=-2)
         return steps.expand(batch, rows, -1, -1)
 
     def _passing(self, step: int, threshold: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,7 @@ def make_view(
     padding: torch.Tensor,
     distortion: Sequence[torch.Tensor],
     headroom: float = 0.0,
+    guesses: bool = False,
 ) -> PlanView:
     """Puts together what a plan decides on.
 
@@ -161,6 +162,7 @@ def make_view(
         distortion (`Sequence[torch.Tensor]`): Measured losses, each float32 `[batch, heads, tiers]`, NaN where nothing
             was measured; may be empty.
         headroom (`float`): Share of the budget to leave free.
+        guesses (`bool`): Whether the observer could not look as far as it wanted to.
 
     Returns:
         `PlanView`: What the plan is given.
@@ -202,4 +204,5 @@ def make_view(
         dense_bytes=to_device(limits.dense_bytes, device),
         distortion=to_device(losses, device),
         counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
+        guesses=guesses,
     )

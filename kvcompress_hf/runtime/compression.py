@@ -26,7 +26,7 @@ from kvcompress_hf.plans.pressure import under_pressure
 from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
 from kvcompress_hf.recipe import TIERS, Recipe
 from kvcompress_hf.runtime.call import AttentionCall
-from kvcompress_hf.runtime.packing import BEST, describe_of, packs_next
+from kvcompress_hf.runtime.packing import describe_of, entry_of, packs_next
 from kvcompress_hf.runtime.padding import padding_first
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import CacheState, LayerState
@@ -218,6 +218,7 @@ class Compression:
                 padding=padding[each.rows],
                 distortion=state.losses(),
                 headroom=0.0 if counters.unfinished else each.plan.headroom,
+                guesses=state.guesses,
             )
             for each in ruled
         ]
@@ -355,7 +356,8 @@ class Compression:
                     window = state.layers[owned.layers[0]].window
                     kept = tokens if window is None else min(tokens, window - 1)
                     lengths = after.get(id(store))
-                    needed += store.pages_to_pack(BEST, kept, len(owned.layers), state.tails(owned), lengths)
+                    tier, sinks = entry_of(state.recipe, window)
+                    needed += store.pages_to_pack(tier, kept, len(owned.layers), state.tails(owned), lengths, sinks)
                     live -= 0 if lengths is None else store.pages_freed(lengths)
             over = (live + needed) * arena.page_bytes - state.max_bytes if needed and state.max_bytes else 0
             missing = max(missing, over)

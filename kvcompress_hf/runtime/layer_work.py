@@ -92,7 +92,7 @@ class LayerWork(Past):
         store.reserve_tail(layer.tail_used)
         if store.arena.shared:
             store.own_all()  # observers write into the fields of what is stored
-        chunk = Chunk(store=store, layer=layer.index, new=new, inv_freq=self.inv_freq)
+        chunk = Chunk(store=store, layer=layer.index, new=new, rotation=self.rotation_of(layer))
         fields: dict[str, torch.Tensor] = {}
         with store.reading:
             if self._reading_again:

@@ -8,10 +8,22 @@ import torch
 from kvcompress_hf.observers import checked
 from kvcompress_hf.paging.store import Describe, PagedStore
 from kvcompress_hf.paging.waiting import known_as, to_device
+from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.state import CacheState, LayerState
 
-BEST = 0  # new slots enter the first tier
+
+def entry_of(recipe: Recipe, window: int | None) -> tuple[int, int]:
+    """Where new slots enter.
+
+    Args:
+        recipe (`Recipe`): The recipe.
+        window (`int`, *optional*): Sliding window of their layer: its first tokens do not stay.
+
+    Returns:
+        `tuple[int, int]`: The tier, and how many slots at the beginning of a row enter the first tier instead.
+    """
+    return (int(recipe.sinks_apart > 0), recipe.sinks_apart if window is None else 0)
 
 
 def describe_of(state: CacheState) -> Describe | None:
@@ -100,9 +112,9 @@ def pack_chunk(
     """
     key, value, valid = new.key, new.value, new.valid
     batch, heads, tokens, _ = key.shape
-    describe = describe_of(state)
+    describe, (tier, sinks) = describe_of(state), entry_of(state.recipe, layer.window)
     if layer.tail_used:
-        store.pack_tail(BEST, layer.index, describe, state.tails(state.owned[store.geometry]))
+        store.pack_tail(tier, layer.index, describe, state.tails(state.owned[store.geometry]), sinks)
         layer.emptied()
     if describe is not None:
         real = torch.ones((batch, tokens), dtype=torch.bool, device=key.device) if valid is None else valid
@@ -128,7 +140,7 @@ def pack_chunk(
     elif first:
         key, value = key[:, :, first:], value[:, :, first:]
         fields = {name: values[:, :, first:] for name, values in fields.items()}
-    store.pack(BEST, key, value, counts, index, fields, layer.index)
+    store.enter(tier, key, value, counts, index, fields, layer.index, sinks)
     state.statistics.packings += 1
 
 
@@ -160,7 +172,8 @@ def pack_tails(state: CacheState) -> None:
         owners = [owned for owned in owners if state.tail_used(owned) >= every]
     state.learn_tails()
     for owned in owners:
-        owned.store.pack_tail(BEST, describe=describe_of(state), tails=state.tails(owned))
+        tier, sinks = entry_of(state.recipe, state.layers[owned.layers[0]].window)
+        owned.store.pack_tail(tier, describe=describe_of(state), tails=state.tails(owned), sinks=sinks)
         for index in owned.layers:
             state.layers[index].emptied()
         state.statistics.packings += 1

@@ -261,6 +261,7 @@ class Past(CacheState):
         other = type(self)(
             self.given_recipes, self.windows, self.prompt_tokens, self.max_bytes, self.sharing, self.inv_freq
         )
+        other.rotations = self.rotations
         try:
             self.share_with(other)
         except BaseException:
@@ -323,12 +324,16 @@ class Past(CacheState):
         store = owned.store
         in_tail = self.tail_used(owned)
         if removed > in_tail:
-            packed = store.lengths_on_host()[packing.BEST]
+            tier, _ = packing.entry_of(self.recipe, self.layers[owned.layers[0]].window)
+            packed = store.lengths_on_host()
             left = torch.full((self.batch,), target, dtype=packed.dtype)
             if self.counters.gaps is not None:
                 left -= cut_runs(self.counters.gaps, target)[..., 1].sum(1).to(left.dtype)
             left = left[:, None].expand(-1, store.geometry.kv_heads).flatten().repeat(store.layers)
-            store.truncate(packing.BEST, to_device(torch.minimum(packed, left), store.geometry.device))
+            for into in (0, tier)[: tier + 1]:  # the first tier holds the first slots, where there are two
+                stays = torch.minimum(packed[into], left)
+                store.truncate(into, to_device(stays, store.geometry.device))
+                left = left - stays
         store.crop_tail(target)
         for index in owned.layers:
             self.layers[index].tail_used = max(0, self.layers[index].tail_used - removed)

@@ -8,6 +8,7 @@ import torch
 from kvcompress_hf import kernels
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.geometry import Geometry
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import ask, known, known_as
 from kvcompress_hf.recipe import TIERS, Recipe
@@ -32,8 +33,8 @@ class CacheState:
         max_bytes (`int`, *optional*): Most bytes of pages per device.
         sharing (`Sequence[str | None]`, *optional*): Per layer `"store"` where later layers read its keys and values as
             well, `"reuse"` where it reads those of an earlier layer and has none itself, else `None`.
-        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`;
-            recipes with `positions="reindexed"` need it, and some observers look further with it.
+        inv_freq (`torch.Tensor`, *optional*): Radians per position of each pair of rotary channels, float32 `[pairs]`,
+            for recipes with `positions="reindexed"`.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class CacheState:
         self.recipe = recipes[0]  # what sequences share: observer, tiers, when
         self.given_recipes = tuple(recipes)
         self.prompt_tokens, self.max_bytes, self.inv_freq = prompt_tokens, max_bytes, inv_freq
+        #: How position turns the queries of each layer, where the observer asks for it and the model has told.
+        self.rotations: Sequence[Rotation | None] = ()
         self.recording = False
         self.statistics = RunStatistics()
         self.counters = Counters(self.given_recipes)
@@ -92,6 +95,27 @@ class CacheState:
     def num_layers(self) -> int:
         """`int`: Layers of the model."""
         return len(self.layers)
+
+    def rotation_of(self, layer: LayerState) -> Rotation | None:
+        """How position turns the queries of a layer that has a place.
+
+        Args:
+            layer (`LayerState`): The layer.
+
+        Returns:
+            `Rotation` or `None`: `None` where that is not known.
+        """
+        if layer.store is None or not self.rotations:
+            return None
+        return self.rotations[self.owned[layer.store.geometry].layers[layer.index]]
+
+    @property
+    def guesses(self) -> bool:
+        """`bool`: Whether the observer wanted to look further than it can in some layer, so that it may be wrong."""
+        observer = self.recipe.observer
+        if observer is None or not observer.needs_rotary:
+            return False
+        return any(self.rotation_of(layer) is None for layer in self.layers if layer.store is not None)
 
     @property
     def has_forks(self) -> bool:

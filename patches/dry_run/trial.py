@@ -13,7 +13,7 @@ from kvcompress_hf.compat import Cache, as_argument
 from kvcompress_hf.layers import layer_windows
 from kvcompress_hf.patches.support import text_config
 
-__all__ = ["LONGEST_PAST", "Trial", "long_past", "reading", "run_pass"]
+__all__ = ["LONGEST_PAST", "Trial", "long_past", "ordinary_ids", "reading", "run_pass", "takes"]
 
 #: A first chunk, a second one, and two single tokens.
 _READING = (12, 6, 1, 1)
@@ -81,9 +81,9 @@ def reading(model: PreTrainedModel) -> Trial:
     Returns:
         `Trial`: A trial whose tensors are on the model's device.
     """
-    ids = _ordinary_ids(model, 2, sum(_READING))
+    ids = ordinary_ids(model, 2, sum(_READING))
     real = torch.ones_like(ids, dtype=torch.bool)
-    if _takes(model, "attention_mask"):
+    if takes(model, "attention_mask"):
         real[1, :_PADDING] = False
     return Trial(ids, real, _READING)
 
@@ -100,7 +100,7 @@ def long_past(model: PreTrainedModel) -> Trial | None:
     windows = [w for w in layer_windows(model.config) if w is not None and sum(_READING) <= w <= LONGEST_PAST]
     if not windows:
         return None
-    ids = _ordinary_ids(model, 1, max(_BEHIND))
+    ids = ordinary_ids(model, 1, max(_BEHIND))
     return Trial(ids, torch.ones_like(ids, dtype=torch.bool), _BEHIND, past=max(windows))
 
 
@@ -122,19 +122,37 @@ def run_pass(model: PreTrainedModel, trial: Trial, step: int, cache: Cache) -> T
         arguments["attention_mask"] = trial.real[:, :stop].long()
     # Said outright where the model takes them: on the later ranks of a pipeline stock caches cannot tell. Behind a made
     # up past they begin at 0: what keys are made of is not looked at there, and no table of positions is too short.
-    if _takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         positions = torch.arange(start, stop, device=trial.ids.device)
         arguments["position_ids"] = positions.repeat(trial.ids.shape[0], 1)
     out = model(**arguments, use_cache=True, **as_argument(model, cache))
     return out.logits[:, -1].float().cpu()
 
 
-def _takes(model: PreTrainedModel, name: str) -> bool:
+def takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's `forward` has an argument of that name.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        name (`str`): The argument.
+
+    Returns:
+        `bool`: False also where it only takes any argument.
+    """
     return name in inspect.signature(model.forward).parameters
 
 
-def _ordinary_ids(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
-    """Ids from the middle of the vocabulary, none of which the config names: special tokens, images and the like."""
+def ordinary_ids(model: PreTrainedModel, rows: int, tokens: int) -> Tensor:
+    """Ids from the middle of the vocabulary, none of which the config names: special tokens, images and the like.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        rows (`int`): Rows.
+        tokens (`int`): Tokens per row.
+
+    Returns:
+        `Tensor`: `int64` `[rows, tokens]`, the same at each call.
+    """
     vocabulary = text_config(model).vocab_size
     special = set(_named_tokens(model.config.to_dict()))
     drawn = torch.randint(

@@ -146,7 +146,8 @@ def test_half_precision(recipe, dtype, tmp_path):
 
 
 def test_several_tiers_are_really_there(model, tmp_path):
-    recipe = kvc.get_preset("auto").with_overrides(observer=kvc.WindowScores(mean=True, value=True))
+    changes = dict(tiers=("k8v4", "k4v4", "k4v2"), plan=kvc.RateDistortion())
+    recipe = kvc.get_preset("auto").with_overrides(observer=kvc.WindowScores(mean=True, value=True), **changes)
     cache, _ = filled(model, recipe, prompt=600)
     cache.save(tmp_path / "cache")
     rows = kvc.CompressedPagedCache.load(tmp_path / "cache", model).rows()

@@ -24,6 +24,7 @@ import kvcompress_hf as kvc
 from kvcompress_hf import kernels
 from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.runtime.attention import PagedAttention
 from kvcompress_hf.runtime.call import AttentionCall
 
@@ -85,10 +86,11 @@ def steps_of(
     """
     recipe = kvc.get_preset(preset).with_overrides(**changes)
     windows = [None] * (LAYERS - 1) + [window]
-    turned = recipe.positions == "reindexed" or (recipe.observer is not None and recipe.observer.needs_rotary)
-    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)) if turned else None
+    turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    reindexed = turning if recipe.positions == "reindexed" else None
     logits = {width: Logits(HEAD_DIM**-0.5, window=width) for width in windows}
-    attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=turning)
+    attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=reindexed)
+    attention.rotations = [Rotation(turning)] * LAYERS
     forks: list[PagedAttention] = []
     generator = torch.Generator().manual_seed(0)
 

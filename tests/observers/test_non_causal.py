@@ -1,18 +1,17 @@
 """Prompts judged as if they came again, against the same attention computed densely, query by query."""
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig
+from transformers import LlamaConfig
 
 import kvcompress_hf as kvc
-from kvcompress_hf import rotary
 from kvcompress_hf.kernels import Logits
 from kvcompress_hf.observers import non_causal
 from kvcompress_hf.observers.base import Chunk
 from kvcompress_hf.observers.non_causal import non_causal_scores
+from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.new_tokens import NewTokens
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
@@ -27,7 +26,7 @@ def states(tokens, seed=0, batch=1):
 
 def a_chunk(query, key, value, **changes):
     """A chunk of these states; what `changes` names is a field of it, of its new tokens, or of their logits."""
-    parts, places = {**changes}, ({"inv_freq": INV_FREQ}, {}, {"scale": SCALE})
+    parts, places = {**changes}, ({"rotation": Rotation(INV_FREQ)}, {}, {"scale": SCALE})
     for part, owner in zip(places, (Chunk, NewTokens, Logits), strict=True):
         part |= {each.name: parts.pop(each.name) for each in dataclasses.fields(owner) if each.name in parts}
     assert not parts
@@ -113,7 +112,7 @@ def test_it_finds_what_will_be_looked_up_and_the_window_does_not():
     key = 4 * torch.nn.functional.normalize(torch.randn(1, KV_HEADS, 400, DIM, generator=g), dim=-1)
     query = 10 * key.repeat_interleave(GROUP, 1)
     query[:, :, -32:] = query[:, :, 100:101]  # the window wants one token
-    chunk = a_chunk(query, key, torch.zeros_like(key), inv_freq=torch.zeros(6))
+    chunk = a_chunk(query, key, torch.zeros_like(key), rotation=Rotation(torch.zeros(6)))
     found = non_causal_scores(chunk).sum(2)[0]
     # Half of its attention stays where it stands, the other half finds the key from behind.
     assert found[:, :360].median() > 0.2 * GROUP
@@ -121,9 +120,19 @@ def test_it_finds_what_will_be_looked_up_and_the_window_does_not():
     assert seen[:, :100].max() < 0.2
 
 
-def cache_with(observer, config):
+class APatch:
+    installed = True
+
+
+PATCH = APatch()
+LLAMA = Rotation(1 / 10000.0 ** (torch.arange(0, DIM, 2) / DIM))
+
+
+def cache_with(observer, rotation=LLAMA):
     recipe = kvc.Recipe(observer=observer, budget=kvc.Budget(10**6), plan=kvc.LowestPlan(), when=kvc.When(every=8))
-    return kvc.CompressedPagedCache(config, recipe)
+    cache = kvc.CompressedPagedCache(llama(), recipe)
+    cache.begin_pass(PATCH, (), [rotation])
+    return cache
 
 
 def stored(cache):
@@ -147,64 +156,65 @@ def test_the_window_and_every_query_add_up():
     both = kvc.WindowScores(window=16, pool=3, non_causal=True)
     scores = []
     for observer in (window, both):
-        cache = cache_with(observer, llama())
+        cache = cache_with(observer)
         attend(cache, parts)
         scores.append(stored(cache))
-    inv_freq = 1 / 10000.0 ** (torch.arange(0, DIM, 2) / DIM)
-    again = non_causal_scores(a_chunk(*parts, inv_freq=inv_freq)).sum(2)[0]
+    again = non_causal_scores(a_chunk(*parts, rotation=LLAMA)).sum(2)[0]
     assert again.min() > 0
     torch.testing.assert_close(scores[1] - scores[0], again, atol=1e-5, rtol=1e-4)
 
 
 def test_later_chunks_keep_what_earlier_ones_found():
     query, key, value = states(200)
-    cache = cache_with(kvc.WindowScores(window=8, pool=1, non_causal=True), llama())
+    cache = cache_with(kvc.WindowScores(window=8, pool=1, non_causal=True))
     attend(cache, [x[:, :, :120] for x in (query, key, value)])
     before = stored(cache)
     attend(cache, [x[:, :, 120:] for x in (query, key, value)])
     after = stored(cache)
-    window = cache_with(kvc.WindowScores(window=8, pool=1), llama())
+    window = cache_with(kvc.WindowScores(window=8, pool=1))
     for part in (slice(0, 120), slice(120, 200)):
         attend(window, [x[:, :, part] for x in (query, key, value)])
     torch.testing.assert_close(after[:, :120], torch.maximum(before, stored(window)[:, :120]))
     # The new tokens' own part is what it is without a past, less what looks at the past.
-    inv_freq = 1 / 10000.0 ** (torch.arange(0, DIM, 2) / DIM)
-    alone = non_causal_scores(a_chunk(*(x[:, :, 120:] for x in (query, key, value)), inv_freq=inv_freq)).sum(2)[0]
+    alone = non_causal_scores(a_chunk(*(x[:, :, 120:] for x in (query, key, value)), rotation=LLAMA)).sum(2)[0]
     share = ((after - stored(window))[:, 120:] / alone).sqrt()
     assert share.min() > 0.2 and share.max() < 0.7  # 80 of 200 keys are new
 
 
-def test_layers_and_models_that_cannot_be_turned_have_the_window_alone():
-    chunk = a_chunk(*states(50), window=20)
-    assert non_causal_scores(chunk) is None
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pairs_may_lie_anywhere(start, interleaved):
+    query = states(7)[0]
+    by = torch.arange(7) * 100
+    found = Rotation(-INV_FREQ, start, interleaved).turn(query, by)
+    channels = torch.arange(start, start + 12)
+    pairs = channels.view(6, 2) if interleaved else channels.view(2, 6).T
+    for (first, second), frequency in zip(pairs.tolist(), INV_FREQ.tolist(), strict=True):
+        turned = torch.complex(query[..., first], query[..., second]) * torch.exp(-1j * by * frequency)
+        torch.testing.assert_close(found[..., first], turned.real, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[..., second], turned.imag, atol=1e-4, rtol=1e-4)
+    others = [i for i in range(DIM) if not start <= i < start + 12]
+    assert torch.equal(found[..., others], query[..., others])
+
+
+def test_a_sliding_layer_looks_at_what_is_still_within_reach():
+    parts = states(200)
+    found = non_causal_scores(a_chunk(*parts, window=61))
+    assert not found[..., :140].any()
+    torch.testing.assert_close(found[..., 140:], non_causal_scores(a_chunk(*(x[:, :, 140:] for x in parts))))
+    short = a_chunk(*(x[:, :, :60] for x in parts), window=61)
+    assert torch.equal(non_causal_scores(short), non_causal_scores(a_chunk(*(x[:, :, :60] for x in parts))))
+
+
+def test_layers_that_cannot_be_turned_have_the_window_alone():
+    assert non_causal_scores(a_chunk(*states(50), rotation=None)) is None
     parts = states(50)
     scores = []
-    config = GPT2Config(n_embd=96, n_head=6, n_layer=1)
     for non in (False, True):
-        cache = cache_with(kvc.WindowScores(window=8, non_causal=non), config)
+        cache = cache_with(kvc.WindowScores(window=8, non_causal=non), rotation=None)
         attend(cache, parts)
         scores.append(stored(cache))
     assert torch.equal(*scores)
-
-
-@pytest.mark.parametrize("family", sorted(rotary._FAMILIES | rotary._QUERIES))
-def test_queries_are_turned_as_the_model_would(family):
-    """Every family that is said to be known, against its own rotary embedding at two positions."""
-    config = CONFIG_MAPPING[family]()
-    inv_freq = kvc.CompressedPagedCache(config, "auto").inspect().inv_freq
-    package = type(config).__module__.rsplit(".", 1)[0]
-    code = importlib.import_module(f"{package}.modeling_{package.rsplit('.', 1)[1]}")
-    embedding = next(c for name, c in vars(code).items() if name.endswith("RotaryEmbedding"))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query = torch.randn(1, 1, 3, head_dim, generator=torch.Generator().manual_seed(0))
-    rotated = []
-    for places in ([3, 50, 1000], [3 + 200, 50 + 1, 1000 + 3000]):
-        cos, sin = embedding(config)(query, torch.tensor([places]))
-        part = query[..., : 2 * inv_freq.numel()]
-        turned = code.apply_rotary_pos_emb(part, part, cos, sin)[0]
-        rotated.append(torch.cat([turned, query[..., 2 * inv_freq.numel() :]], -1))
-    found = non_causal._turned(rotated[0], torch.tensor([[200, 1, 3000]]), inv_freq)
-    torch.testing.assert_close(found, rotated[1], atol=2e-3, rtol=1e-3)
 
 
 def test_probabilities_are_refused():

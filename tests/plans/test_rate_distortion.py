@@ -1,5 +1,7 @@
 """The rate-distortion plan against an exact sort, and its invariances."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -206,3 +208,23 @@ def test_one_tier_keeps_the_most_important_slots_as_kv_compress_does(make_view):
     pages = PagePlan().targets(view) >= 0
     assert view.bytes_of(torch.where(mine, 0, -1)) <= 40_000
     assert importance[mine].sum() >= 0.98 * importance[pages].sum()
+
+
+def test_what_importance_only_guesses_stays_as_long_as_the_cheapest_tier_has_room(make_view):
+    importance = heavy_tailed(2, 4, 1000)
+    whole = 4 * -(-1000 // SLOTS_PER_PAGE[-1]) * 1024  # everything in the cheapest tier
+    allowed = [int(1.3 * whole), int(0.7 * whole)]
+    known = view_of(make_view, importance, allowed)
+    plan = RateDistortion(kappa=1.0, small=0.0)
+    sure, guessed = plan.targets(known), plan.targets(replace(known, guesses=True))
+    assert (sure[0] < 0).any()  # better tiers for some are worth more than all
+    assert (guessed[0] >= 0).all() and (guessed[0] < 2).any()  # and what is left still buys better tiers
+    assert (known.bytes_of(guessed) <= known.allowed_bytes).all()
+    assert torch.equal(sure[1], guessed[1])
+
+
+def test_below_a_share_of_the_dense_bytes_only_the_cheapest_tiers_are_used(make_view):
+    importance = heavy_tailed(2, 4, 1000)
+    view = view_of(make_view, importance, [50_000, 110_000], dense_bytes=torch.full((2,), 10**6))
+    targets = RateDistortion(kappa=1.0, small=0.1, small_tiers=1).targets(view)
+    assert targets[0].unique().tolist() == [-1, 2] and len(targets[1].unique()) > 2
