@@ -14,6 +14,7 @@ from kvcompress_hf.cli import main, parse_budget, suites, suites_run
 from kvcompress_hf.cli.chat import chat_form, plain_form
 from kvcompress_hf.cli.eval_run import Run
 from kvcompress_hf.cli.evaluate import MODES, make_cells
+from kvcompress_hf.cli.linears import linears_in_float32
 from kvcompress_hf.cli.models import find_model
 from kvcompress_hf.cli.texts import SPLITS, Text, find_texts, pieces_of
 from kvcompress_hf.presets import resolve_recipe
@@ -263,6 +264,21 @@ def test_scores_by_hand():
     assert scores["nll"] == pytest.approx((math.log(2) - math.log(p)) / 2)
     assert scores["nll_change"] == pytest.approx(scores["nll"] - (math.log(4 / 3) + math.log(2)) / 2)
     assert not scores["right"] and scores["full_right"] and scores["as_full"] == 0.5
+
+
+def test_linear_layers_in_float32_change_rounding_alone(tiny_llama, monkeypatch):
+    model, ids = tiny_llama(tie_word_embeddings=True).to(torch.bfloat16), torch.tensor([list(range(2, 40))])
+    with torch.inference_mode():
+        stock = model(ids, use_cache=False).logits
+        for capability, done in (("AVX512", False), ("AVX2", True)):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+            with linears_in_float32(model) as quicker, kvc.patched(model, "lossless"):
+                logits = model(ids, use_cache=False).logits
+            assert quicker == done and logits.dtype == torch.bfloat16
+            assert torch.allclose(logits.float(), stock.float(), atol=0.02 * float(stock.abs().max()))
+        assert torch.equal(model(ids, use_cache=False).logits, stock)
+        with linears_in_float32(tiny_llama()) as quicker:
+            assert not quicker  # float32 already
 
 
 @pytest.fixture(scope="module")
