@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from .texts import SPLITS
 if TYPE_CHECKING:
     from kvcompress_hf import Recipe
 
+    from .chat import Form
     from .suites import Amounts, Sample
+    from .texts import Text
 
 #: What each suite measures, and how many tokens of prose and of a long generation.
 SUITES = {
@@ -152,10 +154,11 @@ def run_eval(args: argparse.Namespace) -> int:
         "tokens": amounts.tokens,
         "modes": modes,
         "seed": args.seed,
+        "seconds": 0.0,
     }
     before: dict[str, Any] = {"seconds": 0.0, "full": {}, "cells": []}
     if args.add and args.output.exists():
-        before = read_before(args.output, figures)
+        before = read_before(args.output, {name: value for name, value in figures.items() if name != "seconds"})
     known = {(cell["recipe"], cell["budget"], cell["context"]) for cell in before["cells"]}
     todo = {n: [cell for cell in cells if (cell.name, cell.budget, n) not in known] for n in lengths}
     print(
@@ -166,40 +169,43 @@ def run_eval(args: argparse.Namespace) -> int:
     )
     began = time.perf_counter()
     run = Run(model, probes, modes, args.seed, args.suite == "output-error")
-    figures |= {"full": before["full"], "cells": before["cells"]}
     with linears_in_float32(model) as quicker:
+        figures |= {"linears_in_float32": quicker, **surroundings(args.device)}
+        figures |= {"full": before["full"], "cells": before["cells"]}  # last in the file: they are long
         for n, missing in todo.items():
-            samples = make_contexts(tokenizer, texts, form, args, n, amounts)
-            figures["full"][str(n)], results = run.measure(samples, missing, n)
-            figures["cells"] += results
-    figures["linears_in_float32"] = quicker
-    figures |= {"seconds": round(before["seconds"] + time.perf_counter() - began, 1), **surroundings(args.device)}
-    figures["cells"] = figures.pop("cells")  # last in the file: they are long
-    compare(figures["cells"], args.against, modes)
-    print_tables(figures, lengths, args.suite)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(to_text(figures), encoding="utf-8")
+            if missing:
+                samples = make_contexts(tokenizer, texts, form, args, n, amounts)
+                figures["full"][str(n)], results = run.measure(samples, missing, n)
+                figures["cells"] += results
+            figures["seconds"] = round(before["seconds"] + time.perf_counter() - began, 1)
+            compare(figures["cells"], args.against, modes)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(to_text(figures), encoding="utf-8")  # what is there is kept if the next length fails
+    print_tables(figures, lengths, args)
     print(f"Figures: {args.output}")
     draw_picture(figures, lengths, args)
     return 0
 
 
-def make_contexts(tokenizer: Any, texts: Any, form: Any, args: Any, length: int, amounts: Amounts) -> list[Sample]:
+def make_contexts(
+    tokenizer: Any, texts: Sequence[Text], form: Form, args: argparse.Namespace, length: int, amounts: Amounts
+) -> list[Sample]:
     """The contexts of one length."""
     from .suites import make_samples
 
     return make_samples(tokenizer, texts, form, count=args.contexts, length=length, amounts=amounts, seed=args.seed)
 
 
-def print_tables(figures: dict[str, Any], lengths: Sequence[int], suite: str) -> None:
+def print_tables(figures: dict[str, Any], lengths: Sequence[int], args: argparse.Namespace) -> None:
     """Everything that was found, length by length."""
     from .eval_tables import draw_differences, draw_errors, draw_tables
 
-    draw: Callable[..., str] = draw_errors if suite == "output-error" else draw_tables
     for length in lengths:
-        print(draw(figures, length) + "\n")
-        if suite != "output-error" and (differences := draw_differences(figures, length)):
-            print(differences + "\n")
+        if args.suite == "output-error":
+            print(draw_errors(figures, length) + "\n")
+            continue
+        print(draw_tables(figures, length) + "\n")
+        print((draw_differences(figures, length) or f"No differences: nothing to compare {args.against} with") + "\n")
     print(f"{figures['seconds']:.0f} s")
 
 
@@ -215,7 +221,7 @@ def draw_picture(figures: dict[str, Any], lengths: Sequence[int], args: argparse
         print("No curves: they need matplotlib, install kvcompress_hf[plot]")
 
 
-def choose_form(tokenizer: Any, form: str) -> Any:
+def choose_form(tokenizer: Any, form: str) -> Form:
     """The form of documents and questions: by default the tokenizer's chat template, where it has one."""
     from .chat import chat_form, plain_form
 
