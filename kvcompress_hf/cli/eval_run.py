@@ -142,11 +142,13 @@ class Run:
         ratio = run.ratio_while_decoding(self.model, cache)
         rows = []
         for exchange, whole in zip(exchanges, outputs, strict=True):
-            # What grows is measured afterwards, so that nothing of another fork may be counted.
-            mine = prompt.fill(cell.recipe, self.seed) if exchange.grows else cache.fork()
+            mine = cache.fork()
             got = run.play(self.model, mine, exchange, watch=self.watch)
             row = {**self._score(exchange, whole, got), "ratio": ratio}
-            rows.append(row | {"grown": mine.memory().ratio} if exchange.grows else row)
+            if exchange.grows:
+                memory = mine.memory()  # pages that only the context's cache uses are not this one's
+                row["grown"] = (memory.total - memory.forks) / memory.dense
+            rows.append(row)
         return rows
 
     def _score(self, exchange: Exchange, whole: run.Outputs, got: run.Outputs) -> dict[str, Any]:
