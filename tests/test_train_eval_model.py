@@ -339,5 +339,5 @@ def test_the_command_evaluates_the_folder(model_folder, capsys, tmp_path, monkey
     from kvcompress_hf.cli import main
 
     monkeypatch.chdir(tmp_path)  # figures go into the working directory
-    assert main(["eval", "--model", str(model_folder), "--context", "400", "--samples", "1", "--recipes", "k8v4"]) == 0
+    assert main(["eval", "--model", str(model_folder), "--context", "800", "--contexts", "1", "--recipes", "k8v4"]) == 0
     assert "kvlm-toy" in capsys.readouterr().out

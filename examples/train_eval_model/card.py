@@ -44,8 +44,8 @@ _LICENCES = """## Data and licences
 The weights are under Apache-2.0. No text is shipped but `haystack.txt`, the beginning of a held-out novel in the public
 domain. Licences are those that the packages' metadata name; vendored copies of other projects were left out.
 {tasks:.0%} of the tokens, text between their facts included, were generated tasks: needles, keys and values,
-repetitions, chains of variables, sorting, counting. The wording of the needles and of the keys and values is that of
-the suites of `kvcompress eval` - the words in their keys and the text around them are not - so that right answers
+repetitions, chains of variables, sorting, counting. The wording of the needles is that of
+`kvcompress eval` - the words in their keys and the text around them are not - so that right answers
 there say what the cache keeps, and nothing of how the model would take to other tasks.
 
 | use | licence | M tokens | sources |

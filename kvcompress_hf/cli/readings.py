@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .chat import Form, chat_form
 from .facts import PASSKEY_INTRO, sentences
 
 __all__ = ["Inquiry", "Reading", "document_reading", "facts_reading", "find_document"]
 
 DOCUMENT = Path("examples") / "texts" / "the_warden.txt"
-_MARK = "THE QUESTION COMES HERE"
+_QUIZ = Form(before="", first="\n\nQuestion: ", after="\nAnswer:", between="\n", unbegun="", chat=False)
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,8 @@ def document_reading(tokenizer: Any, path: Path, questions: list[str] | None = N
         asked = json.loads(beside.read_text(encoding="utf-8"))
     else:
         raise ValueError(f"no questions about {path}: give some with --ask, or questions and answers in {beside}")
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": f"{text}\n\n{_MARK}"}]
-        whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    else:
-        whole = f"{text}\n\nQuestion: {_MARK}\nAnswer:"
-    before, after = whole.split(_MARK)
+    form = chat_form(tokenizer) if tokenizer.chat_template else _QUIZ
+    before, after = form.before + text + form.first, form.after
     inquiries = [
         Inquiry(ids=tokenizer(one["question"] + after + one["begin"], add_special_tokens=False).input_ids, **one)
         for one in asked

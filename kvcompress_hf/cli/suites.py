@@ -1,53 +1,109 @@
-"""The samples of `kvcompress eval`: contexts of one length, each with several questions, as token ids."""
+"""What `kvcompress eval` puts to a model: contexts of one length, each with every probe, as token ids."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .facts import NUMBER_INTRO, PASSKEY_INTRO, sentences
+from .chat import Form
+from .facts import NUMBER_INTRO
+from .texts import Text, pieces_of
 
-#: Questions asked about each context.
-QUESTIONS = 2
-_NUMBERS_INTRO = NUMBER_INTRO.replace("A special magic number is", "Some special magic numbers are").replace(
-    "about the number ", "about the numbers "
+__all__ = ["ASKED", "PROBES", "Amounts", "Exchange", "Sample", "Turn", "make_samples"]
+
+#: Questions with one right answer.
+ASKED = ("needle", "multi-key")
+PROBES = (*ASKED, "copy", "prose", "summary", "generation", "conversation")
+_KEYS = 4  # magic numbers hidden in a context
+_ASKED_KEYS = 3  # of them asked
+_INTRO = NUMBER_INTRO.replace("A special magic number is", "A pass key and some special magic numbers are").replace(
+    "about the number ", "about them "
 )
-_COPIED = 48  # tokens of a passage that comes again
-_CUE = 8  # of them given as the question
-_COPY = 4  # of them scored after the cue
-_PROSE = 64  # tokens of prose scored after a context
+_SUMMARY = ("Summarise the text in a few sentences.", "In short,")
+_STORY = ("Go on with the story from where the text ends.", "")
+_CONVERSATION = (
+    "Who are the people in this text?",
+    "Where does it take place?",
+    "What happens at the beginning?",
+    "Describe one of the people in a sentence.",
+    "What does that person want?",
+    "Which words of the text show it?",
+    "What is the mood of the text?",
+    "What was my first question?",
+    "How does the text end?",
+    "Give the text a title.",
+)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What follows a context.
+class Amounts:
+    """How many tokens are scored.
 
     Args:
-        ids: tokens that are given; at least one.
-        answer: tokens that are scored.
+        tokens: of prose that goes on, and at most of a long generation.
+        summary: at most of a summary.
+        turn: at most of an answer in a conversation.
+        copies: passages of a context that are begun again.
+        cue: tokens of such a passage that are given.
+        copied: tokens of it that are scored after them.
     """
 
-    ids: list[int]
+    tokens: int = 256
+    summary: int = 96
+    turn: int = 24
+    copies: int = 3
+    cue: int = 12
+    copied: int = 32
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is given, and what comes next.
+
+    Args:
+        given: tokens; at least one.
+        answer: tokens that are scored, each predicted from the right ones before it; empty where the full cache is to
+            write them.
+    """
+
+    given: list[int]
     answer: list[int]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A context and what is asked about it.
+class Exchange:
+    """One use of a context.
 
     Args:
-        task: one of `TASKS`.
-        context: tokens that the cache compresses.
-        questions: each is asked on its own.
+        probe: one of `PROBES`.
+        turns: one after the other, on the same cache.
+        write: most tokens that the full cache writes for an answer that is not known.
+        grows: the cache compresses what it is given on the way; otherwise only the context is compressed.
     """
 
-    task: str
+    probe: str
+    turns: tuple[Turn, ...]
+    write: int = 0
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context and how it is used.
+
+    Args:
+        text: where it is from.
+        context: tokens that the cache compresses. The token after them begins what every exchange gives.
+        exchanges: each begins from the context alone.
+    """
+
+    text: str
     context: list[int]
-    questions: list[Question]
+    exchanges: list[Exchange]
 
 
 class Material:
@@ -56,171 +112,153 @@ class Material:
     Args:
         tokenizer: a transformers tokenizer.
         text: a long text that the model was not trained on.
-        length: tokens of a context; met to within a sentence or a line, never exceeded.
-        rng: decides everything that is random.
+        form: how documents and questions are put to the model.
+        length: tokens of a context; met to within a sentence, never exceeded.
+        amounts: how much is scored.
 
     Raises:
         ValueError: where the text is too short for one context.
     """
 
-    def __init__(self, tokenizer: Any, text: str, length: int, rng: random.Random) -> None:
-        self.tokenizer, self.length, self.rng = tokenizer, length, rng
-        lines = sentences(text)
-        self.lines: list[list[int]] = (
-            tokenizer([" " + line for line in lines], add_special_tokens=False).input_ids if lines else []
-        )
-        self.words = sorted(word for word, n in Counter(re.findall(r"\b[a-z]{4,9}\b", text)).items() if n > 3)
-        tokens = sum(map(len, self.lines))
-        if not self.words or tokens < 2 * length + _PROSE:
-            raise ValueError(f"the text has {tokens} tokens; contexts of {length} need at least {2 * length + _PROSE}")
-        self.start: list[int] = tokenizer("").input_ids  # the tokenizer's own first tokens, if it has any
-        self.start = [token for token in self.start if token != tokenizer.eos_token_id]
+    def __init__(self, tokenizer: Any, text: Text, form: Form, length: int, amounts: Amounts) -> None:
+        self.tokenizer, self.form, self.length, self.amounts, self.name = tokenizer, form, length, amounts, text.name
+        self.pieces: list[list[int]] = [self.encode(piece) for piece in pieces_of(text.text)]
+        self.words = sorted(word for word, n in Counter(re.findall(r"\b[a-z]{4,9}\b", text.text)).items() if n > 3)
+        self.tokens, self.need = sum(map(len, self.pieces)), length + amounts.tokens
+        if not self.words or self.tokens < self.need:
+            raise ValueError(
+                f"the text {text.name} has {self.tokens} tokens; a context of {length} and what comes after it need "
+                f"{self.need}"
+            )
+        start = [] if form.chat else [token for token in tokenizer("").input_ids if token != tokenizer.eos_token_id]
+        self.head = start + self.encode(form.before + _INTRO)
+        self.newline = self.encode("\n\n")
+        self.rng = random.Random()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Token ids, without those that a tokenizer adds by itself."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def digits(self, count: int) -> str:
         """A random number as text."""
         return "".join(self.rng.choice("0123456789") for _ in range(count))
 
-    def key(self) -> str:
-        """Two random words of the text."""
-        return f"{self.rng.choice(self.words)}-{self.rng.choice(self.words)}"
+    def place(self, turn: int, seed: int) -> int:
+        """The piece where a context begins: one after the other through the text, from a place that the seed gives."""
+        room = self.tokens - self.need
+        at = (turn * self.need + random.Random(f"{seed} {self.name}").randrange(room + 1)) % (room + 1)
+        for index, piece in enumerate(self.pieces):
+            if at < len(piece):
+                return index
+            at -= len(piece)
+        raise AssertionError("a place beyond the text")
 
-    def prose(self, room: int) -> list[list[int]]:
-        """Consecutive sentences of at most `room` tokens together, from a random place."""
-        at, passage = self.rng.randrange(len(self.lines)), []
-        while room >= len(self.lines[at % len(self.lines)]):
-            passage.append(self.lines[at % len(self.lines)])
-            room -= len(passage[-1])
-            at += 1
-        return passage
-
-    def hide(self, intro: str, pieces: list[list[int]]) -> list[int]:
-        """A context: an instruction, then prose with the pieces at random places between its sentences.
-
-        Raises:
-            ValueError: where the pieces alone are too long.
-        """
-        head = self.start + (self.encode(intro) if intro else [])
-        room = self.length - len(head) - sum(map(len, pieces))
-        if room < 0:
-            raise ValueError(f"contexts of {self.length} tokens are too short: what they must hold takes {-room} more")
-        passage = self.prose(room)
-        for piece in pieces:
-            passage.insert(self.rng.randint(0, len(passage)), piece)
-        return head + [token for piece in passage for token in piece]
-
-    def ask(self, question: str, answer: str) -> Question:
+    def ask(self, question: str, begin: str, answer: str) -> Turn:
         """A question and its answer, split where the answer's first token that is not a space begins.
 
         The two are encoded together, as the text would be in one piece; whitespace before the answer is given.
         """
-        given, whole = self.encode(question), self.encode(question + answer)
+        before = self.form.ask(question, begin)
+        given, whole = self.encode(before), self.encode(before + answer)
         cut = next((i for i, (a, b) in enumerate(zip(given, whole, strict=False)) if a != b), len(given))
         while cut < len(whole) - 1 and not self.tokenizer.decode(whole[cut : cut + 1]).strip():
             cut += 1
-        return Question(whole[:cut], whole[cut:])
+        return Turn(whole[:cut], whole[cut:])
+
+    def pass_key(self) -> tuple[list[int], Turn]:
+        """A sentence that tells a number, and the question for it."""
+        value = self.digits(5)
+        fact = self.encode(f" The pass key is {value}. Remember it. {value} is the pass key.")
+        return fact, self.ask("What is the pass key?", "The pass key is", f" {value}")
+
+    def magic_number(self) -> tuple[list[int], Turn]:
+        """One of several sentences that differ in a key of two words."""
+        key, value = f"{self.rng.choice(self.words)}-{self.rng.choice(self.words)}", self.digits(7)
+        what = f"special magic number for {key} mentioned in the provided text"
+        fact = self.encode(f" One of the special magic numbers for {key} is: {value}.")
+        return fact, self.ask(f"What is the {what}?", f"The {what} is", f" {value}")
+
+    def sample(self, turn: int, seed: int) -> Sample:
+        """A context of consecutive prose with facts at random places between its sentences, and every exchange.
+
+        Raises:
+            ValueError: where the facts alone are too long.
+        """
+        self.rng = random.Random(f"{seed} {self.name} {turn}")
+        key, numbers = self.pass_key(), [self.magic_number() for _ in range(_KEYS)]
+        facts = [key[0], *(fact for fact, _ in numbers)]
+        at, prose = self.place(turn, seed), list[list[int]]()
+        room = self.length - len(self.head) - sum(map(len, facts))
+        # Of the passages that are copied, each is in a stretch of its own.
+        least = self.amounts.copies * (self.amounts.cue + self.amounts.copied)
+        if room < least:
+            raise ValueError(
+                f"contexts of {self.length} tokens are too short: give at least {self.length - room + least}"
+            )
+        while at < len(self.pieces) and len(self.pieces[at]) <= room:
+            prose.append(self.pieces[at])
+            room -= len(prose[-1])
+            at += 1
+        rest = [token for piece in self.pieces[at:] for token in piece][: self.amounts.tokens]
+        for fact in facts:
+            prose.insert(self.rng.randint(1, max(1, len(prose) - 1)), fact)  # between two sentences
+        document = [token for piece in prose for token in piece]
+        context = self.head + document
+        asked = [Exchange("needle", (key[1],))]
+        asked += [Exchange("multi-key", (question,)) for _, question in self.rng.sample(numbers, _ASKED_KEYS)]
+        exchanges = [*asked, *self.passages(document), Exchange("prose", (Turn([], rest),)), *self.written()]
+        return Sample(self.name, context[:-1], [_after(context[-1], exchange) for exchange in exchanges])
+
+    def passages(self, document: list[int]) -> list[Exchange]:
+        """Passages that are begun again, from equal stretches of the document."""
+        cue, whole = self.amounts.cue, self.amounts.cue + self.amounts.copied
+        stretch, copies = len(document) // self.amounts.copies, []
+        for i in range(self.amounts.copies):
+            at = i * stretch + self.rng.randrange(max(1, stretch - whole))
+            passage = document[at : at + whole]
+            copies.append(Exchange("copy", (Turn(self.newline + passage[:cue], passage[cue:]),)))
+        return copies
+
+    def written(self) -> list[Exchange]:
+        """What the full cache answers itself: a summary, the story's next part, a conversation of ten turns."""
+        questions = [self.form.ask(question, later=i > 0) for i, question in enumerate(_CONVERSATION)]
+        summary = self.form.ask(_SUMMARY[0], "" if self.form.chat else _SUMMARY[1])
+        # A base model goes on with the text as it is.
+        story = self.encode(self.form.ask(*_STORY)) if self.form.chat else []
+        return [
+            Exchange("summary", (Turn(self.encode(summary), []),), self.amounts.summary),
+            Exchange("generation", (Turn(story, []),), self.amounts.tokens, grows=True),
+            Exchange(
+                "conversation", tuple(Turn(self.encode(one), []) for one in questions), self.amounts.turn, grows=True
+            ),
+        ]
 
 
-def _passkey(material: Material) -> tuple[list[int], Question]:
-    value = material.digits(5)
-    fact = f" The pass key is {value}. Remember it. {value} is the pass key."
-    return material.encode(fact), material.ask("\nWhat is the pass key? The pass key is", f" {value}")
+def _after(token: int, exchange: Exchange) -> Exchange:
+    """The same exchange with a token ahead of what it gives first."""
+    first = exchange.turns[0]
+    turns = (Turn([token, *first.given], first.answer), *exchange.turns[1:])
+    return Exchange(exchange.probe, turns, exchange.write, exchange.grows)
 
 
-def _number(material: Material) -> tuple[list[int], Question]:
-    key, value = material.key(), material.digits(7)
-    what = f"special magic number for {key} mentioned in the provided text"
-    fact = f" One of the special magic numbers for {key} is: {value}."
-    return material.encode(fact), material.ask(f"\nWhat is the {what}? The {what} is", f" {value}")
-
-
-def _make_passkey(material: Material) -> Sample:
-    """A pass key and a magic number, both asked."""
-    facts = [_passkey(material), _number(material)]
-    return Sample("passkey", material.hide(PASSKEY_INTRO, [f for f, _ in facts]), [q for _, q in facts])
-
-
-def _make_needles(count: int) -> Callable[[Material], Sample]:
-    def make(material: Material) -> Sample:
-        facts = [_number(material) for _ in range(count)]
-        context = material.hide(_NUMBERS_INTRO, [fact for fact, _ in facts])
-        return Sample(f"needles-{count}", context, [q for _, q in material.rng.sample(facts, QUESTIONS)])
-
-    return make
-
-
-def _make_lines(material: Material) -> Sample:
-    """Lines of keys with numbers, two of which are asked again."""
-    context = list(material.start)
-    lines: list[tuple[str, str]] = []
-    while True:
-        before, value = f"line {material.key()}: REGISTER_CONTENT is <", material.digits(5)
-        line = material.encode(f"{before}{value}>\n")
-        if lines and len(context) + len(line) > material.length:
-            break
-        context += line
-        lines.append((before, value))
-    asked = material.rng.sample(lines, min(QUESTIONS, len(lines)))
-    return Sample("key-value", context, [material.ask(before, value) for before, value in asked])
-
-
-def _make_copy(material: Material) -> Sample:
-    """Passages that come again: their first tokens are the question, those that follow the answer."""
-    pieces = []
-    for _ in range(QUESTIONS):
-        tokens = [token for line in material.prose(2 * _COPIED + 400) for token in line]
-        at = material.rng.randrange(max(1, len(tokens) - _COPIED))
-        pieces.append(tokens[at : at + _COPIED])
-    context = material.hide("", pieces)
-    newline = material.encode("\n")
-    questions = [Question(newline + piece[:_CUE], piece[_CUE : _CUE + _COPY]) for piece in pieces]
-    return Sample("copy", context, questions)
-
-
-def _make_prose(material: Material) -> Sample:
-    """Prose and how it goes on. The last token of the context is given with the question, to predict from."""
-    passage = [token for line in material.prose(material.length + _PROSE + 400) for token in line]
-    context = material.start + passage[: material.length - len(material.start)]
-    rest = passage[material.length - len(material.start) :][:_PROSE]
-    return Sample("prose", context[:-1], [Question(context[-1:], rest)])
-
-
-#: Name of each task and how a sample of it is made.
-TASKS: dict[str, Callable[[Material], Sample]] = {
-    "passkey": _make_passkey,
-    "needles-2": _make_needles(2),
-    "needles-4": _make_needles(4),
-    "key-value": _make_lines,
-    "copy": _make_copy,
-    "prose": _make_prose,
-}
-
-
-def make_samples(tokenizer: Any, text: str, *, count: int, length: int, seed: int = 0) -> list[Sample]:
-    """Makes the samples of every task.
+def make_samples(
+    tokenizer: Any, texts: Sequence[Text], form: Form, *, count: int, length: int, amounts: Amounts, seed: int = 0
+) -> list[Sample]:
+    """Makes contexts, from each text in turn.
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: a long text that the model was not trained on.
-        count: contexts per task.
+        texts: long texts that the model was not trained on, of different authors.
+        form: how documents and questions are put to the model.
+        count: how many.
         length: tokens of a context.
-        seed: fixes passages, keys, numbers and places; a sample does not depend on how many others there are.
-
-    Returns:
-        The samples, the tasks in turn.
+        amounts: how much is scored.
+        seed: fixes places, keys and numbers; a sample does not depend on how many others there are.
 
     Raises:
-        ValueError: where the text is too short, or `count` or `length` too small.
+        ValueError: where a text is too short, or `count` or `length` too small.
     """
     if count < 1 or length < 192:
         raise ValueError(f"{count} contexts of {length} tokens; give at least 1 context of at least 192 tokens")
-    material = Material(tokenizer, text, length, random.Random(seed))
-    samples = []
-    for i in range(count):
-        for task, make in TASKS.items():
-            material.rng = random.Random(f"{seed} {task} {i}")
-            samples.append(make(material))
-    return samples
+    materials = [Material(tokenizer, text, form, length, amounts) for text in texts[:count]]
+    return [materials[i % len(materials)].sample(i // len(materials), seed) for i in range(count)]

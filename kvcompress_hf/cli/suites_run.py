@@ -1,4 +1,4 @@
-"""Filling caches with one prompt under many recipes, and scoring given answers on them.
+"""Filling caches with one prompt under many recipes, and scoring answers on them.
 
 A prompt goes through the model once. What its attention was given is kept, and every recipe's cache is filled from
 that: observing, packing and planning run as in a prefill, the rest of the model does not run again.
@@ -6,19 +6,25 @@ that: observing, packing and planning run as in a prefill, the rest of the model
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches.generation import begin_pass
 from kvcompress_hf.patches.second_reading import read_again
 
-from .suites import Question
+from .suites import Exchange, Turn
+
+#: Tokens after which a cache plans again in an exchange that grows.
+BLOCK = 32
+_SCORED_AT_ONCE = 64
 
 
 class _Recorder(kvc.CompressedPagedCache):
@@ -110,11 +116,11 @@ def forward(model: Any, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
 
 @dataclass
 class Outputs:
-    """What the model makes of a question and its answer, and what its attention modules put out on the way.
+    """What the model predicts for the answers of an exchange, and what its attention modules put out on the way.
 
     Args:
-        logits: float32 `[tokens, vocabulary]`.
-        attention: per layer float32 `[tokens, hidden]`.
+        logits: `[answer tokens, vocabulary]`, in the model's dtype.
+        attention: per layer float32 `[answer tokens, hidden]`; empty where nobody watched.
     """
 
     logits: torch.Tensor
@@ -145,68 +151,109 @@ def watching(model: Any) -> Iterator[list[torch.Tensor]]:
             hook.remove()
 
 
-def answer_on(model: Any, cache: Any, given: list[int], answer: list[int]) -> Outputs:
-    """Feeds a question and its answer to a cache in one pass.
+def play(model: Any, cache: Any, exchange: Exchange, *, watch: bool = False) -> Outputs:
+    """Gives a cache the turns of an exchange, each with its right answer.
 
-    No token of them is compressed: they are held back in the cache's tail, so a fork stays what its parent is.
+    Unless the exchange grows, no token of it is compressed: they are held back in the cache's tail. One that grows goes
+    in by blocks of `BLOCK` tokens, after each of which a recipe that plans plans again.
 
     Args:
         model: the model, patched if the cache is a compressed one.
-        cache: a compressed cache, changed by the call; `None` for a stock forward pass over everything given.
-        given: tokens before the answer.
-        answer: tokens of the answer; the last one is only predicted.
-
-    Returns:
-        The outputs at all positions that were fed.
+        cache: holds the context, and is changed by the call.
+        exchange: with its answers; the very last token of them is only predicted.
+        watch: also collect the outputs of the attention modules, for an exchange of one turn that does not grow.
     """
-    if cache is not None:
+    blocks = exchange.grows and isinstance(cache, kvc.CompressedPagedCache)
+    if isinstance(cache, kvc.CompressedPagedCache) and not exchange.grows:
         cache.activate_past_recording()
-    ids = given + answer[:-1]
-    with watching(model) as seen:
-        logits = forward(model, ids, cache, len(ids))
-    return Outputs(logits, seen)
+    pending, logits, attention = list[int](), [], list[torch.Tensor]()
+    with watching(model) if watch else nullcontext() as seen:
+        for turn in exchange.turns:
+            ids, scored = pending + turn.given + turn.answer[:-1], len(turn.answer)
+            size, keep = (BLOCK, BLOCK) if blocks else (len(ids), scored)
+            parts = [forward(model, ids[at : at + size], cache, keep) for at in range(0, len(ids), size)]
+            # A copy, so that what was made of the given tokens is not kept as well.
+            logits.append(torch.cat(parts)[-scored:].to(model.dtype, copy=True))
+            pending = turn.answer[-1:]
+        attention = [states[-scored:].clone() for states in seen or ()]
+    return Outputs(torch.cat(logits), attention)
 
 
-def reference(model: Any, context: list[int], question: Question) -> Outputs:
-    """What the model makes of a question with all of its context, in one stock forward pass.
+class FullCache:
+    """A context in transformers' own cache, which the stock attention reads.
 
     Args:
-        model: the model, not patched.
-        context: tokens before the question.
-        question: the question and its answer.
-
-    Returns:
-        The outputs at the question's and the answer's positions.
+        model: a causal language model, patched or not.
+        context: tokens.
     """
-    whole = answer_on(model, None, context + question.ids, question.answer)
-    start = len(context)
-    # Copies, so that what the context made of itself is not kept as well.
-    return Outputs(whole.logits[start:].clone(), [states[start:].clone() for states in whole.attention])
+
+    def __init__(self, model: Any, context: list[int]) -> None:
+        self.model, self._cache = model, DynamicCache(config=model.config)
+        forward(model, context, self._cache, keep=1)
+
+    def play(self, exchange: Exchange, *, watch: bool = False) -> Outputs:
+        """What the model predicts in an exchange with all of its context; see `play`."""
+        return play(self.model, copy.deepcopy(self._cache), exchange, watch=watch)
+
+
+def write_answers(model: Any, cache: kvc.CompressedPagedCache, exchange: Exchange) -> Exchange:
+    """The exchange with the answers that it lacks, decoded greedily to where the model ends, at most `exchange.write`.
+
+    Args:
+        model: the model, patched.
+        cache: holds the context, losslessly, and is changed by the call.
+        exchange: all of its answers are known, or none.
+    """
+    if all(turn.answer for turn in exchange.turns):
+        return exchange
+    end = model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    turns = []
+    for turn in exchange.turns:
+        answer = list[int]()
+        logits = forward(model, turn.given, cache, 1)[-1]
+        logits[ends] = -torch.inf  # an answer has at least one token
+        while len(answer) < exchange.write and (token := int(logits.argmax())) not in ends:
+            answer.append(token)
+            logits = forward(model, [token], cache, 1)[-1]
+        turns.append(Turn(turn.given, answer))
+    return replace(exchange, turns=tuple(turns))
 
 
 def answer_scores(outputs: Outputs, full: Outputs, answer: list[int]) -> dict[str, Any]:
     """How an answer fares, every token predicted from the right ones before it.
 
     Args:
-        outputs: of a compressed cache; the last positions are the answer's.
+        outputs: of a compressed cache; the rows are the answer's.
         full: likewise with the full context.
         answer: its tokens.
 
     Returns:
-        `exact` (every token is the most likely one, so greedy decoding gives the answer), `tokens` (share of tokens
-        that are the most likely one), `same` (share whose most likely token is the full cache's), `kl` of full from
-        compressed and `nll`, in nats per token.
+        `right` (every token is the most likely one, so greedy decoding gives the answer), `full_right` (the same with
+        the full context), `as_full` (share of tokens whose most likely token is the full cache's), and in nats per
+        token `kl` of full from compressed, `nll` of the answer, and `nll_change` from the full cache's.
     """
-    logits, wanted = outputs.logits[-len(answer) :], full.logits[-len(answer) :]
-    logp, full_logp = logits.log_softmax(-1), wanted.log_softmax(-1)
-    target = torch.tensor(answer, device=logp.device)
-    best = logits.argmax(-1)
+    right = full_right = True
+    same, kl, nll, full_nll = 0, 0.0, 0.0, 0.0
+    # In pieces: large vocabularies make large tables.
+    for at in range(0, len(answer), _SCORED_AT_ONCE):
+        rows = slice(at, at + _SCORED_AT_ONCE)
+        logp, full_logp = outputs.logits[rows].float().log_softmax(-1), full.logits[rows].float().log_softmax(-1)
+        target = torch.tensor(answer[rows], device=logp.device)[:, None]
+        best, full_best = logp.argmax(-1, keepdim=True), full_logp.argmax(-1, keepdim=True)
+        right, full_right = right and bool((best == target).all()), full_right and bool((full_best == target).all())
+        same += int((best == full_best).sum())
+        kl += float((full_logp.exp() * (full_logp - logp)).sum())
+        nll -= float(logp.gather(-1, target).sum())
+        full_nll -= float(full_logp.gather(-1, target).sum())
+    n = len(answer)
     return {
-        "exact": bool((best == target).all()),
-        "tokens": float((best == target).float().mean()),
-        "same": float((best == wanted.argmax(-1)).float().mean()),
-        "kl": float((full_logp.exp() * (full_logp - logp)).sum(-1).mean()),
-        "nll": float(-logp.gather(-1, target[:, None]).mean()),
+        "right": right,
+        "full_right": full_right,
+        "as_full": same / n,
+        "kl": kl / n,
+        "nll": nll / n,
+        "nll_change": (nll - full_nll) / n,
     }
 
 
@@ -218,18 +265,12 @@ def output_errors(outputs: Outputs, full: Outputs) -> dict[str, Any]:
         full: with the full context.
 
     Returns:
-        `logits`, `layers` and their mean, `attention`: norms of differences divided by norms, over the last of the
-        tokens that both have.
+        `logits`, `layers` and their mean, `attention`: norms of differences divided by norms, over the answer's tokens.
     """
-    tokens = outputs.logits.shape[0]
-    wanted = full.logits[-tokens:]
-    layers = [
-        relative_error(states, whole[-tokens:]) for states, whole in zip(outputs.attention, full.attention, strict=True)
-    ]
+    logits, wanted = outputs.logits.float(), full.logits.float()
+    layers = [relative_error(states, whole) for states, whole in zip(outputs.attention, full.attention, strict=True)]
     return {
-        "logits": relative_error(
-            outputs.logits - outputs.logits.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True)
-        ),
+        "logits": relative_error(logits - logits.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True)),
         "layers": layers,
         "attention": sum(layers) / len(layers),
     }
