@@ -179,12 +179,17 @@ def run_eval(args: argparse.Namespace) -> int:
                 figures["cells"] += results
             figures["seconds"] = round(before["seconds"] + time.perf_counter() - began, 1)
             compare(figures["cells"], args.against, modes)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(to_text(figures), encoding="utf-8")  # what is there is kept if the next length fails
+            write(args.output, to_text(figures))  # what is there is kept if the next length fails
     print_tables(figures, lengths, args)
     print(f"Figures: {args.output}")
     draw_picture(figures, lengths, args)
     return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, in a folder that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def make_contexts(
