@@ -146,11 +146,6 @@ def rotations_for(
 
 @torch.compiler.disable
 def _check_pass(model: PreTrainedModel, record: Patch, cache: CompressedPagedCache) -> None:
-    if not record.installed:
-        raise UnsupportedFeatureError(
-            f"{type(model).__name__} is not patched any more, though this call has a compressed cache: another thread "
-            "took the patch off meanwhile. Keep the model patched, or open a patched() block around the call."
-        )
     check_implementation(model, record)
     if not cache.is_of(model):
         cache.belongs_to(model)
@@ -172,9 +167,15 @@ def check_implementation(model: PreTrainedModel, record: Patch) -> None:
         record (`Patch`): Its patch record.
 
     Raises:
-        UnsupportedFeatureError: If it no longer runs on what `patch` left it with.
+        UnsupportedFeatureError: If it no longer runs on what `patch` left it with, or is not patched any more.
     """
-    if not has_implementation(model, record.route):
+    changed = not has_implementation(model, record.route)
+    if not record.installed:  # asked last: a patch says so before anything of it is taken off
+        raise UnsupportedFeatureError(
+            f"{type(model).__name__} is not patched any more, though this call has a compressed cache: another thread "
+            "took the patch off meanwhile. Keep the model patched, or open a patched() block around the call."
+        )
+    if changed:
         raise UnsupportedFeatureError(
             f"The attention implementation of {type(model).__name__} was set to "
             f"{text_config(model)._attn_implementation!r} after patching, so its attention does not reach the "

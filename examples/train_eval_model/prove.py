@@ -27,6 +27,8 @@ from recipe import RECIPES
 from tasks import ANSWER, Maker, Row, question
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from kvcompress_hf.compat import as_argument
+
 KEYS = 8
 BAND = 64  # positions on either side of the one that a loss is given for
 INTRO = (
@@ -136,9 +138,10 @@ def make_needles(maker: Maker, length: int, keys: int, rng: random.Random) -> Ne
 def ask(model: PreTrainedModel, needles: Needles) -> tuple[list[bool], list[float]]:
     """For each question whether greedy decoding would give the whole answer, and the answer's loss per token."""
     cache = DynamicCache(config=model.config)
-    model(needles.context.to(model.device), cache=cache, use_cache=True, logits_to_keep=1)
+    named = as_argument(model, cache)  # the argument has another name since transformers 5.24
+    model(needles.context.to(model.device), **named, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(len(needles.asked))
-    logits = model(needles.asked.to(model.device), cache=cache, use_cache=True).logits[:, :-1].float().cpu()
+    logits = model(needles.asked.to(model.device), **named, use_cache=True).logits[:, :-1].float().cpu()
     wanted, scored = needles.asked[:, 1:], needles.answers[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
     exact = ((logits.argmax(-1) == wanted) | ~scored).all(1)
