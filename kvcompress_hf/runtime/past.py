@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.observers.base import Observer
 from kvcompress_hf.paging.waiting import known, known_as, on_host, to_device
 from kvcompress_hf.recipe import Recipe
@@ -140,12 +139,12 @@ class Past(CacheState):
         """Takes back the forward pass that an exception has stopped."""
         beginning = None if self.rollback.note is None else self._beginning
         self._take_back()
-        # Who is refused in words knows that the pass did not happen.
-        if self.batch and not isinstance(error, (ValueError, UnsupportedFeatureError, CacheMemoryError)):
+        # An error is one of the pass, which then did not happen; an interrupt says nothing of what it interrupted.
+        if self.batch and not isinstance(error, Exception):
             self._stopped = beginning
 
     def _check_repeated(self, key: torch.Tensor) -> None:
-        """Refuses to go on, once, as if the tokens of a pass that was taken back were there."""
+        """Refuses to go on, once, as if the tokens of a pass that was interrupted were there."""
         stopped, self._stopped = self._stopped, None
         if stopped is not None and not stopped.repeated_by(key):
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""After a pass that was taken back, nobody goes on without its tokens unknowingly."""
+"""After a pass that was interrupted and taken back, nobody goes on without its tokens unknowingly."""
 
 import pytest
 import torch
@@ -78,9 +78,16 @@ def test_generate_goes_by_what_the_cache_holds(stopped):
     assert torch.equal(tokens[:, :-1], text)
 
 
-def test_a_refused_pass_need_not_be_repeated(stopped):
-    model, cache, _, lost = stopped
+def test_after_an_error_the_cache_is_as_before_and_takes_other_tokens(stopped, monkeypatch):
+    model, cache, ids, lost = stopped
     cache.crop(0)
-    with pytest.raises(ValueError, match="2 sequences|1 sequences|attention_mask"):
-        model(torch.cat([lost, lost]), past_key_values=cache)
-    model(other_than(lost), past_key_values=cache)
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("simulated")
+
+    with monkeypatch.context() as patches, pytest.raises(torch.OutOfMemoryError):
+        patches.setattr(PagedStore, "pack", fail)
+        model(lost, past_key_values=cache)
+    new = other_than(lost)
+    logits = model(new, past_key_values=cache).logits[:, -1]
+    assert near(model, logits, stock(model, torch.cat([ids, new], 1)))
