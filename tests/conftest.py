@@ -48,7 +48,8 @@ def _held_bytes(*roots):
             queue += list(item)
         else:
             queue += list(getattr(item, "__dict__", {}).values())
-            queue += [getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name)]
+            slots = (name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ()))
+            queue += [getattr(item, name) for name in slots if hasattr(item, name)]
     return sum(storages.values())
 
 

@@ -7,6 +7,8 @@ import signal
 import sys
 import traceback
 
+import torch
+
 
 def in_children(work, numbers, workers=1, each=200):
     """Runs `work(number)` for numbers, a few hundred per child process, and yields `(number, result)`.
@@ -58,6 +60,8 @@ def _start(work, chunk):
         os.close(writing)
         return os.fdopen(reading, "rb", buffering=0), pid
     os.close(reading)
+    # torch's own pool of threads is made anew after a fork, and threads that ask for it at once find none.
+    torch.set_num_threads(1)
     code = 1
     try:
         with os.fdopen(writing, "w", buffering=1) as out:

@@ -85,7 +85,8 @@ def held_bytes(root):
             queue += list(item)
         elif type(item).__module__.split(".")[0] == "kvcompress_hf" or hasattr(item, "func"):
             queue += list(getattr(item, "__dict__", {}).values())
-            queue += [getattr(item, name) for name in getattr(item, "__slots__", ()) if hasattr(item, name)]
+            slots = (name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ()))
+            queue += [getattr(item, name) for name in slots if hasattr(item, name)]
             if hasattr(item, "func"):  # functools.partial
                 queue += [item.func, *item.args, *item.keywords.values()]
     return sum(storages.values())
