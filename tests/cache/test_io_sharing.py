@@ -20,7 +20,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return kvc.patch(AutoModelForCausalLM.from_pretrained(NAME).float(), "lossless")
+    model = kvc.patch(AutoModelForCausalLM.from_pretrained(NAME).float(), "lossless")
+    kvc.prefill(model, torch.tensor([[5, 6, 7]]), "auto")  # learns how positions turn queries, once per model
+    return model
 
 
 @pytest.fixture(scope="module")
