@@ -141,7 +141,9 @@ def rotations_for(
         return ()
     if record.turning is None:
         record.turning = learn_turning(model)
-    return record.turning.rotations(cache.get_seq_length() + (new or 0))
+    seen = cache.get_seq_length()
+    decoding = new == 1 and seen > 0  # such a step turns no queries, so a rope that varies need not be asked again
+    return record.turning.rotations(None if decoding else seen + (new or 0))
 
 
 @torch.compiler.disable

@@ -70,22 +70,25 @@ class Turning:
     ways: list[tuple[_Way, int] | None] = field(default_factory=list)
     unknown: str = ""
     varies: bool = False
-    _made: dict[int, tuple[Rotation | None, ...]] = field(default_factory=dict)
+    _made: tuple[int, tuple[Rotation | None, ...]] | None = None
 
-    def rotations(self, length: int) -> tuple[Rotation | None, ...]:
+    def rotations(self, length: int | None) -> tuple[Rotation | None, ...]:
         """For a text of some length.
 
         Args:
-            length (`int`): Tokens.
+            length (`int`, *optional*): Tokens; left out where nobody turns queries, and it only matters of which layers
+                it is known how.
 
         Returns:
             `tuple[Rotation | None, ...]`: One per layer of the cache.
         """
-        length = length if self.varies else 0
-        if length not in self._made:
-            distinct = {each: each[0].rotation(length, each[1]) for each in dict.fromkeys(self.ways) if each}
-            self._made = {length: tuple(None if each is None else distinct[each] for each in self.ways)}
-        return self._made[length]
+        made = self._made  # other threads may put others in its place
+        if made is not None and (length in (None, made[0]) or not self.varies):
+            return made[1]
+        distinct = {each: each[0].rotation(length or 0, each[1]) for each in dict.fromkeys(self.ways) if each}
+        rotations = tuple(None if each is None else distinct[each] for each in self.ways)
+        self._made = length or 0, rotations
+        return rotations
 
 
 class _Listener(CompressedPagedCache):

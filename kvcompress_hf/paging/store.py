@@ -120,7 +120,8 @@ class PagedStore(StoredRows):
             sinks (`int`): As for [`PagedStore.enter`].
 
         Raises:
-            CacheMemoryError: If the arena is full; nothing has changed then.
+            CacheMemoryError: If the arena is full. With `sinks` some slots may have been added by then; the tail still
+                has all of them, and the change that this is a part of is taken back as a whole.
         """
         if self.tail_keys is None or self.tail_values is None or self.tail_positions is None:
             return
@@ -201,7 +202,7 @@ class PagedStore(StoredRows):
             sinks (`int`): Slots of a row that lie in the first tier once it has as many.
 
         Raises:
-            CacheMemoryError: If the arena is full.
+            CacheMemoryError: If the arena is full; the first of them may have been added by then.
         """
         here = on_host(counts)
         first = self._missing_sinks(sinks, self._slice(layer), here) if sinks else torch.zeros_like(here)

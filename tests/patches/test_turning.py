@@ -9,7 +9,7 @@ import kvcompress_hf as kvc
 from kvcompress_hf.cli.tiny_models import tiny_model
 from kvcompress_hf.compat import as_argument
 from kvcompress_hf.patches.generation import record_of
-from kvcompress_hf.patches.turning import _Listener, learn_turning
+from kvcompress_hf.patches.turning import Turning, _Listener, _Way, learn_turning
 
 TABLE = [
     *("llama", "mistral", "qwen2-window", "gemma2", "phi3", "phi3-longrope", "gpt-oss", "phimoe", "gemma3", "cohere2"),
@@ -134,3 +134,16 @@ def test_where_it_cannot_be_learned_that_is_said_and_nothing_is_evicted_that_fit
 
 def fewest_slots(cache):
     return min(int(heads.min()) for heads in cache.slots())
+
+
+def test_a_rope_that_varies_is_asked_once_per_length_and_never_for_a_decoded_token():
+    asked = []
+
+    def angles(length):
+        asked.append(length)
+        return torch.full((4,), 1.0 / length)
+
+    turning = Turning([(_Way(angles), 16)] * 2, varies=True)
+    first = turning.rotations(100)
+    assert turning.rotations(100) is first and turning.rotations(None) is first and asked == [100]
+    assert turning.rotations(200)[1].inv_freq[0] == 1 / 200 and asked == [100, 200]
