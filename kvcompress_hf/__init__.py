@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from kvcompress_hf.patches import patch, patched, unpatch
     from kvcompress_hf.patches.prefill import prefill
     from kvcompress_hf.perplexity import PerplexityReport, perplexity
-    from kvcompress_hf.plans import LowestPlan, PagePlan, Plan, RateDistortion, ThresholdPlan
+    from kvcompress_hf.plans import EVICT, LowestPlan, PagePlan, Plan, PlanView, RateDistortion, ThresholdPlan
     from kvcompress_hf.presets import get_preset, presets
     from kvcompress_hf.recipe import Budget, Protect, Recipe, When
     from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport, plot_slots
 
 __all__ = [
+    "EVICT",
     "Budget",
     "CacheFormatError",
     "CacheMemoryError",
@@ -48,6 +49,7 @@ __all__ = [
     "PerplexityReport",
     "PersistenceScores",
     "Plan",
+    "PlanView",
     "Protect",
     "RateDistortion",
     "Recency",
@@ -85,13 +87,15 @@ _NAMES = {
     "patches": "patch patched report unpatch",
     "patches.prefill": "prefill",
     "perplexity": "PerplexityReport perplexity",
-    "plans": "LowestPlan PagePlan Plan RateDistortion ThresholdPlan",
+    "plans": "EVICT LowestPlan PagePlan Plan PlanView RateDistortion ThresholdPlan",
     "presets": "get_preset presets",
     "recipe": "Budget Protect Recipe When",
     "reports": "CacheParts MemoryReport RowReport RunReport plot_slots",
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
 _NAME_THERE = {"report": "last_run_report"}
+#: Folders with more public names, for those who write an observer, a plan or a family.
+_FOLDERS = ("observers", "patches", "plans")
 
 
 class _Package(ModuleType):
@@ -103,6 +107,8 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), _NAME_THERE.get(name, name))
@@ -111,7 +117,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_FOLDERS, *(name for name in globals() if name.startswith("__"))})
 
 
 sys.modules[__name__].__class__ = _Package

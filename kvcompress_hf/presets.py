@@ -289,6 +289,11 @@ def resolve_recipe(spec: str | Mapping[str, Any] | Recipe | None = None, **overr
         recipe = get_preset(DEFAULT_PRESET if overrides.get("budget") is None else DEFAULT_WITH_BUDGET)
     elif isinstance(spec, Recipe):
         recipe = spec
+        if recipe.name in _PRESETS and recipe == Recipe(name=recipe.name) != get_preset(recipe.name):
+            raise ValueError(
+                f"Recipe({recipe.name!r}) has the name of a preset and none of its parts: it would keep everything as "
+                f"it is. Pass {recipe.name!r} itself, or kvc.get_preset({recipe.name!r})."
+            )
     elif isinstance(spec, str):
         recipe = get_preset(spec)
     elif isinstance(spec, Mapping):

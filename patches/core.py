@@ -69,7 +69,7 @@ def patch(
         `PreTrainedModel`: `model` itself.
 
     Raises:
-        TypeError: If `model` is no transformers model or `recipe` of no known type.
+        TypeError: If `model` is no transformers model, `recipe` of no known type or `check` no bool.
         ValueError: If the recipe, an override or the route is not allowed.
         UnsupportedModelError: If the model cannot be patched; the message says why.
         UnsupportedFeatureError: If the installed transformers lacks something that is needed of it, or positions are
@@ -84,7 +84,7 @@ def patch(
 
     ```
     """
-    inner, resolved = _asked(model, recipe, route, overrides)
+    inner, resolved = _asked(model, recipe, route, check, overrides)
     with _changing(inner):
         record = _ensure_installed(inner, resolved, route, check)
         own = record.holders.own()
@@ -159,7 +159,7 @@ def patched(
 
     ```
     """
-    inner, resolved = _asked(model, recipe, route, overrides)
+    inner, resolved = _asked(model, recipe, route, check, overrides)
     with _changing(inner):
         record = _ensure_installed(inner, resolved, route, check)
         block = Holder(resolved, record.route, check)
@@ -225,12 +225,14 @@ def _install_lossless(model: PreTrainedModel, route: str) -> PreTrainedModel:
     return model
 
 
-def _asked(model: Any, recipe: Any, route: str, overrides: dict[str, Any]) -> tuple[Any, Recipe]:
+def _asked(model: Any, recipe: Any, route: str, check: bool, overrides: dict[str, Any]) -> tuple[Any, Recipe]:
     """The inner model and the recipe that `patch` or `patched` was asked for, or an error."""
     check_transformers(_install_lossless, tuple(_SWAPPED))
     resolved = resolve_recipe(recipe, **overrides)
     if route not in ("auto", "swap", "interface"):
         raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
+    if not isinstance(check, bool):
+        raise TypeError(f"check is {check!r}; it must be True or False.")
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         check_model(inner)

@@ -69,6 +69,17 @@ class Family:
     window: Callable[[Any], int | None] = no_window
     norms: tuple[str, str] | None = None
 
+    def __post_init__(self) -> None:
+        if not callable(self.window):
+            raise TypeError(
+                f"Family.window is {self.window!r}; it must be a function from an attention module to its window in "
+                "tokens or None, such as window_of_config."
+            )
+        if self.norms is not None and (not isinstance(self.norms, tuple) or len(self.norms) != 2):
+            raise TypeError(
+                f"Family.norms is {self.norms!r}; it must name two modules, those of queries and keys, or be None."
+            )
+
 
 _NORMS = ("q_norm", "k_norm")
 

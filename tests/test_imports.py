@@ -61,6 +61,12 @@ def test_every_public_name_is_there_and_no_other():
     assert set(kvc.__all__) <= set(dir(kvc))
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
         kvc.no_such_name  # noqa: B018
+    assert not {"os", "sys", "importlib", "Any"} & set(dir(kvc))
+
+
+def test_folders_with_more_names_are_found(tmp_path):
+    code = "import kvcompress_hf as kvc; kvc.plans.EVICT, kvc.observers.Slots, kvc.patches.is_patched; assert kvc.EVICT"
+    imported(code, tmp_path)
 
 
 def test_type_checkers_see_the_names_that_are_imported_lazily():

@@ -84,7 +84,7 @@ class Observer(Part, abc.ABC):
 
         Raises:
             TypeError: If `fields` is not a tuple of names.
-            ValueError: If another property names a field that is not among them.
+            ValueError: If there are more than three, or another property names a field that is not among them.
         """
         super().check_class()
         name, fields = type(self).__name__, self.fields
@@ -94,6 +94,8 @@ class Observer(Part, abc.ABC):
             raise ValueError(
                 f"{name}.fields is {fields!r}; give each name once, and not 'position': it is always kept."
             )
+        if len(fields) > 3:
+            raise ValueError(f"{name}.fields names {len(fields)} fields, {fields!r}; a slot has room for three.")
         used: dict[str, tuple[str | None, ...]] = {"describes": self.describes, "fading": self.fading[0]}
         used |= {"sum_field": (self.sum_field,), "square_field": (self.square_field,)}
         for what, names in used.items():

@@ -204,6 +204,7 @@ def test_what_a_class_raises_keeps_its_type_and_gets_its_name(tiny_llama):
     [
         (dict(fields=property(lambda self: ["mine"])), TypeError, r"Spoiled\.fields is \['mine'\]"),
         (dict(fields=property(lambda self: ("position",))), ValueError, "not 'position'"),
+        (dict(fields=property(lambda self: tuple("abcd"))), ValueError, r"Spoiled\.fields names 4 .* room for three"),
         (dict(sum_field=property(lambda self: "sum")), ValueError, r"Spoiled\.sum_field names 'sum'"),
         (dict(describes=property(lambda self: ("norm",))), ValueError, r"Spoiled\.describes names 'norm'"),
     ],

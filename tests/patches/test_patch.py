@@ -15,7 +15,7 @@ from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import as_argument, cache_of, find_cache
 from kvcompress_hf.errors import UnsupportedModelError
 from kvcompress_hf.patches import core, is_patched, patch, patched, unpatch
-from kvcompress_hf.patches.families import PagedLlamaAttention
+from kvcompress_hf.patches.families import Family, PagedLlamaAttention
 from kvcompress_hf.patches.generation import record_of
 
 ROUTES = [("llama", "swap"), ("llama", "interface"), ("mistral", "swap"), ("gemma2", "interface")]
@@ -97,6 +97,20 @@ def test_every_form_of_a_recipe(build_model):
         Recipe.from_json(recipe.to_json()),
     ):
         assert record_of(patch(model, form)).recipe == recipe
+
+
+def test_what_is_no_choice_is_refused(build_model, snapshot):
+    model = build_model("llama")
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="check is 'no'; it must be True or False"):
+        patch(model, check="no")
+    with pytest.raises(ValueError, match=r"Recipe\('auto'\) has the name of a preset and none of its parts"):
+        patch(model, Recipe("auto"))
+    assert snapshot(model) == before
+    with pytest.raises(TypeError, match="Family.window is 8"):
+        Family("arcee", "ArceeAttention", window=8)
+    with pytest.raises(TypeError, match="Family.norms is 'q_norm'"):
+        Family("arcee", "ArceeAttention", norms="q_norm")
 
 
 def test_patched_context_restores_what_was_before(build_model, snapshot):
