@@ -69,7 +69,7 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
     shortly before `i` seen from `i` itself, over the first four tokens, and over 96 others evenly spaced, which stand
     for all that are further away. In a later chunk, what falls on the tokens before it is estimated per query head from
     32 of its queries. In a layer with a sliding window only what a later token can still see is looked at, as if the
-    chunk began there.
+    chunk began there, and counts by the share of the text that would go by before it is out of reach.
 
     Args:
         chunk (`Chunk`): The new tokens.
@@ -82,13 +82,19 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
         return None
     new = chunk.new
     window = new.logits.window
-    gone = 0 if window is None else max(0, new.tokens - max(window - 1, 1))
-    if not gone:
+    if window is None:
         return _scores(chunk, chunk.rotation)
-    valid = None if new.valid is None else new.valid[:, gone:].contiguous()
-    query, key, value = (states[:, :, gone:] for states in (new.query, new.key, new.value))
-    within = NewTokens(query, key, value, new.logits, valid=valid)  # at position 0: no past is within reach
-    return F.pad(_scores(replace(chunk, new=within), chunk.rotation), (gone, 0))
+    gone = max(0, new.tokens - max(window - 1, 1))
+    if gone:
+        valid = None if new.valid is None else new.valid[:, gone:].contiguous()
+        query, key, value = (states[:, :, gone:] for states in (new.query, new.key, new.value))
+        within = NewTokens(query, key, value, new.logits, valid=valid)  # at position 0: no past is within reach
+        scores = _scores(replace(chunk, new=within), chunk.rotation)
+    else:
+        scores = _scores(chunk, chunk.rotation)
+    seen = new.position + new.tokens
+    reached = window - torch.arange(new.tokens - gone, 0, -1, device=scores.device)  # later tokens that see each
+    return F.pad(scores * (reached / seen).clamp(0, 1), (gone, 0))
 
 
 def _scores(chunk: Chunk, rotation: Rotation) -> torch.Tensor:

@@ -197,13 +197,16 @@ def test_pairs_may_lie_anywhere(start, interleaved):
     assert torch.equal(found[..., others], query[..., others])
 
 
-def test_a_sliding_layer_looks_at_what_is_still_within_reach():
-    parts = states(200)
-    found = non_causal_scores(a_chunk(*parts, window=61))
-    assert not found[..., :140].any()
-    torch.testing.assert_close(found[..., 140:], non_causal_scores(a_chunk(*(x[:, :, 140:] for x in parts))))
-    short = a_chunk(*(x[:, :, :60] for x in parts), window=61)
-    assert torch.equal(non_causal_scores(short), non_causal_scores(a_chunk(*(x[:, :, :60] for x in parts))))
+@pytest.mark.parametrize("tokens, window", [(200, 61), (60, 61), (60, 90), (60, 120), (60, 400)])
+def test_a_sliding_layer_looks_at_what_is_still_within_reach(tokens, window):
+    parts = states(tokens)
+    found = non_causal_scores(a_chunk(*parts, window=window))
+    gone = max(0, tokens - window + 1)
+    assert not found[..., :gone].any()
+    inside = non_causal_scores(a_chunk(*(x[:, :, gone:] for x in parts)))
+    # A question may come after each of the next `tokens` tokens: how often does it still see a slot?
+    shares = [sum(tokens + m - at < window for m in range(tokens)) / tokens for at in range(gone, tokens)]
+    torch.testing.assert_close(found[..., gone:], inside * torch.tensor(shares))
 
 
 def test_layers_that_cannot_be_turned_have_the_window_alone():
