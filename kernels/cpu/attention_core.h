@@ -714,16 +714,19 @@ KVC_INLINE vi load_flags(const uint8_t* p, int n) {
   return __builtin_convertvector(f, vi);
 }
 
+// Soft-cap of base-2 logits: cap * tanh(y / cap), tanh(u) = 1 - 2 / (e^2u + 1).
+KVC_INLINE vf capped(vf x, const Logits& logits) {
+  const vf e = exp2(min(x * all(logits.cap_in), all(64.f)));
+  return all(logits.cap_out) * (all(1.f) - all(2.f) / (e + all(1.f)));
+}
+
 // Soft-cap, bias and masks in place; returns the largest logit.
 static inline float finish_logits(float* s, const Tile& t, const Logits& logits, const Visible& see) {
   vf largest = all(kMasked);
   const int n = 16 * t.blocks;
   for (int i = 0; i < n; i += kLanes) {
     vf x = load(s + i);
-    if (logits.cap_out != 0.f) {  // cap * tanh(y / cap), tanh(u) = 1 - 2 / (e^2u + 1)
-      const vf e = exp2(min(x * all(logits.cap_in), all(64.f)));
-      x = all(logits.cap_out) * (all(1.f) - all(2.f) / (e + all(1.f)));
-    }
+    if (logits.cap_out != 0.f) x = capped(x, logits);
     if (see.bias) x = x + load_first(see.bias + i, t.n - i) * all(kLog2e);
     if (t.masked) {
       const vi at = load_int(t.position + i);
