@@ -26,8 +26,6 @@ constexpr int kOnce = KVC_WIDTH == 64 ? 5 : 2;  // vectors of keys in registers
 constexpr int kMaxPairs = KVC_MAX_HEAD_DIM / 2;
 static_assert(kMargin == 16 && kHalf == 16, "near keys come in vectors of 16");
 
-typedef int32_t Words4 __attribute__((vector_size(16)));
-
 struct Place {       // of a sequence's tokens, counted from the first that is not padding
   int first, count;
   int32_t far[kFar];  // of the far keys; kNowhere where there is none
@@ -47,10 +45,11 @@ struct Worker {
   alignas(64) float sums[1][kNear];                   // [group][kNear]
 };
 
-// Base-2 logits of kHeads rows and N times 16 keys. Rows and keys are floats, or pairs of bf16.
+// Base-2 logits of kHeads rows and N times 16 keys, with soft cap and bias, into columns `at` on; and the largest so far.
+// Rows and keys are floats, or pairs of bf16.
 template <bool PAIRS, int N>
-KVC_INLINE void dots(const char* const* keys, const char* const* rows, int d, float scale, float (*s)[kColumns],
-                     int at) {
+KVC_INLINE void dots(const char* const* keys, const char* const* rows, int d, const Logits& logits, Worker& w, int at,
+                     vf* top) {
   for (int part = 0; part < kParts; ++part) {
     vf sum[N][kHeads];
     KVC_UNROLL for (int b = 0; b < N; ++b) KVC_UNROLL for (int h = 0; h < kHeads; ++h) sum[b][h] = vf{};
@@ -76,8 +75,14 @@ KVC_INLINE void dots(const char* const* keys, const char* const* rows, int d, fl
         KVC_UNROLL for (int b = 0; b < N; ++b) sum[b][h] = k[b] * q + sum[b][h];
       }
     }
-    KVC_UNROLL for (int b = 0; b < N; ++b) KVC_UNROLL for (int h = 0; h < kHeads; ++h)
-      store(s[h] + at + 16 * b + kLanes * part, sum[b][h] * all(scale));
+    KVC_UNROLL for (int b = 0; b < N; ++b) KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
+      const int column = at + 16 * b + kLanes * part;
+      vf x = sum[b][h] * all(logits.scale);
+      if (__builtin_expect(logits.cap_out != 0.f, 0)) x = capped(x, logits);
+      x = x + load(w.bias_of[h] + column);
+      store(w.s[h] + column, x);
+      top[h] = max(top[h], x);
+    }
   }
 }
 
@@ -128,19 +133,8 @@ struct NonCausal {
       else load_floats(floats[r], a->k, at, a->head_dim, a->dtype);
     }
     char* out = vectors + i / 16 * vectors_bytes(16) + i % 16 * 4;
-    for (int w = 0; w < (pairs ? a->head_dim / 2 : a->head_dim); w += 4, out += 256) {
-      Words4 x[4];
-      KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(&x[r], from[r] + 4 * w, 16);
-      const Words4 a0 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
-      const Words4 a1 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
-      const Words4 b0 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
-      const Words4 b1 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
-      x[0] = __builtin_shufflevector(a0, b0, 0, 1, 4, 5);
-      x[1] = __builtin_shufflevector(a0, b0, 2, 3, 6, 7);
-      x[2] = __builtin_shufflevector(a1, b1, 0, 1, 4, 5);
-      x[3] = __builtin_shufflevector(a1, b1, 2, 3, 6, 7);
-      KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(out + 64 * r, &x[r], 16);
-    }
+    const int words = pairs ? a->head_dim / 2 : a->head_dim;
+    for (int w = 0; w < words; w += 4, out += 256) put_words(out, from, 4 * w);
   }
   void put_near(int b, int kv_head, int64_t start, char* near) const {
     for (int i = 0; i < kNear; i += 4) {
@@ -260,17 +254,7 @@ struct NonCausal {
   }
 
   // Turns logits into probabilities and adds their squares; `inside`: rows that are queries.
-  void add_rows(Worker& w, int q_head0, int first, const bool* inside, int half) const {
-    vf top[kHeads];
-    KVC_UNROLL for (int h = 0; h < kHeads; ++h) top[h] = all(kFloor);
-    for (int i = 0; i < kColumns; i += kLanes)
-      KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
-        vf x = load(w.s[h] + i);
-        if (logits.cap_out != 0.f) x = capped(x, logits);
-        x = x + load(w.bias_of[h] + i);
-        store(w.s[h] + i, x);
-        top[h] = max(top[h], x);
-      }
+  void add_rows(Worker& w, const vf* top, int q_head0, int first, const bool* inside, int half) const {
     float m[kHeads], total[kHeads];
     reduce_max4(top, m);
     vf sum[kHeads], sample[kHeads];
@@ -326,10 +310,12 @@ struct NonCausal {
         here[h] = reinterpret_cast<const char*>(w.here[h]);
       }
       if (!any) continue;
+      vf top[kHeads];
+      KVC_UNROLL for (int h = 0; h < kHeads; ++h) top[h] = all(kFloor);
       for (int i = 0; i < (kNearHalf + kFar) / 16; i += kOnce)
-        dots<PAIRS, kOnce>(keys + i, ahead, a->head_dim, logits.scale, w.s, 16 * i);
-      dots<PAIRS, kHere / 16>(keys, here, a->head_dim, logits.scale, w.s, kHereAt);
-      add_rows(w, q_head0, first, inside, half);
+        dots<PAIRS, kOnce>(keys + i, ahead, a->head_dim, logits, w, 16 * i, top);
+      dots<PAIRS, kHere / 16>(keys, here, a->head_dim, logits, w, kHereAt, top);
+      add_rows(w, top, q_head0, first, inside, half);
     }
   }
 
