@@ -8,6 +8,7 @@ from .cpu import CpuBackend
 from .dispatch import get_backend
 from .layout import PageLayout, TierLayout, page_layout
 from .reference import ReferenceBackend, page_section
+from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Logits",
     "PageLayout",
     "ReferenceBackend",
+    "Rotation",
     "Rows",
     "Tail",
     "TierLayout",

@@ -109,6 +109,16 @@ class KvcScores(Structure):
     ]
 
 
+class KvcNonCausal(Structure):
+    _fields_ = _fields(
+        ptr="q k",
+        i64="q_b q_h q_t k_b k_h k_t",
+        ptr_b="valid inv_freq sinks scores",
+        f32="scale softcap",
+        i32="pairs start interleaved dtype head_dim batch kv_heads group n reserved",
+    )
+
+
 class KvcPack(Structure):
     _fields_ = [
         ("rows", KvcRows),
@@ -159,6 +169,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "decode": KvcDecode,
     "chunk": KvcChunk,
     "scores": KvcScores,
+    "non_causal": KvcNonCausal,
 }
 
 

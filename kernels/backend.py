@@ -16,6 +16,8 @@ from torch import Tensor
 
 from . import checks
 from .layout import PageLayout
+from .non_causal import non_causal_scores
+from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
 __all__ = ["Backend", "DecodePlan", "WindowScores"]
@@ -393,6 +395,37 @@ class Backend(abc.ABC):
             for power in (1, 2)
         )
         return first, second
+
+    def non_causal_scores(
+        self, q: Tensor, k_new: Tensor, *, logits: Logits, rotation: Rotation, valid: Tensor | None = None
+    ) -> Tensor:
+        """Squared probabilities that the tokens of a chunk would give each other if they came again.
+
+        After Compactor (arXiv 2507.08143), whose non-causal scores let every query look at keys around it, later ones
+        too. Query `i`, turned to the position behind the chunk (`rotation`; rounded to its dtype), gives key `j` the
+        probability `p(i, j)`; key `j` gets the sum of `p(i, j) ** 2` over the queries up to 16 tokens away from it.
+        The softmax runs over those keys, over the keys at and up to 16 tokens before `i` seen from `i` itself, over
+        the first four tokens, and over 96 others evenly spaced, which stand for all that are further away than 16.
+        Nothing stored is looked at, and no queries x keys matrix is kept in memory.
+
+        This default runs plain torch in the dtype of `q`, on whatever device the tensors are: what the CUDA backend
+        does.
+
+        Args:
+            q: `[batch, q_heads, n, head_dim]`.
+            k_new: `[batch, kv_heads, n, head_dim]`.
+            logits: How logits are made; the sliding window is not looked at: every token is taken to see every other.
+            rotation: How position turns the queries.
+            valid: bool `[batch, n]`, false = padding, which is on one side; `None` = all valid.
+
+        Returns:
+            float32 `[batch, q_heads, n]`, 0 for padding.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
+        checks.check_non_causal(q, k_new, logits, rotation, valid, k_new.device)
+        return non_causal_scores(q, k_new, logits, rotation, valid, q.dtype)
 
     @abc.abstractmethod
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:

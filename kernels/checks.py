@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .layout import DTYPES, POSITION, PageLayout
+from .layout import DTYPES, MAX_HEAD_DIM, POSITION, SLOT_MULTIPLE, PageLayout
+from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
 LAST_POSITION = 2**31 - 2  # positions, and the number of tokens seen, are int32
@@ -241,16 +242,44 @@ def check_heads(rows: Rows, batch: int, kv_heads: int, q_heads: int) -> None:
 
 def check_attention(layout: PageLayout, q_heads: int, rows: Rows, logits: Logits, device: torch.device) -> None:
     """Checks how logits are made, for every operation that attends."""
-    softcap, window, sinks = logits.softcap, logits.window, logits.sinks
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    window = logits.window
+    check_logits(logits, q_heads, device)
     if window is not None:
         if window <= 0:
             raise ValueError(f"window must be positive or None, got {window}")
         if POSITION not in layout.fields and any(rows.width(tier) for tier in range(len(layout.tiers))):
             raise ValueError(f"a window needs the slot field {POSITION!r}; this layout has {layout.fields}")
-    if sinks is not None:
-        check_tensor("sinks", sinks, (q_heads,), torch.float32, device)
+
+
+def check_logits(logits: Logits, q_heads: int, device: torch.device) -> None:
+    """Checks the soft cap and the sinks."""
+    if logits.softcap is not None and not logits.softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {logits.softcap}")
+    if logits.sinks is not None:
+        check_tensor("sinks", logits.sinks, (q_heads,), torch.float32, device)
+
+
+def check_non_causal(
+    q: Tensor, k: Tensor, logits: Logits, rotation: Rotation, valid: Tensor | None, device: torch.device
+) -> None:
+    """Checks the arguments of `non_causal_scores`."""
+    if k.dtype not in DTYPES:
+        raise ValueError(f"k_new must be {', '.join(map(str, DTYPES))}, got {k.dtype}")
+    check_tensor("k_new", k, (None, None, None, None), k.dtype, device)
+    batch, kv_heads, n, head_dim = k.shape
+    if head_dim % SLOT_MULTIPLE or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be a multiple of {SLOT_MULTIPLE} up to {MAX_HEAD_DIM}, got {head_dim}")
+    check_tensor("q", q, (batch, None, n, head_dim), k.dtype, device)
+    if kv_heads == 0 or q.shape[1] % kv_heads or q.shape[1] == 0:
+        raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {q.shape[1]}")
+    check_logits(logits, q.shape[1], device)
+    check_tensor("rotation.inv_freq", rotation.inv_freq, (None,), torch.float32, torch.device("cpu"), contiguous=False)
+    if rotation.start < 0 or rotation.start + rotation.width > head_dim:
+        raise ValueError(
+            f"rotation must turn channels of 0 to {head_dim - 1}, got {rotation.width} from {rotation.start} on"
+        )
+    if valid is not None:
+        check_tensor("valid", valid, (batch, n), torch.bool, device, contiguous=False)
 
 
 def check_accumulators(layout: PageLayout, tail: Tail | None, *fields: str | None) -> None:

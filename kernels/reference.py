@@ -14,7 +14,9 @@ from torch import Tensor
 from . import checks
 from .backend import Backend, DecodePlan, WindowScores
 from .layout import POSITION, PageLayout
+from .non_causal import non_causal_scores
 from .quantize import dequantize, hadamard, pack_codes, quantize, unpack_codes
+from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
 __all__ = ["ReferenceBackend", "page_section"]
@@ -548,6 +550,12 @@ class ReferenceBackend(Backend):
             totals[1] += probability.sum(3).flatten(1, 2)
             totals[2] += probability.square().sum(3).flatten(1, 2)
         return [_split_scores(total.float(), sizes, tail is not None) for total in totals]
+
+    def non_causal_scores(
+        self, q: Tensor, k_new: Tensor, *, logits: Logits, rotation: Rotation, valid: Tensor | None = None
+    ) -> Tensor:
+        checks.check_non_causal(q, k_new, logits, rotation, valid, k_new.device)
+        return non_causal_scores(q, k_new, logits, rotation, valid, self.compute)
 
     def _check_block(
         self,

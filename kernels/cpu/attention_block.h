@@ -20,14 +20,12 @@ struct NewKeys {
 
 // Native keys in the order of pages (16 slots side by side): `words` 4-byte words per slot.
 static inline void interleave(char* out, const char* in, int64_t stride, int n, int words) {
+  static const char nothing[KVC_MAX_HEAD_DIM * 4] = {};
   for (int first = 0; first < n; first += 16, out += 64 * words)
-    for (int s = 0; s < 16; ++s) {
-      const char* from = in + (first + s) * stride;
-      for (int w = 0; w < words; ++w) {
-        int32_t x = 0;
-        if (first + s < n) memcpy(&x, from + 4 * w, 4);
-        memcpy(out + 64 * w + 4 * s, &x, 4);
-      }
+    for (int s = 0; s < 16; s += 4) {
+      const char* from[4];
+      for (int r = 0; r < 4; ++r) from[r] = first + s + r < n ? in + (first + s + r) * stride : nothing;
+      for (int w = 0; w < words; w += 4) put_words(out + 64 * w + 4 * s, from, 4 * w);
     }
 }
 

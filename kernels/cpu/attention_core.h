@@ -104,6 +104,22 @@ static inline void store_floats(void* p, int64_t at, const float* x, int n, int 
   }
 }
 
+// Words at .. at + 4 of four vectors, transposed: those with the same number side by side, 64 bytes apart.
+KVC_INLINE void put_words(char* out, const char* const* from, int at) {
+  typedef int32_t words __attribute__((vector_size(16)));
+  words x[4];
+  KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(&x[r], from[r] + at, 16);
+  const words a0 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+  const words a1 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+  const words b0 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+  const words b1 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+  x[0] = __builtin_shufflevector(a0, b0, 0, 1, 4, 5);
+  x[1] = __builtin_shufflevector(a0, b0, 2, 3, 6, 7);
+  x[2] = __builtin_shufflevector(a1, b1, 0, 1, 4, 5);
+  x[3] = __builtin_shufflevector(a1, b1, 2, 3, 6, 7);
+  KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(out + 64 * r, &x[r], 16);
+}
+
 // ---- tiles -----------------------------------------------------------------------------------------------------
 enum TileKind { kNative, kRows, kCodes };  // keys in blocks of 16; keys row-major (the tail); codes
 
@@ -714,16 +730,19 @@ KVC_INLINE vi load_flags(const uint8_t* p, int n) {
   return __builtin_convertvector(f, vi);
 }
 
+// Soft-cap of base-2 logits: cap * tanh(y / cap), tanh(u) = 1 - 2 / (e^2u + 1).
+KVC_INLINE vf capped(vf x, const Logits& logits) {
+  const vf e = exp2(min(x * all(logits.cap_in), all(64.f)));
+  return all(logits.cap_out) * (all(1.f) - all(2.f) / (e + all(1.f)));
+}
+
 // Soft-cap, bias and masks in place; returns the largest logit.
 static inline float finish_logits(float* s, const Tile& t, const Logits& logits, const Visible& see) {
   vf largest = all(kMasked);
   const int n = 16 * t.blocks;
   for (int i = 0; i < n; i += kLanes) {
     vf x = load(s + i);
-    if (logits.cap_out != 0.f) {  // cap * tanh(y / cap), tanh(u) = 1 - 2 / (e^2u + 1)
-      const vf e = exp2(min(x * all(logits.cap_in), all(64.f)));
-      x = all(logits.cap_out) * (all(1.f) - all(2.f) / (e + all(1.f)));
-    }
+    if (logits.cap_out != 0.f) x = capped(x, logits);
     if (see.bias) x = x + load_first(see.bias + i, t.n - i) * all(kLog2e);
     if (t.masked) {
       const vi at = load_int(t.position + i);

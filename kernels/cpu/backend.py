@@ -18,6 +18,7 @@ from ..arguments import fill_logits, fill_rows, fill_strides, fill_tail, pointer
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..library import load_library
+from ..rotation import Rotation
 from ..types import Logits, Rows, Tail
 
 __all__ = ["CpuBackend"]
@@ -388,6 +389,36 @@ class CpuBackend(Backend):
             sums.tail, sums.fresh = scores.tail.data_ptr(), scores.fresh.data_ptr()
         self._call("scores", c)
         return results
+
+    def non_causal_scores(
+        self, q: Tensor, k_new: Tensor, *, logits: Logits, rotation: Rotation, valid: Tensor | None = None
+    ) -> Tensor:
+        checks.check_non_causal(q, k_new, logits, rotation, valid, CPU)
+        batch, kv_heads, n, head_dim = k_new.shape
+        q_heads = q.shape[1]
+        scores = torch.zeros(batch, q_heads, n)
+        if not scores.numel():
+            return scores
+        inv_freq, valid = rotation.inv_freq.contiguous(), None if valid is None else valid.contiguous()
+        c = abi.KvcNonCausal(
+            scale=logits.scale,
+            softcap=logits.softcap or 0.0,
+            pairs=inv_freq.numel(),
+            start=rotation.start,
+            interleaved=rotation.interleaved,
+            dtype=DTYPES[k_new.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            n=n,
+        )
+        c.q, c.k, c.valid = q.data_ptr(), k_new.data_ptr(), pointer(valid)
+        c.inv_freq, c.sinks, c.scores = inv_freq.data_ptr(), pointer(logits.sinks), scores.data_ptr()
+        fill_strides(c, "q", q)
+        fill_strides(c, "k", k_new)
+        self._call("non_causal", c)
+        return scores
 
 
 class _CpuDecodePlan(DecodePlan):

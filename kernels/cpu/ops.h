@@ -24,6 +24,7 @@
   int decode(KvcDecode*);         \
   int chunk(KvcChunk*);           \
   int scores(KvcScores*);         \
+  int non_causal(KvcNonCausal*);  \
   }                               \
   }
 KVC_DECLARE_OPS(avx512)

@@ -98,6 +98,19 @@ typedef struct {  // sums over the queries of p and of p^2, or the largest p, fo
   int32_t batch, kv_heads, group, n_q, n_k;
 } KvcScores;
 
+typedef struct {  // squared probabilities that n tokens would give each other if they came again, summed over queries
+  const void *q, *k;                      // q [batch, q_heads, n, D]; k [batch, kv_heads, n, D], native dtype
+  int64_t q_b, q_h, q_t, k_b, k_h, k_t;
+  const uint8_t* valid;                   // [batch, n], 0 = padding, or null
+  const float* inv_freq;                  // [pairs] radians per position of each pair of channels
+  const float* sinks;
+  float* scores;                          // [batch, q_heads, n] contiguous, zeros: added to
+  float scale, softcap;
+  int32_t pairs, start, interleaved;      // pair i: channels start + i and start + pairs + i, or two neighbours
+  int32_t dtype, head_dim, batch, kv_heads, group, n;
+  int32_t reserved;
+} KvcNonCausal;
+
 typedef struct {  // add count[b][h] slots to each row, at slot length[tier][row] onwards; pages already in the table
   KvcRows rows;
   int32_t tier, batch, kv_heads, n_fields;

@@ -10,7 +10,7 @@ follows. A channel is trusted only as far as the quarters of the prompt agree on
 
 import torch
 
-from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
+from kvcompress_hf.kernels.quantize import affine_parameters, hadamard
 
 _QUERIES = 32  # the last ones of the first chunk say which keys matter
 # What may be left of the squared error. 8-bit keys have little to gain but for large biases (Qwen2), and SmolLM2 lost
@@ -81,22 +81,36 @@ def gains(
     index = torch.cat([first[:, None], torch.arange(0, tokens, stride, device=keys.device).expand(batch, -1)], dim=1)
     used = there.gather(1, index)
     used[:, 1:] &= index[:, 1:] != first[:, None]
-    sampled = keys.gather(2, index[:, None, :, None].expand(-1, kv_heads, -1, dim)).float()
-    sampled = torch.where(used[:, None, :, None], sampled, 0.0)
+    # One sequence at a time: copying whole rows is many times faster than indexing all sequences at once.
+    sampled = torch.stack([one.index_select(1, chosen).float() for one, chosen in zip(keys, index, strict=True)])
+    sampled.masked_fill_(~used[:, None, :, None], 0.0)
     looks = query[:, :, -_QUERIES:].float()
-    looking = there[:, -looks.shape[2] :].float()[:, None, None, :, None]
-    logits = looks.unflatten(1, (kv_heads, -1)) @ sampled.transpose(-1, -2)[:, :, None]
-    logits = logits.masked_fill(~used[:, None, None, None], torch.finfo(torch.float32).min)
-    weight = logits.softmax(-1).nan_to_num()  # [batch, kv_heads, group, queries, sampled]
+    looking = there[:, -looks.shape[2] :].float()[:, None, None]
+    looks = looks.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # [batch, kv_heads, group * queries, head_dim]
+    logits = looks @ sampled.transpose(-1, -2)
+    logits.masked_fill_(~used[:, None, None], torch.finfo(torch.float32).min)
+    weight = logits.softmax(-1).nan_to_num_()
+    if bits <= 4:  # orthonormal: products of transformed vectors are what they were
+        transform = hadamard(torch.eye(dim, device=keys.device), dim & -dim)
+        sampled, looks, shift = sampled @ transform, looks @ transform, shift.float() @ transform
 
     def error(states: torch.Tensor) -> torch.Tensor:
-        turned = hadamard(states, dim & -dim) if bits <= 4 else states
-        codes, scale, offset, _ = quantize(turned, bits)
-        stored = dequantize(codes, scale, offset).float()
-        off = (hadamard(stored, dim & -dim) if bits <= 4 else stored) - states
-        noise = looks.unflatten(1, (kv_heads, -1)) @ off.transpose(-1, -2)[:, :, None]
-        noise = noise - (noise * weight).sum(-1, keepdim=True)  # softmax does not see what all keys have in common
-        return (noise.square() * weight * looking).sum((2, 3, 4))
+        noise = looks @ _rounding(states, bits).transpose(-1, -2)
+        # Softmax does not see what all keys have in common.
+        noise.sub_(torch.linalg.vecdot(noise, weight)[..., None]).square_()
+        of_query = torch.linalg.vecdot(noise, weight).unflatten(2, (-1, looking.shape[-1]))
+        return (of_query * looking).sum((2, 3))
 
     most = _LEFT_OF_4_BITS if bits <= 4 else _LEFT_OF_8_BITS
     return (error(sampled - shift.float()) < most * error(sampled))[..., None, None]
+
+
+def _rounding(states: torch.Tensor, bits: int) -> torch.Tensor:
+    """What quantising changes in float32 `[..., head_dim]`: [`dequantize`] of [`quantize`], less the states.
+
+    In place where it can be: prompts wait for this.
+    """
+    scale, offset, _ = affine_parameters(states, bits)
+    step, low = scale.float()[..., None], offset.float()[..., None]
+    codes = (states - low).div_(step.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(0, 2**bits - 1).round_()
+    return codes.mul_(step).add_(low).sub_(states)

@@ -43,7 +43,7 @@ def measure_distortion(
     result = torch.full((keys.shape[0], keys.shape[1], len(tiers)), float("nan"), device=keys.device)
     for real in sorted(set(counts) - {0}):  # a sequence is measured as if it came alone
         alike = to_device(torch.tensor([i for i, count in enumerate(counts) if count == real]), keys.device)
-        q, k, v = (x[alike, :, -real:] for x in (query, keys, values))
+        q, k, v = (x[:, :, -min(real, _TOKENS) :][alike] for x in (query, keys, values))
         # Where numbers leave their range, storing is as bad as evicting; NaN is for what has not been measured.
         result[alike] = _measure(q, k, v, scale, tiers).nan_to_num(nan=1.0, posinf=1.0)
     return result

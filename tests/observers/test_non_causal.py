@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig
 
 import kvcompress_hf as kvc
-from kvcompress_hf.kernels import Logits
-from kvcompress_hf.observers import non_causal
+from kvcompress_hf.kernels import Logits, get_backend
+from kvcompress_hf.kernels.non_causal import SAMPLE
 from kvcompress_hf.observers.base import Chunk
 from kvcompress_hf.observers.non_causal import non_causal_scores
 from kvcompress_hf.paging.key_turn import Rotation
@@ -32,7 +32,13 @@ def a_chunk(query, key, value, **changes):
     assert not parts
     of_chunk, of_new, of_logits = places
     new = NewTokens(query, key, value, Logits(**of_logits), **of_new)
-    return Chunk(store=None, layer=0, new=new, **of_chunk)
+    return Chunk(store=WithBackend, layer=0, new=new, **of_chunk)
+
+
+class WithBackend:
+    """As much of a store as a first chunk needs."""
+
+    backend = get_backend("cpu")
 
 
 def rotate(query, by):
@@ -47,9 +53,7 @@ def by_hand(query, key, softcap=None, sinks=None):
     """Scores `[kv_heads, group, tokens]` of one sequence, one query after the other."""
     heads, tokens, _ = query.shape
     result = torch.zeros(heads, tokens, dtype=torch.float64)
-    others = torch.tensor(
-        [4 + (2 * s + 1) * (tokens - 4) // (2 * non_causal._SAMPLE) for s in range(non_causal._SAMPLE)]
-    )
+    others = torch.tensor([4 + (2 * s + 1) * (tokens - 4) // (2 * SAMPLE) for s in range(SAMPLE)])
     for head in range(heads):
         keys = key[head // GROUP].double()
 
@@ -97,13 +101,6 @@ def test_padding_changes_nothing(side):
     torch.testing.assert_close(found[:1], alone[0])
     torch.testing.assert_close(found[1:, ..., real], alone[1])
     assert not found[1][..., ~valid[1]].any()
-
-
-def test_it_does_not_depend_on_how_much_is_worked_on_at_once(monkeypatch):
-    chunk = a_chunk(*states(300))
-    whole = non_causal_scores(chunk)
-    monkeypatch.setattr(non_causal, "_NUMBERS", {"cpu": 1})
-    torch.testing.assert_close(non_causal_scores(chunk), whole)
 
 
 def test_it_finds_what_will_be_looked_up_and_the_window_does_not():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kvcompress_hf.paging.key_shift import steady_mean
+from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
+from kvcompress_hf.paging.key_shift import gains, steady_mean
 
 
 def noise(tokens, batch=2, heads=3, dim=8, seed=0):
@@ -46,3 +47,44 @@ def test_padding_counts_for_nothing():
 @pytest.mark.parametrize(("tokens", "decided"), [(1, False), (15, False), (16, True)])
 def test_few_tokens_say_nothing(tokens, decided):
     assert bool((steady_mean(noise(tokens) + 50) != 0).any()) is decided
+
+
+def gains_by_hand(keys, shift, query, real, bits):
+    """Of one head, in float64: the squared error of the logits with the shift taken off, over that without."""
+    block = keys.shape[-1] & -keys.shape[-1]
+    probability = (query @ keys[real].T).softmax(-1)
+    errors = []
+    for states in (keys[real] - shift, keys[real]):
+        turned = hadamard(states, block) if bits <= 4 else states
+        codes, scale, offset, _ = quantize(turned.float(), bits)
+        stored = dequantize(codes, scale, offset).double()
+        off = query @ ((hadamard(stored, block) if bits <= 4 else stored) - states).T
+        off = off - (off * probability).sum(-1, keepdim=True)
+        errors.append((off.square() * probability).sum())
+    return errors[0] / errors[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("padding", [0, 70])
+def test_heads_are_centred_where_the_last_queries_gain(bits, padding):
+    heads, group, dim = 4, 2, 32
+    keys = noise(300, heads=heads, dim=dim)
+    keys[:, 1:, :, 3] += torch.tensor([5.0, 30.0, 120.0])[:, None]  # the first head has nothing to gain
+    query = noise(40, heads=heads * group, dim=dim, seed=1) / 4
+    shift = steady_mean(keys)
+    shift[0] = 9.0  # a wrong one gains nothing
+    real = torch.ones(2, 300, dtype=torch.bool)
+    real[1, :padding] = False
+    keys[~real[:, None].expand(2, heads, 300)] = torch.nan
+    found = gains(keys, shift, query, real if padding else None, bits)
+    assert found.shape == (2, heads, 1, 1)
+    most = 0.9 if bits <= 4 else 0.25
+    seen = set()
+    for b in range(2):
+        for head in range(heads):
+            own = query[b, head * group : (head + 1) * group, -32:].reshape(-1, dim).double()
+            ratio = gains_by_hand(keys[b, head].double(), shift[b, head].double(), own, real[b], bits)
+            assert not 0.97 < ratio / most < 1.03, "too close to tell"
+            assert bool(found[b, head]) is bool(ratio < most)
+            seen.add(bool(found[b, head]))
+    assert seen == {True, False}
