@@ -7,7 +7,7 @@ tokens, one after the other, as if it had written them itself: after a prompt of
 model's next input, whatever the model would have said (teacher forcing). Two kinds of text:
 
 - `prose`: the beginnings of novels (`examples/texts/evaluation`); scored is every token behind the cap, in nats.
-- `state`: a log of who has which thing. Things change hands, and every few lines the log says once more who has what;
+- `state`: a log of who has which thing. Now and then a thing changes hands, and most lines say once more who has what;
   scored is whether the model would have named the right thing there, and the nats of it.
 
 Recipes: a preset's name, or one with changes as `kvcompress eval` takes them. The full cache's figures are of one pass
@@ -18,8 +18,6 @@ resamplings of blocks of 256 tokens (prose) and of logs (state).
 import argparse
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kvcompress_hf as kvc
-from kvcompress_hf.cli.evaluate import make_cells, surroundings
+from kvcompress_hf.cli.evaluate import make_cells
 from kvcompress_hf.cli.generate import load
 from kvcompress_hf.cli.linears import linears_in_float32
 from kvcompress_hf.cli.models import find_model
@@ -37,8 +35,9 @@ from kvcompress_hf.cli.texts import find_texts, pieces_of
 from kvcompress_hf.compat import as_argument
 
 BLOCK = 256  # tokens that are resampled together
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Irene Jack Kate Leo Maria Nora Oscar Paul".split()
-THINGS = "lamp book key coin rope map bell cup knife ring hat stone box flag clock drum".split()
+DRAFT = 16  # tokens that pass through the model at once
+NAMES = tuple("Anna Ben Clara David Emma Frank Grace Henry Irene Jack Kate Leo Maria Nora Oscar Paul".split())  # noqa: SIM905
+THINGS = tuple("lamp book key coin rope map bell cup knife ring hat stone box flag clock drum".split())  # noqa: SIM905
 
 
 def prose(tokenizer: Any, name: str, split: str, count: int, tokens: int) -> Tensor:
@@ -64,7 +63,7 @@ def state_logs(tokenizer: Any, count: int, tokens: int, seed: int) -> tuple[Tens
         marks = [False] * len(ids)
         has: dict[str, str] = {}
         while len(ids) < tokens:
-            again = len(has) >= 8 and chance.random() < 0.5
+            again = len(has) >= 8 and chance.random() < 0.85
             who = chance.choice(list(has) if again else NAMES)
             what = has[who] if again else chance.choice([thing for thing in THINGS if thing != has.get(who)])
             begin = f"Check: {who} still has the" if again else f"Now {who} gets the"
@@ -94,24 +93,29 @@ def decode(model: Any, recipe: kvc.Recipe, ids: Tensor, prompt: int) -> dict[str
     """As [`full_pass`], token by token under a recipe; and the bytes held, at the end and at most, per sequence."""
     batch, tokens = ids.shape
     losses, right = torch.zeros(batch, tokens - 1), torch.zeros(batch, tokens - 1, dtype=torch.bool)
-    most, sizes = 0, []
+    sizes: list[int] = []
     began = time.perf_counter()
     with kvc.patched(model, recipe):
         cache = kvc.prefill(model, ids[:, :prompt], recipe)
-        for at in range(prompt, tokens - 1):
-            logits = model(ids[:, at : at + 1], use_cache=True, **as_argument(model, cache)).logits[:, -1].float()
-            losses[:, at] = F.cross_entropy(logits, ids[:, at + 1], reduction="none")
-            right[:, at] = logits.argmax(-1) == ids[:, at + 1]
-            if at % 64 == 63:
-                memory = cache.memory()
-                sizes.append(memory.total // batch)
-                most = max(most, sizes[-1])
+        cache.activate_past_recording()
+        at = prompt
+        while at < tokens - 1:
+            # Tokens that are all accepted are those of decoding one by one; a draft ends where the tail is full.
+            until = min(at + DRAFT, tokens - 1, at + recipe.when.every - (at - prompt) % recipe.when.every)
+            logits = model(ids[:, at:until], use_cache=True, **as_argument(model, cache)).logits.float()
+            cache.crop(0)
+            following = ids[:, at + 1 : until + 1]
+            losses[:, at:until] = F.cross_entropy(logits.transpose(1, 2), following, reduction="none").cpu()
+            right[:, at:until] = (logits.argmax(-1) == following).cpu()
+            at = until
+            if not sizes or at - prompt >= len(sizes) * 64:
+                sizes.append(cache.memory().total // batch)
     statistics = cache.run_report.statistics
     return {
         "losses": losses,
         "right": right,
-        "bytes_at_most": most,
-        "bytes_at_end": sizes[-1] if sizes else 0,
+        "bytes_at_most": max(sizes),
+        "bytes_at_end": sizes[-1],
         "slots_at_end": float(torch.stack([s.float().mean() for s in cache.slots()]).mean()),
         "plans": statistics.plans,
         "seconds": round(time.perf_counter() - began, 1),
@@ -144,7 +148,7 @@ def per_log(values: Tensor, marks: Tensor, first: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--recipes", default="think,auto,triattention,r-kv,h2o,snapkv@when={\"decode\": true}")
+    parser.add_argument("--recipes", default='think,auto,triattention,r-kv,h2o,snapkv@when={"decode": true}')
     parser.add_argument("--against", default="think")
     parser.add_argument("--cap", type=int, default=512, help="tokens whose dense bytes a recipe may hold")
     parser.add_argument("--tokens", type=int, default=4096)

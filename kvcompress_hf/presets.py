@@ -244,6 +244,18 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
         ),
         "TriAttention (arXiv 2604.04921), centres learnt online: every 128 tokens, by expected logits; no attention",
     ),
+    "think": (
+        Recipe(
+            name="think",
+            observer=QueryCentres(offsets=12),
+            protect=Protect(sinks=4, recent=16),
+            budget=Budget(0.25),
+            plan=LowestPlan(scope="sequence"),
+            tiers=("native", "k4v4"),
+            when=When(every=16),
+        ),
+        "for long generations: expected logits as triattention, over all heads, 4 bits but for the first tokens",
+    ),
     "keydiff": (
         Recipe(
             name="keydiff",

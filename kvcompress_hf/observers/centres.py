@@ -106,9 +106,7 @@ def expected_logits(look: Look, offsets: int, norms: bool) -> torch.Tensor:
     return logits + scattered @ band_norms(look.keys, look.rotation).transpose(-1, -2)
 
 
-def _turned_centre(
-    queries: Queries, centre: torch.Tensor, rotation: Rotation | None, offsets: int
-) -> torch.Tensor:
+def _turned_centre(queries: Queries, centre: torch.Tensor, rotation: Rotation | None, offsets: int) -> torch.Tensor:
     """The mean of the centre turned to the positions of coming queries, `[batch, kv_heads, group, head_dim]`."""
     if rotation is None:
         return centre

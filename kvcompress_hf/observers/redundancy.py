@@ -83,7 +83,9 @@ class RedundancyAware(Observer):
             raise ValueError("RedundancyAware needs the newest queries, and none are remembered.")
         room = newest.shape[3]
         order = torch.where(look.filled, look.positions, torch.iinfo(torch.int32).max).argsort(dim=-1, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        )
         older = look.filled & (rank < look.filled.sum(-1, keepdim=True) - room)
         logits = (newest.float() @ look.keys[:, :, None].transpose(-1, -2)).amax(2)  # [batch, kv_heads, newest, slots]
         p = look.attention(logits, older[:, :, None])

@@ -159,7 +159,7 @@ class QueryMemory:
         if valid is None:
             kept.copy_(both[..., tokens:, :])
             return
-        # A stable sort brings padding to the front; all that was kept before counts as real, zeros of its beginning too.
+        # A stable sort brings padding to the front; all that was kept before counts as real, its first zeros too.
         real = torch.cat([valid.new_ones((valid.shape[0], room)), valid], dim=1)
         order = real.to(torch.uint8).argsort(dim=1, stable=True)[:, tokens:]
         kept.copy_(both.gather(3, order[:, None, None, :, None].expand_as(kept)))

@@ -22,7 +22,8 @@ class Declared:
         dtype (`torch.dtype`, *optional*): Its dtype; that of the keys when left out.
         dims (`tuple[str, ...]`): What each dimension counts: `"layers"`, `"batch"`, `"kv_heads"`, `"rows"` (these three
             in one), `"tiers"`, `"fields"`, `"head_dim"`, `"slots"` (room of the tail), `"columns"` (pages of the
-            longest row), `"group"` (query heads of a KV head), `"newest"` (queries kept), or a number. The batch is the dimension `"batch"` or inside `"rows"`.
+            longest row), `"group"` (query heads of a KV head), `"newest"` (queries kept), or a number. The batch is the
+            dimension `"batch"` or inside `"rows"`.
         kind (`str`, *optional*): Under what its bytes are counted: `"tables"`, `"tail"` or `"metadata"`; not at all
             with `None`.
         changed_by (`str`): What changes it in place: `"step"`, a decoded token; `"packing"`; `"statistics"`, an
