@@ -119,7 +119,7 @@ def make_limits(
         for group in groups:
             tokens = on_top if group.window is None else on_top.clamp(max=group.window)
             allowed += (tokens + group.slots_per_page - 1) // group.slots_per_page * group.page_bytes * group.rows
-            if recipe.sinks_apart and isinstance(recipe.budget.amount, int):  # they start a page of their own
+            if entry and group.window is None and isinstance(recipe.budget.amount, int):  # sinks start their own page
                 allowed += group.page_bytes * group.rows
     return Limits(per_page, page_bytes, dense, held, allowed)
 
