@@ -10,14 +10,17 @@ model's next input, whatever the model would have said (teacher forcing). Two ki
 - `state`: a log of who has which thing. Now and then a thing changes hands, and most lines say once more who has what;
   scored is whether the model would have named the right thing there, and the nats of it.
 
-Recipes: a preset's name, or one with changes as `kvcompress eval` takes them. The full cache's figures are of one pass
-of the stock model over the whole text. Intervals: 95 %, paired with the full cache and with `--against`, 10,000
-resamplings of blocks of 256 tokens (prose) and of logs (state).
+Tokens pass through the model up to 16 at a time, as drafts that are all accepted; what the recipe sees and does is that
+of decoding one by one. Recipes: a preset's name, or one with changes as `kvcompress eval` takes them. The full cache's
+figures are of one pass of the stock model over the whole text. Intervals: 95 %, paired with the full cache and with
+`--against`, which comes first; 10,000 resamplings of blocks of 256 tokens (prose) and of logs (state).
 """
 
 import argparse
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kvcompress_hf as kvc
-from kvcompress_hf.cli.evaluate import make_cells
+from kvcompress_hf.cli.evaluate import make_cells, surroundings
 from kvcompress_hf.cli.generate import load
 from kvcompress_hf.cli.linears import linears_in_float32
 from kvcompress_hf.cli.models import find_model
@@ -148,7 +151,7 @@ def per_log(values: Tensor, marks: Tensor, first: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--recipes", default='think,auto,triattention,r-kv,h2o,snapkv@when={"decode": true}')
+    parser.add_argument("--recipes", default="think,auto,triattention,r-kv,h2o")
     parser.add_argument("--against", default="think")
     parser.add_argument("--cap", type=int, default=512, help="tokens whose dense bytes a recipe may hold")
     parser.add_argument("--tokens", type=int, default=4096)
@@ -168,22 +171,35 @@ def main() -> None:
     ids = prose(tokenizer, name, arguments.split, arguments.prose, arguments.tokens)
     logs, marks = state_logs(tokenizer, arguments.logs, arguments.tokens, seed=0 if arguments.split == "dev" else 1)
     both = torch.cat([ids, logs]).to(model.device)
+    heading = {"command": " ".join(["python", *sys.argv]), "commit": commit(), **surroundings(arguments.device)}
     results: dict[str, Any] = {}
     with linears_in_float32(model):
         losses, right = full_pass(model, both)
-        runs = {"full": {"losses": losses.cpu(), "right": right.cpu()}}
-        for cell in make_cells(arguments.recipes, budget):
-            runs[cell.name] = decode(model, cell.recipe, both, arguments.prompt)
-            results[cell.name] = report(runs, cell.name, arguments, marks)
-            print(cell.name, json.dumps(results[cell.name]), flush=True)
-    results["full"] = report(runs, "full", arguments, marks)
-    print("full", json.dumps(results["full"]))
+        runs: dict[str, Any] = {"full": {"losses": losses.cpu(), "right": right.cpu()}}
+        for cell in [None, *make_cells(arguments.recipes, budget)]:
+            name = "full" if cell is None else cell.name
+            if cell is not None:
+                runs[name] = decode(model, cell.recipe, both, arguments.prompt)
+            results[name] = report(runs, name, arguments, marks)
+            print(name, json.dumps({k: v for k, v in results[name].items() if k != "prose_blocks"}), flush=True)
+            if arguments.json:  # what is there is kept if a later recipe is stopped
+                settings = {key: value for key, value in vars(arguments).items() if key != "json"}
+                figures = {**heading, "settings": settings, "budget": budget, "results": results}
+                arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def commit() -> str:
+    """The commit of this checkout, with a `+` where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return head + "+" * bool(changed)
 
 
 def report(runs: dict[str, Any], name: str, arguments: argparse.Namespace, marks: Tensor) -> dict[str, Any]:
     """The figures of one recipe."""
     run, count, cap = runs[name], arguments.prose, arguments.cap
-    found = {
+    found: dict[str, Any] = {
         "prose_nll": round(float(blocks(run["losses"][:count], cap).mean()), 5),
         "state_right": round(float(per_log(run["right"][count:], marks, cap).mean()), 5),
         "state_nll": round(float(per_log(run["losses"][count:], marks, cap).mean()), 5),
@@ -196,6 +212,7 @@ def report(runs: dict[str, Any], name: str, arguments: argparse.Namespace, marks
         found[f"state_right_over_{other}"] = interval(
             per_log(run["right"][count:], marks, cap) - per_log(them["right"][count:], marks, cap)
         )
+    found["prose_blocks"] = [round(x, 4) for x in blocks(run["losses"][:count], cap).tolist()]
     return found | {key: value for key, value in run.items() if not isinstance(value, Tensor)}
 
 
