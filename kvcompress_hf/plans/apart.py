@@ -24,8 +24,10 @@ def plan_targets(plan: Plan, view: PlanView) -> torch.Tensor:
     if not view.sinks_apart:
         return targets_of(plan, view)
     sinks = int((on_host(view.tier) == 0).sum())  # columns are grouped by tier
+    stay = torch.zeros_like(view.filled[..., :sinks], dtype=torch.int64)
+    if sinks == view.filled.shape[-1]:  # nothing else is stored yet
+        return stay
     targets = targets_of(plan, _without_sinks(view, sinks))
-    stay = torch.zeros_like(targets[..., :1]).expand(*targets.shape[:2], sinks)
     return torch.cat([stay, torch.where(targets == EVICT, EVICT, 1)], dim=-1)
 
 

@@ -66,10 +66,12 @@ def _look_at(
 
 def _keys(store: PagedStore, index: int, slots: Slots) -> torch.Tensor:
     """Keys of the packed slots of a layer in the columns of `slots`, whole, float32."""
-    view, keys = store.rows(index), []
-    for tier in range(len(view.lengths)):
-        columns, width = slots.columns(tier), view.width(tier)
-        stored = store.backend.read_slots(view, tier, width)[0]
-        keys.append(F.pad(stored, (0, 0, 0, columns.stop - columns.start - width)))
+    keys = []
+    with store.reading:  # pages and tables stay where they are
+        view = store.rows(index)
+        for tier in range(len(view.lengths)):
+            columns, width = slots.columns(tier), view.width(tier)
+            stored = store.backend.read_slots(view, tier, width)[0]
+            keys.append(F.pad(stored, (0, 0, 0, columns.stop - columns.start - width)))
     joined = torch.cat(keys, dim=1)
     return store.whole(index, joined.view(store.batch, -1, *joined.shape[1:]))

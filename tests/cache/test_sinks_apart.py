@@ -152,6 +152,14 @@ def test_what_goes_is_the_same_as_in_one_tier(model):
     assert kept[0] == kept[1] and len(kept[0][0]) == 30
 
 
+def test_a_prompt_of_sinks_alone_is_planned_for(model):
+    recipe = planned(kvc.LowestPlan(), 30)
+    with kvc.patched(model, recipe):
+        cache = kvc.prefill(model, ids_of(1, 3), recipe)
+    first, rest = packed(cache)
+    assert (first == 3).all() and not rest.any() and cache.run_report.statistics.plans == 1
+
+
 def test_a_protected_prompt_comes_on_top(model):
     recipe = planned(kvc.LowestPlan(), 16, prompt=True)
     with kvc.patched(model, recipe):
