@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kvcompress_hf.observers.centres import QueryCentres
 from kvcompress_hf.observers.expected import ExpectedAttention
 from kvcompress_hf.observers.per_query import PersistenceScores
 from kvcompress_hf.observers.reconstruction import ReconstructionScores
+from kvcompress_hf.observers.redundancy import RedundancyAware
 from kvcompress_hf.observers.running import RunningScores
 from kvcompress_hf.observers.simple import Chance, KeyDiff, Recency
 from kvcompress_hf.observers.window import WindowScores
@@ -220,6 +222,39 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             when=When(every=8, decode=False),
         ),
         "Expected attention (arXiv 2510.00636): what normally distributed future queries expect to attend to",
+    ),
+    "r-kv": (
+        Recipe(
+            name="r-kv",
+            observer=RedundancyAware(window=8, weight=0.1),
+            protect=Protect(recent=8),
+            budget=Budget(1024),
+            plan=LowestPlan(),
+            when=When(every=128),
+        ),
+        "R-KV (arXiv 2505.24133): every 128 tokens, what the last 8 queries look at less what is like the rest",
+    ),
+    "triattention": (
+        Recipe(
+            name="triattention",
+            observer=QueryCentres(),
+            budget=Budget(2048),
+            plan=LowestPlan(),
+            when=When(every=128),
+        ),
+        "TriAttention (arXiv 2604.04921), centres learnt online: every 128 tokens, by expected logits; no attention",
+    ),
+    "think": (
+        Recipe(
+            name="think",
+            observer=QueryCentres(offsets=12),
+            protect=Protect(sinks=4, recent=16),
+            budget=Budget(0.25),
+            plan=LowestPlan(scope="sequence"),
+            tiers=("native", "k4v4"),
+            when=When(every=16),
+        ),
+        "for long generations: expected logits as triattention, over all heads, 4 bits but for the first tokens",
     ),
     "keydiff": (
         Recipe(

@@ -265,7 +265,8 @@ class Recipe:
         budget (`Budget`, *optional*): How much may be kept.
         plan (`Plan`, *optional*): Which slots go, and which move to a lower tier.
         tiers (`tuple[str, ...]`): The storage formats of packed slots, best first; new slots enter the first. Without a
-            plan there may be two, where `protect` names sinks: these alone enter the first, all others the second.
+            plan, or with one that keeps or evicts, there may be two where `protect` names sinks: these alone enter the
+            first, all others the second.
         when (`When`): When the cache packs and plans.
         page_bytes (`int`, *optional*): Bytes of a page; chosen from head_dim, tiers and fields when left out.
         centre_keys (`bool`, *optional*): Whether what the keys of a head have in common is taken off before they are
@@ -392,7 +393,8 @@ class Recipe:
     def sinks_apart(self) -> int:
         """`int`: Tokens at the beginning of each sequence that alone enter the first tier, and all others the second;
         0 where every token enters the first."""
-        return self.protect.sinks if self.plan is None and len(self.tiers) == 2 else 0
+        alone = self.plan is None or self.plan.keeps_or_evicts
+        return self.protect.sinks if alone and len(self.tiers) == 2 else 0
 
     @property
     def evicts(self) -> bool:

@@ -15,6 +15,7 @@ from kvcompress_hf.paging import stored_rows
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.key_centring import KEY_SHIFT
 from kvcompress_hf.paging.means import MEANS
+from kvcompress_hf.paging.queries import QUERIES
 from kvcompress_hf.paging.sequence_tensors import of_layers, shape_of
 from kvcompress_hf.paging.store import Geometry, PagedStore
 from kvcompress_hf.recipe import Recipe
@@ -64,6 +65,8 @@ class StorePart:
         heads, dim = self.geometry.kv_heads, self.geometry.head_dim
         self._sizes = dict(layers=len(self.layers), batch=state.batch, kv_heads=heads, head_dim=dim)
         self._sizes |= dict(tiers=len(tiers), fields=len(self.layout.fields))
+        newest = 0 if recipe.observer is None else recipe.observer.newest_queries
+        self._sizes |= dict(group=state.groups[self.layers[0]], newest=newest)
         self._tensors = self._read(recipe, state)
         self._check_tail(state)
         self._check_lengths(state)
@@ -76,6 +79,7 @@ class StorePart:
         # What else a file may lack is only taken where the recipe has a use for it.
         optional = {name: recipe.observer is not None and bool(recipe.observer.describes) for name in _MEANS}
         optional[KEY_SHIFT.name] = recipe.centres_keys
+        optional |= _queries_of(recipe)
         shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
         for name, each in self._declared.items():
             wanted = tail if "slots" in each.dims else each.always or f"{self._name}.{name}" in present
@@ -244,6 +248,14 @@ class StorePart:
                     pages = pages if self.order == "canonical" else reader.to_canonical(self.layout, tier, pages)
                     pages = backend.from_canonical(self.layout, tier, pages.to(slab.device))
                 slab[place.to(slab.device)] = pages.to(slab.device)
+
+
+def _queries_of(recipe: Recipe) -> dict[str, bool]:
+    """Which tensors of remembered queries a recipe has a use for."""
+    observer = recipe.observer
+    centres, newest = (False, 0) if observer is None else (observer.learns_centres, observer.newest_queries)
+    wanted = {"queries_seen": centres or newest > 0, "newest_queries": newest > 0}
+    return {each.name: wanted.get(each.name, centres) for each in QUERIES}
 
 
 def _blocks(rows: torch.Tensor, entries_per_row: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -9,9 +9,12 @@ from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
 
 from .base import Chunk, Observer
+from .centres import QueryCentres
 from .expected import ExpectedAttention
+from .look import Look
 from .per_query import GroupMeanScores, PersistenceScores
 from .reconstruction import ReconstructionScores
+from .redundancy import RedundancyAware
 from .running import RunningScores
 from .simple import Chance, KeyDiff, Recency
 from .window import WindowScores
@@ -22,11 +25,14 @@ __all__ = [
     "ExpectedAttention",
     "GroupMeanScores",
     "KeyDiff",
+    "Look",
     "NewTokens",
     "Observer",
     "PersistenceScores",
+    "QueryCentres",
     "Recency",
     "ReconstructionScores",
+    "RedundancyAware",
     "RunningScores",
     "Slots",
     "WindowScores",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvcompress_hf.observers.look import Look
 from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
@@ -98,6 +99,10 @@ class Observer(Part, abc.ABC):
             raise ValueError(f"{name}.fields names {len(fields)} fields, {fields!r}; a slot has room for three.")
         used: dict[str, tuple[str | None, ...]] = {"describes": self.describes, "fading": self.fading[0]}
         used |= {"sum_field": (self.sum_field,), "square_field": (self.square_field,)}
+        if set(self.looks) & {*fields, "position"}:
+            raise ValueError(f"{name}.looks is {self.looks!r}, but fields that are kept {fields!r} are not made anew.")
+        if self.looks and not (self.learns_centres or self.newest_queries):
+            raise ValueError(f"{name}.looks is {self.looks!r}; set learns_centres or newest_queries to judge keys by.")
         for what, names in used.items():
             unknown = [each for each in names if each is not None and each not in fields]
             if unknown:
@@ -154,6 +159,34 @@ class Observer(Part, abc.ABC):
     def needs_rotary(self) -> bool:
         """`bool`: Whether it turns queries to other positions, with [`Chunk`]`.rotation`."""
         return False
+
+    @property
+    def learns_centres(self) -> bool:
+        """`bool`: Whether the mean query before rotary embedding, and mean norms, are learnt for every query head."""
+        return False
+
+    @property
+    def newest_queries(self) -> int:
+        """`int`: How many of the newest queries are kept for every query head."""
+        return 0
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: Fields that [`Observer.look`] makes from stored keys when a plan is due. They take no
+        room in slots, and [`Observer.importance`] finds them among the others."""
+        return ()
+
+    def look(self, look: Look) -> dict[str, torch.Tensor]:
+        """Judges the stored keys of a layer by what is remembered of its queries; called when a plan is due.
+
+        Args:
+            look (`Look`): Everything the layer holds.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The fields of `looks`, float32 `[batch, kv_heads, slots]`; anything where
+            nothing is stored.
+        """
+        return {}
 
     @property
     def reads_again(self) -> int | None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvcompress_hf.observers.base import Chunk, Observer
+from kvcompress_hf.observers.look import Look
 from kvcompress_hf.paging.slots import Slots
 from kvcompress_hf.validation import check_returned, naming
 
@@ -38,6 +39,25 @@ def observe_again(observer: Observer, chunk: Chunk) -> None:
     """
     with naming(observer, "observe_again"):
         observer.observe_again(chunk)
+
+
+def look(observer: Observer, at: Look) -> dict[str, torch.Tensor]:
+    """Lets an observer look at stored keys.
+
+    Args:
+        observer (`Observer`): The observer.
+        at (`Look`): Everything a layer holds.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The fields that it makes, by name, float32 `[batch, kv_heads, slots]`.
+
+    Raises:
+        TypeError: If it returned something else.
+        ValueError: If fields are missing or too many, or of another shape.
+    """
+    with naming(observer, "look"):
+        fields: Any = observer.look(at)
+    return _fields(observer, "look", fields, list(observer.looks), at.keys)
 
 
 def describe(

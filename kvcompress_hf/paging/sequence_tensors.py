@@ -22,7 +22,8 @@ class Declared:
         dtype (`torch.dtype`, *optional*): Its dtype; that of the keys when left out.
         dims (`tuple[str, ...]`): What each dimension counts: `"layers"`, `"batch"`, `"kv_heads"`, `"rows"` (these three
             in one), `"tiers"`, `"fields"`, `"head_dim"`, `"slots"` (room of the tail), `"columns"` (pages of the
-            longest row), or a number. The batch is the dimension `"batch"` or inside `"rows"`.
+            longest row), `"group"` (query heads of a KV head), `"newest"` (queries kept), or a number. The batch is the
+            dimension `"batch"` or inside `"rows"`.
         kind (`str`, *optional*): Under what its bytes are counted: `"tables"`, `"tail"` or `"metadata"`; not at all
             with `None`.
         changed_by (`str`): What changes it in place: `"step"`, a decoded token; `"packing"`; `"statistics"`, an
@@ -49,13 +50,13 @@ def shape_of(each: Declared, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
     Args:
         each (`Declared`): Its declaration.
-        sizes (`Mapping[str, int]`): `layers`, `batch`, `kv_heads`, `head_dim`, `tiers` and `fields`; `slots` and
-            `columns` are 0 when left out.
+        sizes (`Mapping[str, int]`): `layers`, `batch`, `kv_heads`, `head_dim`, `tiers` and `fields`; `slots`,
+            `columns`, `group` and `newest` are 0 when left out.
 
     Returns:
         `tuple[int, ...]`: The size of each of its dimensions.
     """
-    known = {"columns": 0, "slots": 0, **sizes}
+    known = {"columns": 0, "slots": 0, "group": 0, "newest": 0, **sizes}
     known["rows"] = known["layers"] * known["batch"] * known["kv_heads"]
     return tuple(dim if isinstance(dim, int) else known[dim] for dim in each.dims)
 
@@ -115,7 +116,7 @@ class SequenceTensors:
 
         Args:
             name (`str`): Its name.
-            sizes (`int`): `slots` or `columns`, where it has such a dimension.
+            sizes (`int`): `slots`, `columns`, `group` or `newest`, where it has such a dimension.
 
         Returns:
             `torch.Tensor`: The new tensor, which is the one in `values` from now on.

@@ -14,6 +14,7 @@ from kvcompress_hf.paging.arena import Arena, changes_pages
 from kvcompress_hf.paging.geometry import Geometry
 from kvcompress_hf.paging.key_centring import KEY_SHIFT, KeyCentring
 from kvcompress_hf.paging.means import MEANS, Means
+from kvcompress_hf.paging.queries import QUERIES, QueryMemory
 from kvcompress_hf.paging.sequence_tensors import Declared, SequenceTensors
 from kvcompress_hf.paging.tables import Tables, declare_tables
 from kvcompress_hf.paging.tail import TailSlots, declare_tail
@@ -30,7 +31,7 @@ def declare(layout: PageLayout, device: torch.device) -> list[Declared]:
     Returns:
         `list[Declared]`: Their declarations; a new tensor is one more.
     """
-    return [*declare_tables(len(layout.tiers), device), *declare_tail(layout), *MEANS, KEY_SHIFT]
+    return [*declare_tables(len(layout.tiers), device), *declare_tail(layout), *MEANS, KEY_SHIFT, *QUERIES]
 
 
 @dataclass
@@ -88,6 +89,7 @@ class StoredRows:
         self._tail = TailSlots(self.tensors)
         self._means = Means(self.tensors)
         self._keys = KeyCentring(self.tensors)
+        self.queries = QueryMemory(self.tensors)
         self.reading = arena.register(self)  # held while kernels read pages outside of a change
 
     # -- what it is made of ----------------------------------------------------------------------------------------
@@ -398,7 +400,7 @@ class StoredRows:
             `[rows, columns]`, zero where no page is live; `lengths` `int32` `[tiers, rows]`; `tail_lengths` `int32`
             `[layers, batch]`; where the tail is not empty `tail_keys`, `tail_values`, `tail_positions` and
             `tail_fields`, cut to what is used; where means are kept `sums` and `summed`; where keys are centred
-            `key_shift`. Copies, save for the means and the tail.
+            `key_shift`; where queries are remembered those of `QUERIES`. Copies, save for the means and the tail.
         """
         used = int(self.tail_lengths[:layers].max()) if self.tail_lengths[:layers].numel() else 0
         state = self.tensors.state(layers, used)

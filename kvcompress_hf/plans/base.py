@@ -42,6 +42,8 @@ class PlanView:
             bytes.
         guesses (`bool`): Whether the observer could not look as far as it wanted to, so that what seems of no
             importance may be of much.
+        sinks_apart (`bool`): Whether the first tier holds the sinks alone, and all else the second; a plan is then
+            shown the second only.
     """
 
     importance: torch.Tensor
@@ -60,6 +62,7 @@ class PlanView:
     distortion: torch.Tensor
     counts_slots: bool = False
     guesses: bool = False
+    sinks_apart: bool = False
 
     @property
     def tiers(self) -> int:
@@ -175,6 +178,11 @@ class Plan(Part, abc.ABC):
     family = "plan"
 
     @property
+    def keeps_or_evicts(self) -> bool:
+        """`bool`: Whether it knows one tier only. The sinks may then lie in another, which it is not shown."""
+        return False
+
+    @property
     def needs_distortion(self) -> bool:
         """`bool`: Whether the loss of each tier is to be measured on the first chunk."""
         return False
@@ -220,10 +228,11 @@ def require_single_tier(plan: Plan, recipe: "Recipe") -> None:
         recipe (`Recipe`): The recipe.
 
     Raises:
-        ValueError: If the recipe has several tiers.
+        ValueError: If the recipe has several tiers, and not one of them for the sinks alone.
     """
-    if len(recipe.tiers) > 1:
+    if len(recipe.tiers) > 1 and not recipe.sinks_apart:
         raise ValueError(
             f"{type(plan).__name__} only keeps or evicts, so it takes one tier, not {', '.join(recipe.tiers)}; give "
-            "one tier, or plan with ThresholdPlan or RateDistortion."
+            "one tier, or two and protect={'sinks': 4}, so that the first four tokens alone are stored in the first; "
+            "or plan with ThresholdPlan or RateDistortion."
         )

@@ -7,8 +7,8 @@ import torch
 
 from kvcompress_hf.paging.slots import Decision, Slots, StorePart
 from kvcompress_hf.paging.waiting import ask, known, known_as, to_device
+from kvcompress_hf.plans.apart import plan_targets
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
-from kvcompress_hf.plans.checked import targets_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _attempt(plan: Plan, view: PlanView, excess: torch.Tensor | None = None, lef
         `_Attempt`: The targets, and an excess that is to be asked for where the device is to be waited for.
     """
     view_left = view if excess is None else replace(view, allowed_bytes=view.bytes_allowed() - excess)
-    targets = targets_of(plan, view_left)
+    targets = plan_targets(plan, view_left)
     if view.allowed_bytes is None or view.counts_slots or not left:
         return _Attempt(plan, view, targets, torch.zeros(targets.shape[0], dtype=torch.int64), 0)
     tables = view.ragged_bytes(targets)

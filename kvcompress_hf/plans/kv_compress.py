@@ -46,6 +46,11 @@ class PagePlan(Plan):
             raise ValueError(f"PagePlan.bias is {shown(bias)}; every one must be a finite number.")
         return tuple(tuple(x for x in heads if x is not None) for heads in numbers)
 
+    @property
+    def keeps_or_evicts(self) -> bool:
+        """`bool`: True."""
+        return True
+
     def check(self, recipe: Recipe) -> None:
         """Needs a budget and one tier; see [`Plan.check`]."""
         super().check(recipe)

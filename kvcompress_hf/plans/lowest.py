@@ -43,6 +43,11 @@ class LowestPlan(Plan):
         if self.floor and self.scope == "head":
             raise ValueError("LowestPlan.floor only means something when heads share: use scope='layer' or 'sequence'.")
 
+    @property
+    def keeps_or_evicts(self) -> bool:
+        """`bool`: True."""
+        return True
+
     def check(self, recipe: Recipe) -> None:
         """Needs a budget, one tier, and an observer with a spread if unsettled slots are protected."""
         super().check(recipe)

@@ -88,7 +88,7 @@ def make_limits(
         expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
         held (`torch.Tensor`): `int64` `[batch]`, bytes of pages held now.
         on_top (`torch.Tensor`): `int64` `[batch]`, tokens that come on top of the budget, see [`prompt_on_top`]; they
-            are allowed what they take in the first tier.
+            are allowed what they take in the first tier, or in the second where the first is for sinks.
 
     Returns:
         `Limits`: What each sequence may hold.
@@ -97,10 +97,11 @@ def make_limits(
         [torch.tensor([[tier.slots for tier in part.store.layout.tiers]] * part.rows) for part in parts]
     )
     page_bytes = torch.cat([torch.full((part.rows,), cost_of_page(part.store)) for part in parts])
+    entry = int(recipe.sinks_apart > 0)  # the tier of all slots but sinks
     groups = [
         RowGroup(
             rows=part.rows,
-            slots_per_page=part.store.layout.tiers[0].slots,
+            slots_per_page=part.store.layout.tiers[entry].slots,
             page_bytes=cost_of_page(part.store),
             dense_slot_bytes=2 * part.store.layout.head_dim * part.store.geometry.dtype.itemsize,
             tail_bytes=outside,
@@ -118,6 +119,8 @@ def make_limits(
         for group in groups:
             tokens = on_top if group.window is None else on_top.clamp(max=group.window)
             allowed += (tokens + group.slots_per_page - 1) // group.slots_per_page * group.page_bytes * group.rows
+            if entry and group.window is None and isinstance(recipe.budget.amount, int):  # sinks start their own page
+                allowed += group.page_bytes * group.rows
     return Limits(per_page, page_bytes, dense, held, allowed)
 
 
@@ -205,4 +208,5 @@ def make_view(
         distortion=to_device(losses, device),
         counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
         guesses=guesses,
+        sinks_apart=recipe.sinks_apart > 0,
     )

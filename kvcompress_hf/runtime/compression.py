@@ -26,6 +26,7 @@ from kvcompress_hf.plans.pressure import under_pressure
 from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
 from kvcompress_hf.recipe import TIERS, Recipe
 from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.looking import look
 from kvcompress_hf.runtime.packing import describe_of, entry_of, packs_next
 from kvcompress_hf.runtime.padding import padding_first
 from kvcompress_hf.runtime.rollback import Rollback
@@ -203,6 +204,8 @@ class Compression:
         slots = replace(slots, positions=padding_first(slots.positions, counters.gaps), padding=padding)
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
+        if observer.looks:
+            slots = replace(slots, fields={**slots.fields, **look(state, observer, parts, slots)})
         importance, spread = checked.rank(observer, slots)
         if freeing and self.rollback.note is not None:
             # If room is not made, the token under way is taken back, and what was recent then must still be there.
@@ -284,9 +287,10 @@ class Compression:
         rows = store.layers * geometry.kv_heads
         means = 8 * geometry.head_dim if describe_of(self.state) is not None else 0
         shift = 0 if store.key_shift is None else store.key_shift.nbytes // self.state.batch
+        queries = store.queries.nbytes // self.state.batch
         positions = 4 * store.layers * (every + 1)  # of the tail, and how many it holds
         slab = 12  # its address and size
-        return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + shift + slab
+        return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + shift + queries + slab
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

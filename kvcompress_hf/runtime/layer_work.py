@@ -78,6 +78,8 @@ class LayerWork(Past):
             self.rollback.counts(layer, new)
             if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
                 store.clear_field(str(self._sum_field), layer.index)
+        if self._remembers:
+            self._remember(observer, layer, store, new)
         # This may copy pages, so it comes before the decode plan is made.
         return self._observe(observer, layer, store, new.detached()) if self._observes_steps else {}
 
@@ -102,6 +104,17 @@ class LayerWork(Past):
         self.statistics.seconds_planning += time.perf_counter() - started
         return fields
 
+    def _remember(self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall) -> None:
+        """Remembers new queries, for when the observer looks at stored keys."""
+        store.queries.add(
+            layer.index,
+            new.query.detach(),
+            new.valid,
+            self.rotation_of(layer),
+            centres=observer.learns_centres,
+            newest=observer.newest_queries,
+        )
+
     def _chunk(
         self,
         layer: LayerState,
@@ -122,6 +135,8 @@ class LayerWork(Past):
                 layer.held.extend(new.singly())
         elif self._observer is not None:
             seen, order = aligned(new, self._new_valid)
+            if self._remembers:
+                self._remember(self._observer, layer, store, seen)
             fields = put_back(self._observe(self._observer, layer, store, seen), order)
             if self.compression.needs_distortion:
                 number = next(i for i, each in enumerate(self.layers) if each is layer)

@@ -37,7 +37,8 @@ class Past(CacheState):
         self._sum_field = None if observer is None else observer.sum_field
         self._square_field = None if observer is None else observer.square_field
         self._observes_steps = observer is not None and observer.observes_steps
-        self._counts_steps = bool(self._sum_field or self._square_field or self._observes_steps)
+        self._remembers = observer is not None and (observer.learns_centres or observer.newest_queries > 0)
+        self._counts_steps = bool(self._sum_field or self._square_field or self._observes_steps or self._remembers)
         self._new_valid: torch.Tensor | None = None  # bool [batch, tokens] on the host: real tokens of this chunk
         self._masks: dict[int, Mask] = {}  # of this forward pass, by the tensor's id
         self._waiting: list[Callable[[], None]] = []  # deferred stores: layers that share these K/V run first

@@ -1,4 +1,5 @@
-"""Recipes without a plan that store the first tokens of each sequence in a tier of their own."""
+"""Recipes without a plan, or with one that keeps or evicts, that store the first tokens of each sequence in a tier of
+their own."""
 
 import pytest
 import torch
@@ -104,3 +105,73 @@ def test_recipes_of_before_have_one_tier_still():
         kvc.Recipe(tiers=("native", "k4v4"))
     with pytest.raises(ValueError, match="without a plan"):
         kvc.Recipe(tiers=("native", "k8v4", "k4v4"), protect=kvc.Protect(sinks=4))
+
+
+# -- with a plan -------------------------------------------------------------------------------------------------------
+
+PLANS = [kvc.LowestPlan(), kvc.LowestPlan(scope="sequence", floor=0.3), kvc.LowestPlan(pyramid=0.5), kvc.PagePlan()]
+
+
+def planned(plan, budget, tiers=("native", "k4v4"), **protect):
+    protect = kvc.Protect(**{"sinks": SINKS, "recent": 6, **protect})
+    when = kvc.When(every=8)
+    return kvc.Recipe("planned", kvc.Chance(), protect, kvc.Budget(budget), plan, tiers, when)
+
+
+@pytest.mark.parametrize("budget", [30, 0.4, "28KiB"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_plans_leave_them_alone_and_keep_the_budget_with_the_others(model, plan, budget):
+    recipe = planned(plan, budget)
+    with kvc.patched(model, recipe):
+        cache = kvc.prefill(model, ids_of(2, 120), recipe)
+        for at in range(48):
+            feed(model, cache, ids_of(2, 168)[:, 120 + at : 121 + at])
+            if at % 8 == 7:
+                first, rest = packed(cache)
+                assert (first == SINKS).all()
+                if isinstance(budget, int):
+                    page = cache.inspect().stores[0].layout.tiers[1].slots
+                    others, rows = rest.sum((0, 2)), rest.shape[0] * rest.shape[2]
+                    by_pages = isinstance(plan, kvc.PagePlan)
+                    most = max(rows, -(-budget * rows // page)) * page if by_pages else (budget - SINKS) * rows
+                    assert (others <= most).all() and (others >= most - by_pages * rows * page).all()
+                else:
+                    allowed = int(28 * 1024 if isinstance(budget, str) else budget * cache.memory().dense / 2)
+                    assert cache.memory().total <= 2 * allowed
+    assert cache.run_report.statistics.plans == 7
+
+
+def test_what_goes_is_the_same_as_in_one_tier(model):
+    """With a number of tokens as the budget, only where the sinks lie differs."""
+    kept = []
+    for tiers in (("native", "k4v4"), ("k4v4",)):
+        recipe = planned(kvc.LowestPlan(), 30, tiers)
+        with kvc.patched(model, recipe):
+            cache = kvc.prefill(model, ids_of(1, 120), recipe)
+            kept.append([row.tolist() for row in cache.inspect().stores[0].positions()])
+    assert kept[0] == kept[1] and len(kept[0][0]) == 30
+
+
+def test_a_prompt_of_sinks_alone_is_planned_for(model):
+    recipe = planned(kvc.LowestPlan(), 30)
+    with kvc.patched(model, recipe):
+        cache = kvc.prefill(model, ids_of(1, 3), recipe)
+    first, rest = packed(cache)
+    assert (first == 3).all() and not rest.any() and cache.run_report.statistics.plans == 1
+
+
+def test_a_protected_prompt_comes_on_top(model):
+    recipe = planned(kvc.LowestPlan(), 16, prompt=True)
+    with kvc.patched(model, recipe):
+        cache = kvc.prefill(model, ids_of(1, 50), recipe)
+        for at in range(40):
+            feed(model, cache, ids_of(1, 90)[:, 50 + at : 51 + at])
+    first, rest = packed(cache)
+    assert (first == SINKS).all() and (rest == 50 + 16 - SINKS).all()
+
+
+def test_two_tiers_still_need_sinks_or_a_plan_that_lowers():
+    with pytest.raises(ValueError, match="LowestPlan only keeps or evicts.*protect={'sinks': 4}"):
+        planned(kvc.LowestPlan(), 30, sinks=0)
+    with pytest.raises(ValueError, match="LowestPlan only keeps or evicts"):
+        planned(kvc.LowestPlan(), 30, ("native", "k8v4", "k4v4"))

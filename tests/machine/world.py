@@ -42,6 +42,9 @@ def _recipes():
         "snapkv": ("snapkv", {**small, "observer": window}),
         "keydiff": ("keydiff", {"protect": {"sinks": 2, "recent": 8}, "budget": 24}),
         "leankv": ("leankv", {"protect": {"recent": 8}, "observer": window, "when": {"every": 8}}),
+        "r-kv": ("r-kv", {**small, "observer": {"window": 4}, "when": {"every": 8}}),
+        "triattention": ("triattention", {**small, "when": {"every": 4}}),
+        "think": ("think", {"protect": {"sinks": 2, "recent": 8}, "budget": 24, "when": {"every": 8}}),
         "auto": ("auto", {"protect": {"sinks": 2, "recent": 8}, "budget": 0.5, "when": {"every": 8}}),
     }
     return {name: kvc.get_preset(preset).with_overrides(**changes) for name, (preset, changes) in changed.items()}

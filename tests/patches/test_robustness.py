@@ -41,8 +41,10 @@ def test_a_padded_row_is_what_it_is_alone(preset, plain, prompt):
     """Tokens, and which slots each head keeps, with the same budget per row."""
     prompts = [prompt(tokens=tokens, seed=tokens) for tokens in (200, 130, 64)]
     arguments = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
-    # At a fourth of float32, everything fits into the lower tiers of `auto`.
-    with patched(plain, preset, **({"budget": 0.15} if preset == "auto" else {})):
+    # At a fourth of float32, everything fits into the lower tiers of `auto` and `think`; budgets of papers are larger.
+    budgets = {"auto": 0.15, "think": 0.15, "r-kv": 48, "triattention": 48}
+    changes = {"budget": budgets[preset], "when": {"every": 8}} if preset in budgets else {}
+    with patched(plain, preset, **changes):
         together = plain.generate(**_left_padded(prompts, 200), **arguments)
         for row, alone in enumerate(prompts):
             out = plain.generate(alone, attention_mask=torch.ones_like(alone), **arguments)
