@@ -10,11 +10,12 @@ model's next input, whatever the model would have said (teacher forcing). Two ki
 - `state`: a log of who has which thing. Now and then a thing changes hands, and most lines say once more who has what;
   scored is whether the model would have named the right thing there, and the nats of it.
 
-Tokens pass through the model up to 16 at a time, as drafts that are all accepted; what the recipe sees and does is that
-of decoding one by one. With `--chunks` they are chunks of a prompt, a tail long each, which is quicker; for recipes that
-only look when a plan is due (`think`, `triattention`, `r-kv`) it differs from decoding by rounding alone. Recipes: a preset's name, or one with changes as `kvcompress eval` takes them. The full cache's
-figures are of one pass of the stock model over the whole text. Intervals: 95 %, paired with the full cache and with
-`--against`, which comes first; 10,000 resamplings of blocks of 256 tokens (prose) and of logs (state).
+Tokens pass through the model up to 16 at a time, as drafts that are all accepted; what the recipe sees and does is
+that of decoding one by one. With `--chunks` they are chunks of a prompt, a tail long each, which is quicker; for
+recipes that only look when a plan is due (`think`, `triattention`, `r-kv`) it differs from decoding by rounding
+alone. Recipes: a preset's name, or one with changes as `kvcompress eval` takes them. The full cache's figures are of
+one pass of the stock model over the whole text. Intervals: 95 %, paired with the full cache and with `--against`,
+which comes first; 10,000 resamplings of blocks of 256 tokens (prose) and of logs (state).
 """
 
 import argparse
