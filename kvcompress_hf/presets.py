@@ -68,7 +68,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
     "auto-kvzip": (
         Recipe(
             name="auto-kvzip",
-            observer=ReconstructionScores(score="square", value=True),
+            observer=ReconstructionScores(score="square"),
             protect=Protect(sinks=4, recent=32),
             budget=Budget(0.25),
             plan=replace(_RATE_DISTORTION, kappa=1.0),
