@@ -55,13 +55,14 @@ PROTECT = {"none": kvc.Protect(), "both": kvc.Protect(sinks=2, recent=16)}
 EVERYTHING = list(itertools.product(OBSERVERS, PLANS, BUDGETS, TIERS, WHEN, PROTECT))
 
 
-def refused(observer, plan, budget, tiers, when):
+def refused(observer, plan, budget, tiers, when, protect):
     """The reason for which a combination makes no sense, as the message must say it; `None` if it does."""
     if observer in ("window-once", "expected") and when != "once":
         return "gives them no score"
     if budget == "none" and plan != "thresholds":
         return "needs a budget"
-    if tiers in ("two", "three") and plan not in ("thresholds", "rate-distortion"):
+    sinks_apart = tiers == "two" and PROTECT[protect].sinks  # they alone lie in the first
+    if tiers in ("two", "three") and plan not in ("thresholds", "rate-distortion") and not sinks_apart:
         return "takes one tier"
     if tiers == "three" and plan == "thresholds":
         return "a high and a low tier"
@@ -83,7 +84,7 @@ def build(observer, plan, budget, tiers, when, protect):
 
 def test_every_combination_is_a_recipe_or_refused_with_the_reason():
     for case in EVERYTHING:
-        reason = refused(*case[:5])
+        reason = refused(*case)
         if reason is None:
             recipe = build(*case)
             assert kvc.Recipe.from_json(recipe.to_json()) == recipe
@@ -98,7 +99,7 @@ def sampled():
     chosen: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for case in (EVERYTHING[i] for i in order):
         mine = chosen.setdefault(case[:2], [])
-        if len(mine) < 2 and refused(*case[:5]) is None:
+        if len(mine) < 2 and refused(*case) is None:
             mine.append(case)
     return [case for cases in chosen.values() for case in cases]
 
@@ -245,8 +246,10 @@ def check_budget(cache, recipe, tokens, case):
         else:
             # Whole pages of the best tier: ceil(C x rows / b). Slots only move down, so at sizes this small a row
             # of a rate-distortion plan may need a page more for the tiers that it has started.
-            most = -(-amount * slots.numel() // store.layout.tiers[0].slots)
-            if isinstance(recipe.plan, kvc.RateDistortion) and len(recipe.tiers) > 1:
+            # Where sinks lie apart, every row has a page for them.
+            entry = store.layout.tiers[int(recipe.sinks_apart > 0)]
+            most = -(-amount * slots.numel() // entry.slots)
+            if recipe.sinks_apart or (isinstance(recipe.plan, kvc.RateDistortion) and len(recipe.tiers) > 1):
                 most += slots.numel()
             assert held <= most * store.layout.page_bytes, case
     else:
