@@ -33,6 +33,7 @@ from torch import Tensor
 
 import kvcompress_hf as kvc
 from kvcompress_hf.cli.evaluate import make_cells, surroundings
+from kvcompress_hf.cli.figures import to_text
 from kvcompress_hf.cli.generate import load
 from kvcompress_hf.cli.linears import linears_in_float32
 from kvcompress_hf.cli.models import find_model
@@ -202,7 +203,7 @@ def main() -> None:
             if arguments.json:  # what is there is kept if a later recipe is stopped
                 settings = {key: value for key, value in vars(arguments).items() if key != "json"}
                 figures = {**heading, "settings": settings, "budget": budget, "results": results}
-                arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+                arguments.json.write_text(to_text(figures))
 
 
 def commit() -> str:
