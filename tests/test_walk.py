@@ -138,13 +138,13 @@ def test_a_decoded_token_goes_straight_down(recipe):
     assert way["turns back"] == 0 and 4 <= way["functions"] <= 11 and way["names"] <= 2
 
 
-@pytest.mark.parametrize("recipe, turns", [("k8v4", 2), ("kv-compress", 4)])
+@pytest.mark.parametrize("recipe, turns", [("k8v4", 1), ("kv-compress", 2)])
 def test_a_chunk_turns_back_once_for_each_that_uses_it(recipe, turns):
-    """Attention, the observer (whose kernel is below it) and the store are given the keys one after the other."""
+    """Attention, the observer where there is one, and the store are given the keys one after the other."""
     seen = walk(kvc.get_preset(recipe), 32)
     way = seen.summary()
     assert seen.stops[-1] == ("kernels", "backend.py", "pack")
-    assert way["turns back"] <= turns and way["functions"] <= 29 and way["names"] <= 5
+    assert way["turns back"] <= turns and way["functions"] <= 26 and way["names"] <= 5
 
 
 def main():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from kvcompress_hf.kernels.backend import WindowScores
 from kvcompress_hf.observers.base import Chunk
+from kvcompress_hf.paging.store import PagedStore
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,9 @@ class AttentionSeen:
     """Sums of probabilities per key, for packed slots, the tail and the new tokens.
 
     Args:
-        chunk (`Chunk`): The chunk whose queries looked.
+        store (`PagedStore`): Holds the slots that were looked at.
+        layer (`int`): Index of the layer in the store.
+        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for new tokens that are padding.
         scores (`torch.Tensor`): float32 `[batch, q_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
         widths (`tuple[int, ...]`): Slots of each of these parts.
@@ -24,7 +27,9 @@ class AttentionSeen:
         filled (`torch.Tensor`): `bool` `[batch, kv_heads, slots]`.
     """
 
-    chunk: Chunk
+    store: PagedStore
+    layer: int
+    valid: torch.Tensor | None
     scores: torch.Tensor
     widths: tuple[int, ...]
     positions: torch.Tensor
@@ -61,21 +66,25 @@ class AttentionSeen:
         Returns:
             `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the scores of the new tokens.
         """
-        return write_field_of_all(self.chunk, reduced, self.widths, field, add, largest)
+        return write_field_of_all(self.store, self.layer, self.valid, reduced, self.widths, field, add, largest)
 
 
 def write_field_of_all(
-    chunk: Chunk,
+    store: PagedStore,
+    layer: int,
+    valid: torch.Tensor | None,
     values: torch.Tensor,
     widths: Sequence[int],
     field: str,
     add: bool = False,
     largest: bool = False,
 ) -> torch.Tensor:
-    """Puts values for everything stored of a chunk's layer into a field.
+    """Puts values for everything stored of a layer into a field.
 
     Args:
-        chunk (`Chunk`): The chunk; its new tokens are not stored yet.
+        store (`PagedStore`): What is stored; the new tokens are not yet.
+        layer (`int`): Index of the layer in the store.
+        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for new tokens that are padding.
         values (`torch.Tensor`): float32 `[batch, kv_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
         widths (`Sequence[int]`): Slots of each of these parts.
@@ -93,7 +102,6 @@ def write_field_of_all(
         return old + new if add else new
 
     # A sequence that has only padding in this chunk saw nothing, so what it holds keeps its values.
-    valid = chunk.new.valid
     idle = None if add or largest or valid is None else ~valid.any(1)[:, None, None]
 
     def merged(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -101,7 +109,6 @@ def write_field_of_all(
             return torch.where(idle, old, new)
         return merge(old, new)
 
-    store, layer = chunk.store, chunk.layer
     rows, tail = store.rows(layer), store.tail(layer)
     *past, in_tail, fresh = values.split(list(widths), dim=-1)
     for tier, part in enumerate(past):
@@ -129,7 +136,7 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
     Returns:
         `AttentionSeen`: The sums per query head, and the slots that they belong to.
     """
-    store = chunk.store
+    store, (valid, positions) = chunk.store, _new_slots(chunk)
     scores = store.backend.window_scores(
         chunk.new.query[:, :, -observing:],
         chunk.new.key,
@@ -139,7 +146,7 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
         exclude=exclude,
         **_options(chunk, observing),
     )
-    return _place(chunk, scores)
+    return _place(store, chunk.layer, valid, positions, scores)
 
 
 def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, AttentionSeen]:
@@ -152,7 +159,7 @@ def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, At
     Returns:
         `tuple[AttentionSeen, AttentionSeen]`: Sums of probabilities, and sums of squared ones.
     """
-    store = chunk.store
+    store, (valid, positions) = chunk.store, _new_slots(chunk)
     first, second = store.backend.column_scores(
         chunk.new.query[:, :, -observing:],
         chunk.new.key,
@@ -160,7 +167,7 @@ def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, At
         store.tail(chunk.layer),
         **_options(chunk, observing),
     )
-    return _place(chunk, first), _place(chunk, second)
+    return _place(store, chunk.layer, valid, positions, first), _place(store, chunk.layer, valid, positions, second)
 
 
 def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
@@ -176,13 +183,21 @@ def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
     )
 
 
-def _place(chunk: Chunk, scores: WindowScores) -> AttentionSeen:
+def _new_slots(chunk: Chunk) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Which new tokens are real, `[batch, tokens]`, and the positions of all, `[tokens]`."""
+    new = chunk.new
+    positions = torch.arange(new.position, new.position + new.tokens, dtype=torch.int32, device=new.key.device)
+    return new.valid, positions
+
+
+def _place(
+    store: PagedStore, layer: int, valid: torch.Tensor | None, new_positions: torch.Tensor, scores: WindowScores
+) -> AttentionSeen:
     """Says which slot each score belongs to."""
     past, tail_scores, fresh = scores
-    new, store = chunk.new, chunk.store
-    batch, kv_heads, tokens, _ = new.key.shape
-    rows, tail = store.rows(chunk.layer), store.tail(chunk.layer)
-    device = new.key.device
+    batch, kv_heads, tokens = len(tail_scores), store.geometry.kv_heads, len(new_positions)
+    rows, tail = store.rows(layer), store.tail(layer)
+    device = new_positions.device
     positions, filled = [], []
     for tier, part in enumerate(past):
         width = part.shape[-1]
@@ -192,13 +207,14 @@ def _place(chunk: Chunk, scores: WindowScores) -> AttentionSeen:
     in_tail = torch.arange(capacity, device=device) < tail.lengths[:, None]
     positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
     filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
-    in_chunk = torch.arange(new.position, new.position + tokens, dtype=torch.int32, device=device)
-    positions.append(in_chunk.expand(batch, kv_heads, tokens))
-    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if new.valid is None else new.valid
+    positions.append(new_positions.expand(batch, kv_heads, tokens))
+    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if valid is None else valid
     filled.append(real[:, None].expand(batch, kv_heads, tokens))
     pieces = [*past, tail_scores, fresh]
     return AttentionSeen(
-        chunk=chunk,
+        store=store,
+        layer=layer,
+        valid=valid,
         scores=torch.cat(pieces, dim=-1),
         widths=tuple(part.shape[-1] for part in pieces),
         positions=torch.cat(positions, dim=-1),

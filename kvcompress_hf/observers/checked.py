@@ -27,7 +27,7 @@ def observe(observer: Observer, chunk: Chunk) -> dict[str, torch.Tensor]:
     with naming(observer, "observe"):
         fields: Any = observer.observe(chunk)
     expected = [name for name in observer.fields if name not in observer.describes]
-    return _fields(observer, "observe", fields, expected, chunk.new.key)
+    return _fields(observer, "observe", fields, expected, chunk.new.key.shape)
 
 
 def observe_again(observer: Observer, chunk: Chunk) -> None:
@@ -57,7 +57,7 @@ def look(observer: Observer, at: Look) -> dict[str, torch.Tensor]:
     """
     with naming(observer, "look"):
         fields: Any = observer.look(at)
-    return _fields(observer, "look", fields, list(observer.looks), at.keys)
+    return _fields(observer, "look", fields, list(observer.looks), at.keys.shape)
 
 
 def describe(
@@ -85,7 +85,7 @@ def describe(
     """
     with naming(observer, "describe"):
         fields: Any = observer.describe(keys, values, key_mean, value_mean)
-    return _fields(observer, "describe", fields, list(observer.describes), keys)
+    return _fields(observer, "describe", fields, list(observer.describes), keys.shape)
 
 
 def rank(observer: Observer, slots: Slots) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -115,7 +115,7 @@ def rank(observer: Observer, slots: Slots) -> tuple[torch.Tensor, torch.Tensor |
 
 
 def _fields(
-    observer: Observer, method: str, fields: Any, expected: list[str], keys: torch.Tensor
+    observer: Observer, method: str, fields: Any, expected: list[str], of_keys: torch.Size
 ) -> dict[str, torch.Tensor]:
     called = f"{type(observer).__name__}.{method}"
     if not isinstance(fields, dict):
@@ -127,6 +127,6 @@ def _fields(
             f"(fields={observer.fields}, describes={observer.describes})."
         )
     for name, values in fields.items():
-        shape = tuple(keys.shape[:3])
+        shape = tuple(of_keys[:3])
         check_returned(observer, f"{method}()[{name!r}]", values, torch.float32, shape, "[batch, kv_heads, tokens]")
     return fields

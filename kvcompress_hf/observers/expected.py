@@ -80,7 +80,7 @@ class ExpectedAttention(Observer):
             norms = [torch.where(f, v.float().norm(dim=-1), 0.0) for v, f in zip(values, filled, strict=True)]
             score = score * torch.cat(norms, dim=-1)
         widths = tuple(part.shape[-1] for part in filled)
-        return {"score": write_field_of_all(chunk, score, widths, "score")}
+        return {"score": write_field_of_all(chunk.store, chunk.layer, new.valid, score, widths, "score")}
 
     def _statistics(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean `[batch, kv_heads, group, head_dim]` and covariance, times half the scale, of the last queries."""

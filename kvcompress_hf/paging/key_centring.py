@@ -60,21 +60,8 @@ class KeyCentring:
         self.tensors.values["key_shift"] = shift
         self.tensors.moved()
 
-    def centre(self, layer: int, key: torch.Tensor) -> torch.Tensor:
-        """Takes the shift off new keys, as they are to be stored and attended to.
-
-        Args:
-            layer (`int`): Index of the layer.
-            key (`torch.Tensor`): New keys, `[batch, kv_heads, tokens, head_dim]`.
-
-        Returns:
-            `torch.Tensor`: `key` less the layer's shift; `key` itself while there is none.
-        """
-        shift = self.shift
-        return key if shift is None else key - shift[layer]
-
     def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
-        """Adds the shift again: the inverse of [`KeyCentring.centre`], for whoever looks at keys without a softmax.
+        """Adds the shift again, for whoever looks at keys without a softmax.
 
         Args:
             layer (`int`, *optional*): Index of the layer; all layers when left out.

@@ -47,20 +47,8 @@ class PagedStore(StoredRows):
         """
         self._keys.settle(layer, keys, real, query, bits, sequences)
 
-    def centre(self, layer: int, key: torch.Tensor) -> torch.Tensor:
-        """Takes the layer's `key_shift` off new keys; see [`KeyCentring.centre`].
-
-        Args:
-            layer (`int`): Index of the layer.
-            key (`torch.Tensor`): New keys, `[batch, kv_heads, tokens, head_dim]`.
-
-        Returns:
-            `torch.Tensor`: The keys as they are to be stored and attended to.
-        """
-        return self._keys.centre(layer, key)
-
     def key_shift_of(self, layer: int) -> torch.Tensor | None:
-        """What [`PagedStore.centre`] takes off the keys of a layer.
+        """What is taken off the keys of a layer before they are attended to and stored.
 
         Args:
             layer (`int`): Index of the layer.
@@ -71,7 +59,7 @@ class PagedStore(StoredRows):
         return None if self.key_shift is None else self.key_shift[layer]
 
     def whole(self, layer: int | None, keys: torch.Tensor) -> torch.Tensor:
-        """Adds the layer's `key_shift` again, the inverse of [`PagedStore.centre`]; see [`KeyCentring.whole`].
+        """Adds the layer's `key_shift` again, for whoever needs the model's own keys; see [`KeyCentring.whole`].
 
         Args:
             layer (`int`, *optional*): Index of the layer; all layers when left out.

@@ -17,7 +17,7 @@ from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import on_host
 from kvcompress_hf.recipe import TIERS
-from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.call import AttentionCall, centred
 from kvcompress_hf.runtime.layer_work import LayerWork
 from kvcompress_hf.runtime.padding import aligned
 from kvcompress_hf.runtime.state import AttentionState, Counters, LayerState, RunStatistics, layout_for
@@ -97,7 +97,7 @@ class PagedAttention(LayerWork):
             return output
         if self.recipe.centres_keys and (not position or tokens > 1):
             self._settle_key_shift(layer, store, new)
-        new.key = store.centre(layer.index, key)
+        new.key = centred(key, store.key_shift_of(layer.index))
         if self._reading_again:
             return self._read_again(layer, store, new.detached())
         if tokens == 1 and position and new.mask is None:
@@ -202,7 +202,7 @@ class PagedAttention(LayerWork):
         if position == 0 and (mask is not None or queries in (1, tokens)):
             return dense()
         store = source.store
-        new.key, new.position = store.centre(source.index, new.key), position
+        new.key, new.position = centred(new.key, store.key_shift_of(source.index)), position
         store.reserve_tail(source.tail_used)
         tail = store.tail(source.index)
         if tokens == 1:

@@ -101,6 +101,19 @@ class AttentionCall(NewTokens):
             )
 
 
+def centred(key: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """Takes the vector that a layer's keys are centred by off new keys, as they are stored and attended to.
+
+    Args:
+        key (`torch.Tensor`): New keys, `[batch, kv_heads, tokens, head_dim]`.
+        shift (`torch.Tensor`, *optional*): As from [`PagedStore.key_shift_of`].
+
+    Returns:
+        `torch.Tensor`: `key` less the shift; `key` itself where there is none.
+    """
+    return key if shift is None else key - shift
+
+
 class Mask:
     """A mask over the new tokens, read once per forward pass however many layers it is for.
 
