@@ -144,13 +144,15 @@ class Decision:
             on, -1 for slots that go and where there is none.
         counts (`tuple[torch.Tensor, ...]`): Per store `int32` `[tiers, tiers, store rows]`: slots of each tier that are
             to be in each tier.
+        protected (`tuple[torch.Tensor, ...]`): Per store `bool` `[store rows, slots]`: slots that may not go.
     """
 
     targets: tuple[torch.Tensor, ...]
     counts: tuple[torch.Tensor, ...]
+    protected: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor) -> "Decision":
+    def of(cls, parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor, protected: torch.Tensor) -> "Decision":
         """Counts what goes where.
 
         Args:
@@ -158,16 +160,19 @@ class Decision:
             slots (`Slots`): The slots, as they were gathered.
             targets (`torch.Tensor`): `int64` `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
                 whose target is above its tier stays where it is.
+            protected (`torch.Tensor`): `bool` `[batch, rows, slots]`: slots that may not go.
 
         Returns:
             `Decision`: What has to be done; nothing of it has been done yet.
         """
         targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
         targets = torch.where(slots.filled, targets, -1)
-        rows, counts, start = [], [], 0
+        rows, counts, stays, start = [], [], [], 0
         for part in parts:
-            rows.append(_by_row(to_device(targets[:, start : start + part.rows], part.store.geometry.device), part))
+            own, device = slice(start, start + part.rows), part.store.geometry.device
             start += part.rows
+            rows.append(_by_row(to_device(targets[:, own], device), part))
+            stays.append(_by_row(to_device(protected[:, own], device), part, False))
             tiers = range(len(part.store.layout.tiers))
             none = torch.zeros(rows[-1].shape[0], dtype=torch.int32, device=rows[-1].device)
             table = []
@@ -175,7 +180,7 @@ class Decision:
                 of_tier = rows[-1][:, slots.columns(tier)]
                 table += [none if to < tier else (of_tier == to).sum(1, dtype=torch.int32) for to in tiers]
             counts.append(torch.stack(table).unflatten(0, (len(tiers), len(tiers))))
-        return cls(tuple(rows), tuple(counts))
+        return cls(tuple(rows), tuple(counts), tuple(stays))
 
 
 def apply_targets(
@@ -197,26 +202,28 @@ def apply_targets(
     evicted = evicted_by(parts, decision)
     turns = _turns(parts, slots, decision) if inv_freq is not None else ()
     start = 0
-    for part, rows, counts in zip(parts, decision.targets, decision.counts, strict=True):
+    every = zip(parts, decision.targets, decision.counts, decision.protected, strict=True)
+    for part, rows, counts, protected in every:
         store = part.store
         turned = [to_device(each[:, start : start + part.rows], rows.device) for each in turns]
         start += part.rows
         turned = [_by_row(each, part, 0) for each in turned]
-        here = []
+        here, stays = [], []
         for tier in range(len(store.layout.tiers)):
             columns, width = slots.columns(tier), store.width(tier)
-            decided = rows[:, columns][:, :width].clone()
+            decided, stay = (each[:, columns][:, :width].clone() for each in (rows, protected))
             # What goes for good goes first: its pages serve what is lowered.
             turning = [each[:, columns][:, :width].clone() for each in turned]
             kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
-            _drop(store, tier, decided < 0, kept, decided, *turning)
+            _drop(store, tier, decided < 0, kept, decided, stay, *turning)
             if turning and inv_freq is not None:
                 by, seed = turning
                 store.turn_keys(tier, by, seed, inv_freq)
             here.append(decided)
+            stays.append(stay)
         for tier in reversed(range(len(here) - 1)):
             for lower in range(tier + 1, len(here)):
-                _lower(store, tier, lower, here[tier], pick(pick(counts, tier), lower))
+                _lower(store, tier, lower, here[tier], stays[tier], pick(pick(counts, tier), lower))
     return evicted
 
 
@@ -280,10 +287,13 @@ def _drop(store: PagedStore, tier: int, gone: torch.Tensor, kept: torch.Tensor, 
             values[row, target] = values[row, source]
 
 
-def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor, counts: torch.Tensor) -> None:
+def _lower(
+    store: PagedStore, tier: int, lower: int, decided: torch.Tensor, protected: torch.Tensor, counts: torch.Tensor
+) -> None:
     """Moves slots to a lower tier; a few rows at a time where an arena at its limit has no room for all at once.
 
-    A row that not a page is left for gives up what was to be lowered: it holds more than its share anyway.
+    A row that not a page is left for gives up what was to be lowered: it holds more than its share anyway. Of that,
+    what is protected stays in its tier.
     """
     every = counts.shape[0]
     groups = [torch.arange(every)]
@@ -301,8 +311,10 @@ def _lower(store: PagedStore, tier: int, lower: int, decided: torch.Tensor, coun
             if rows.numel() > 1:
                 groups += rows.tensor_split(2)
                 continue
+            chosen = chosen & ~protected
+            count = chosen.sum(1, dtype=torch.int32)
         kept = store.lengths[tier] - count
-        _drop(store, tier, chosen, known_as(kept, store.lengths_on_host()[tier] - on_host(count)), decided)
+        _drop(store, tier, chosen, known_as(kept, store.lengths_on_host()[tier] - on_host(count)), decided, protected)
 
 
 def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:

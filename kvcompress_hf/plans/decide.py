@@ -47,14 +47,16 @@ def decide(
     tried = [_attempt(ruling.plan, ruling.view) for ruling in rulings]
     while True:
         targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+        protected = torch.empty_like(slots.filled)
         for ruling, trial in zip(rulings, tried, strict=True):
             planned = trial.targets
             if ruling.unchanged is not None and bool(ruling.unchanged.any()):
                 as_is = torch.where(ruling.view.filled, ruling.view.tier, EVICT)
                 planned = torch.where(to_device(ruling.unchanged, planned.device)[:, None, None], as_is, planned)
             rows = ruling.sequences
-            targets[rows if isinstance(rows, slice) else to_device(rows, targets.device)] = planned
-        decision = Decision.of(parts, slots, targets)
+            at = rows if isinstance(rows, slice) else to_device(rows, targets.device)
+            targets[at], protected[at] = planned, ruling.view.protected
+        decision = Decision.of(parts, slots, targets, protected)
         answers = ask([*decision.counts, *(trial.excess for trial in tried), *others])
         counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
         if not any(bool(excess.any()) for excess in excesses):

@@ -96,3 +96,26 @@ def test_random_worlds_hold(shape):
         error, done = replay(made_of, steps)
         if error is not None:
             raise AssertionError(f"{kind_of(error)} in world {number}: {made_of} {steps[:done]}") from error
+
+
+#: What long runs found, shortened: what the world is made of, and its steps.
+FOUND = {
+    "newest tokens given up where no page was left to lower them to": (
+        {"shape": "llama", "recipe": "auto", "batch": 3, "seed": 1134653709, "limit": 2},
+        [
+            ("decode", {"which": 1, "times": 6, "padding": 0}),
+            ("append", {"which": 1, "tokens": 34, "padding": 0, "mask": 0}),
+            ("decode", {"which": 1, "times": 2, "padding": 3}),
+            ("append", {"which": 2, "tokens": 9, "padding": 2, "mask": 0}),
+            ("append", {"which": 2, "tokens": 29, "padding": 7, "mask": 0}),
+            ("append", {"which": 1, "tokens": 29, "padding": 5, "mask": 1}),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found_before_holds(what):
+    error, _ = replay(*FOUND[what])
+    if error is not None:
+        raise error
