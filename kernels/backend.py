@@ -12,6 +12,7 @@ import abc
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -301,6 +302,19 @@ class Backend(abc.ABC):
         Raises:
             ValueError: A shape or dtype is wrong.
         """
+
+    def reads_prompts(self, dtype: torch.dtype, tokens: int) -> bool:
+        """Whether `chunk_attention` over new tokens alone is faster than torch's own attention, so that prompts go
+        through it (`benchmarks/prefill.py` measures it).
+
+        Args:
+            dtype: Of queries, keys and values.
+            tokens: New tokens.
+
+        Returns:
+            Whether it is, on this machine.
+        """
+        return False
 
     @abc.abstractmethod
     def window_scores(

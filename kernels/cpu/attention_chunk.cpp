@@ -63,6 +63,7 @@ struct Chunk {
       const Queries& q = w.queries[c];
       const int r0 = first + c * kHeads;
       if (causal && t.position[0] > a->position + (r0 + q.count - 1) / a->group) continue;
+      if (fresh && a->window && t.position[t.n - 1] <= a->position + r0 / a->group - a->window) continue;
       compute_logits(t, q, *layout, logits, w.scratch.s);
       float largest[kHeads];
       const bool plain = is_plain(t, logits) && !(fresh && (a->allowed || a->bias));

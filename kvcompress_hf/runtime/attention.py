@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -86,7 +87,7 @@ class PagedAttention(LayerWork):
             read = self._read_mask(mask)
             new.valid = read.real_tokens(queries, tokens, batch)
             if tokens > 1 or not position or read.biased:  # a decoded token sees all there is
-                new.mask = read
+                new.mask = None if read.says_nothing(new.logits.window) else read
         layer.group = q_heads // heads
         looked_at = self.recording or self._observes_steps or self._reading_again
         if tokens == 1 and position and new.mask is None and not looked_at:  # nobody else needs the key centred
@@ -109,6 +110,8 @@ class PagedAttention(LayerWork):
                 layer.seen += 1
             output = torch.cat(outputs, dim=1)
         else:
+            if not position and _in_one_kernel(store, new):
+                dense = partial(new.detached().attend, store, layer.index, None, position=0)
             output = self._chunk(layer, store, new.detached(), dense)
         layer.seen = position + tokens
         counters.seen = max(counters.seen, layer.seen)
@@ -171,7 +174,9 @@ class PagedAttention(LayerWork):
         """
         last = layer_idx == len(self.layers) - 1
         try:
-            new.mask = None if mask is None else self._read_mask(mask)
+            if mask is not None:
+                read = self._read_mask(mask)
+                new.mask = None if read.says_nothing(new.logits.window) else read
             output = self._attend_shared(layer_idx, source_idx, new, dense)
             if last:
                 self._end_forward()
@@ -198,10 +203,12 @@ class PagedAttention(LayerWork):
                 "tokens; a compressed cache needs one over the new tokens only."
             )
         position = source.seen - tokens
+        store = source.store
         # Stock attention without a mask takes the first query for the first token, which it is not if there are fewer.
         if position == 0 and (mask is not None or queries in (1, tokens)):
+            if queries == tokens and _in_one_kernel(store, new):
+                return new.detached().attend(store, source.index, None, position=0)
             return dense()
-        store = source.store
         new.key, new.position = centred(new.key, store.key_shift_of(source.index)), position
         store.reserve_tail(source.tail_used)
         tail = store.tail(source.index)
@@ -338,3 +345,10 @@ class PagedAttention(LayerWork):
                 layer.seen, layer.tail_used, layer.tails = target, layer.tail_used - removed, None
                 layer.held.clear()
         self.counters.seen = target
+
+
+def _in_one_kernel(store: PagedStore, new: AttentionCall) -> bool:
+    """Whether the cache's own kernel reads the first tokens: where it is faster, and no gradient is asked for."""
+    inputs = (new.query, new.key, new.value)
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    return new.mask is None and not wanted and store.backend.reads_prompts(new.key.dtype, new.tokens)

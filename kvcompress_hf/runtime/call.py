@@ -64,7 +64,7 @@ class AttentionCall(NewTokens):
         self,
         store: PagedStore,
         layer: int,
-        tail: Tail,
+        tail: Tail | None,
         *,
         position: int,
         key_position: int | None = None,
@@ -74,7 +74,7 @@ class AttentionCall(NewTokens):
         Args:
             store (`PagedStore`): Holds the past of the layer.
             layer (`int`): Place of the layer among the store's layers.
-            tail (`Tail`): Tail of the layer, or a part of it.
+            tail (`Tail`, *optional*): Tail of the layer, or a part of it; nothing for tokens that are the first.
             position (`int`): Logical position of the first query.
             key_position (`int`, *optional*): Logical position of the first new key; `position` when left out.
 
@@ -121,12 +121,13 @@ class Mask:
         tensor (`torch.Tensor`): bool or additive, `[batch, 1, queries, tokens]`.
     """
 
-    __slots__ = ("_parts", "_real", "tensor")
+    __slots__ = ("_implied", "_parts", "_real", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self._real: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._implied: dict[int | None, bool] = {}
 
     def real_tokens(self, queries: int, tokens: int, batch: int) -> torch.Tensor:
         """Which new tokens are real: those that may see themselves.
@@ -157,6 +158,26 @@ class Mask:
             real = diagonal if diagonal.dtype == torch.bool else diagonal > _FORBIDS
             real = self._real = real.expand(batch, -1).contiguous()
         return real
+
+    def says_nothing(self, window: int | None) -> bool:
+        """Whether it forbids just what causal attention with a window forbids anyway, and adds nothing.
+
+        Kernels then need no mask, and pass over the keys that nobody sees. Looked at on a CPU only, as another device
+        would have to be waited for.
+
+        Args:
+            window (`int`, *optional*): The layer's sliding window in tokens.
+
+        Returns:
+            `bool`: Whether it may be left out.
+        """
+        mask = self.tensor
+        if mask.device.type != "cpu" or mask.dim() != 4 or mask.shape[-2] != mask.shape[-1]:
+            return False
+        if window not in self._implied:
+            allowed, bias = self.parts()
+            self._implied[window] = bias is None and _is_causal(allowed, window)
+        return self._implied[window]
 
     @property
     def tensors(self) -> list[torch.Tensor | None]:
@@ -199,3 +220,17 @@ class Mask:
                 bias = torch.where(allowed, block, 0).float()
                 self._parts = allowed.contiguous(), bias.contiguous() if bool(bias.any()) else None
         return self._parts
+
+
+def _is_causal(allowed: torch.Tensor, window: int | None) -> bool:
+    """Whether `bool` `[batch, tokens, tokens]` is causal with a window; some rows at a time, as prompts are long."""
+    tokens = allowed.shape[-1]
+    keys = torch.arange(tokens)
+    for first in range(0, tokens, 256):
+        queries = keys[first : first + 256, None]
+        seen = keys <= queries
+        if window is not None:
+            seen &= keys > queries - window
+        if not bool((allowed[:, first : first + 256] == seen).all()):
+            return False
+    return True
