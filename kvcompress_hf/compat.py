@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, get_layer_types_and_kwargs
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMode
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -38,6 +39,7 @@ __all__ = [
     "CacheLayerMixin",
     "CandidateGenerator",
     "DynamicCache",
+    "GenerationMode",
     "PreTrainedConfig",
     "as_argument",
     "cache_argument",

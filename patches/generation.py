@@ -20,6 +20,7 @@ from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import (
     Cache,
     CandidateGenerator,
+    GenerationMode,
     PreTrainedConfig,
     cache_argument,
     find_cache,
@@ -39,6 +40,7 @@ from kvcompress_hf.patches.passes import (
     tell_once,
     turns_otherwise,
 )
+from kvcompress_hf.patches.prompt_chunks import set_chunk
 from kvcompress_hf.patches.second_reading import read_again
 from kvcompress_hf.patches.speculation import BoundedCandidates, recording_ends, tokens_held
 from kvcompress_hf.patches.support import check_adapters, text_config, unwrap
@@ -304,11 +306,10 @@ def _prepare_cache(
     prepare: Any = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]
     make = functools.partial(prepare, model, generation_config, model_kwargs)
     name = fresh_cache_name(model, model_kwargs, functools.partial(make, *args, **kwargs))
-    cache = CompressedPagedCache(
-        model.config,
-        list(resolve_rows(option, recipe)),
-        prompt_tokens=_prompt_tokens(generation_config, model_kwargs),
-    )
+    rows, tokens = list(resolve_rows(option, recipe)), _prompt_tokens(generation_config, model_kwargs)
+    assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
+    set_chunk(generation_config, model_kwargs, assisted, rows, tokens)
+    cache = CompressedPagedCache(model.config, rows, prompt_tokens=tokens)
     cache.belongs_to(model)
     if generation_config.is_assistant:
         cache.activate_past_recording()
