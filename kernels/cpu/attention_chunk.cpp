@@ -16,6 +16,19 @@ struct Worker {
   Softmax states[kQueryGroups];
 };
 
+// Whether any of `n` flags is set.
+static inline bool any_set(const uint8_t* flags, int n) {
+  uint64_t all = 0;
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, flags + i, 8);
+    all |= eight;
+  }
+  for (; i < n; ++i) all |= flags[i];
+  return all != 0;
+}
+
 struct Chunk {
   const KvcChunk* a;
   const KvcLayout* layout;
@@ -55,6 +68,13 @@ struct Chunk {
     }
   }
 
+  // Whether the mask lets any of `count` query rows see a tile of new keys.
+  bool allows_any(const Tile& t, int b, int r0, int count) const {
+    for (int at = r0 / a->group; at <= (r0 + count - 1) / a->group; ++at)
+      if (any_set(a->allowed + ((int64_t)b * a->n_q + at) * a->n_k + t.start, t.n)) return true;
+    return false;
+  }
+
   void do_tile(Tile& t, int b, int first, int groups, Worker& w) const {
     const bool fresh = t.tier == layout->n_tiers + 1, causal = fresh && past.fresh.causal;
     open_tile(t, past.pages);
@@ -64,6 +84,7 @@ struct Chunk {
       const int r0 = first + c * kHeads;
       if (causal && t.position[0] > a->position + (r0 + q.count - 1) / a->group) continue;
       if (fresh && a->window && t.position[t.n - 1] <= a->position + r0 / a->group - a->window) continue;
+      if (fresh && a->allowed && !allows_any(t, b, r0, q.count)) continue;
       compute_logits(t, q, *layout, logits, w.scratch.s);
       float largest[kHeads];
       const bool plain = is_plain(t, logits) && !(fresh && (a->allowed || a->bias));

@@ -351,4 +351,4 @@ def _in_one_kernel(store: PagedStore, new: AttentionCall) -> bool:
     """Whether the cache's own kernel reads the first tokens: where it is faster, and no gradient is asked for."""
     inputs = (new.query, new.key, new.value)
     wanted = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-    return new.mask is None and not wanted and store.backend.reads_prompts(new.key.dtype, new.tokens)
+    return not wanted and store.backend.reads_prompts(new.key.dtype, new.tokens)

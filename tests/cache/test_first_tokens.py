@@ -81,14 +81,15 @@ def test_a_few_first_tokens_are_the_models_own_to_the_bit(stock, native):
     torch.testing.assert_close(ours, model(_ids(tokens=12)).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("padding", [7, 100])
 @torch.no_grad()
-def test_padded_prompts_go_through_the_models_attention(stock, native):
+def test_padded_prompts_too(stock, native, padding):
     model, patched = _patched(stock, torch.float32, "swap")
     mask = torch.ones(2, TOKENS, dtype=torch.int64)
-    mask[0, :7] = 0
+    mask[0, :padding] = 0
     given = dict(attention_mask=mask, max_new_tokens=5, do_sample=False)
     assert torch.equal(patched.generate(_ids(), **given), model.generate(_ids(), **given))
-    assert not native
+    assert native == [(0, True)] * 2
 
 
 def test_gradients_of_the_first_tokens_are_the_models(stock, native):

@@ -57,6 +57,18 @@ def test_new_keys_elsewhere(build_cache, backend, exact, relative_error, toleran
     check(cache, backend, exact, relative_error, tolerance, n_q=20, n_k=27, key_position=key_position)
 
 
+@pytest.mark.parametrize("window", [None, 1, 20, 64, 100])
+@pytest.mark.parametrize("group", [1, 3])
+def test_new_keys_that_no_query_of_a_block_sees(build_cache, backend, exact, relative_error, tolerance, group, window):
+    """They are passed over, whether causality, the window or a mask says so."""
+    cache = build_cache(backend, tiers=[(0, 0)], most=0, tail_lengths=None, group=group)
+    check(cache, backend, exact, relative_error, tolerance, n_q=300, position=0, window=window)
+    at = torch.arange(300)
+    allowed = (at[:, None] >= at).expand(2, -1, -1).clone()
+    allowed[0, :, :70] = False  # padding
+    check(cache, backend, exact, relative_error, tolerance, n_q=300, position=0, window=window, allowed=allowed)
+
+
 def test_queries_that_see_nothing(build_cache, backend, exact, relative_error, tolerance):
     cache = build_cache(backend, most=0, tail_lengths=None)
     actual, expected = run_both(cache, backend, exact, n_q=6, key_position=1003)
