@@ -4,8 +4,10 @@ import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +42,22 @@ def _processor():
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def until(minutes, started):
+    """A function that says whether to stop: after so many minutes (`None`: never), or when interrupted or terminated.
+
+    The first signal only stops the run, so that what was done is recorded.
+    """
+    told = []
+
+    def tell(number, frame):
+        told.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, tell)
+    return lambda: bool(told) or (minutes is not None and time.time() - started > minutes * 60)
 
 
 def write(path, record):

@@ -14,7 +14,7 @@ import warnings
 import torch
 from children import in_children
 from drive import kind_of, replay, shorten, world_of
-from record import heading, runs_in, write
+from record import heading, runs_in, until, write
 from shapes import SHAPES
 
 
@@ -49,6 +49,7 @@ def main():
         return result
 
     started, seen, done, operations, found = time.time(), 0, 0, collections.Counter(), {}
+    stop = until(options.minutes, started)
     worlds = range(options.first, options.first + max(1, options.steps // options.length))
     for number, result in in_children(work, worlds, options.workers):
         seen += 1
@@ -67,7 +68,7 @@ def main():
                 print(f"world {number}: {fault['kind']}: {fault['says']}", flush=True)
         if seen % 100 == 0:
             print(f"{done:,} steps, {time.time() - started:.0f} s, {len(found)} kinds of faults", flush=True)
-        if options.minutes and time.time() - started > options.minutes * 60:
+        if stop():
             break
     record = heading(
         "state machine over whole caches",

@@ -2,7 +2,8 @@
 
 Kinds of places: every line of the package that the action runs (a KeyboardInterrupt there), every operation of torch
 (out of memory), every call of the allocator, the kernels, the observers and plans, and the file system, before its work
-and after. `--every n` tries each n-th place only; instructions (`opcode`) are only tried when named by `--kinds`.
+and after. `--every n` tries each n-th place only, from `--first` on; instructions (`opcode`) are only tried when named
+by `--kinds`. A run that is stopped, or has had its `--minutes`, records what it has tried.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import model_faults
 import torch
 from children import in_children
 from faults import KINDS, Fault, scenario, scenarios
-from record import heading, write
+from record import heading, runs_in, until, write
 from shapes import SHAPES
 
 
@@ -27,8 +28,10 @@ def main():
     )
     parser.add_argument("--kinds", nargs="*", default=[kind for kind in KINDS if kind != "opcode"])
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1, help="the first place of each kind, counted from 1")
+    parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="JSON file; a run is added to those that it holds already")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -63,18 +66,22 @@ def main():
         return {"ended": ended}
 
     started = time.time()
+    stop = until(options.minutes, started)
     places = dict(in_children(count, options.scenarios, each=1))
     tasks = [
         (name, kind, at)
         for name, kinds in places.items()
         for kind, number in kinds.items()
         if isinstance(number, int)
-        for at in range(1, number + 1, options.every)
+        for at in range(options.first, number + 1, options.every)
     ]
     print(f"{len(tasks):,} places in {len(places)} scenarios", flush=True)
-    ended, found = collections.Counter(), {}
+    ended, found, tried = collections.Counter(), {}, collections.Counter()
     for number, (task, result) in enumerate(in_children(work, tasks, options.workers, each=500)):
+        if stop():
+            break
         name, kind, at = task
+        tried[kind] += 1
         if "ended" in result:
             ended[result["ended"]] += 1
         else:
@@ -92,15 +99,19 @@ def main():
             print(f"{number + 1:,} places, {time.time() - started:.0f} s, {dict(ended)}", flush=True)
     record = heading(
         "faults at every point",
-        places=len(tasks),
+        places=sum(tried.values()),
         every=options.every,
+        first=options.first,
+        tried=dict(tried),
         seconds=round(time.time() - started),
         workers=options.workers,
         scenarios=places,
         ended=dict(ended),
         found=found,
     )
-    write(options.output, record)
+    runs = [*runs_in(options.output), record]
+    totals = {"places": sum(run["places"] for run in runs), "found": sum(len(run["found"]) for run in runs)}
+    write(options.output, {"what": record.pop("what"), **totals, "runs": runs})
     for what, known in sorted(found.items(), key=lambda pair: -pair[1]["times"]):
         print(f"{what}: {known['times']} times at {len(known['where'])} places")
     return 1 if found else 0
