@@ -140,7 +140,7 @@ class Decision:
     """What targets mean for each store. Whoever knows how many slots go where can do all of it without asking again.
 
     Args:
-        targets (`tuple[torch.Tensor, ...]`): Per store `int64` `[store rows, slots]`: the tier of each slot from now
+        targets (`tuple[torch.Tensor, ...]`): Per store `int8` `[store rows, slots]`: the tier of each slot from now
             on, -1 for slots that go and where there is none.
         counts (`tuple[torch.Tensor, ...]`): Per store `int32` `[tiers, tiers, store rows]`: slots of each tier that are
             to be in each tier.
@@ -158,15 +158,17 @@ class Decision:
         Args:
             parts (`Sequence[StorePart]`): The stores, as they were gathered.
             slots (`Slots`): The slots, as they were gathered.
-            targets (`torch.Tensor`): `int64` `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
+            targets (`torch.Tensor`): Integers `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
                 whose target is above its tier stays where it is.
             protected (`torch.Tensor`): `bool` `[batch, rows, slots]`: slots that may not go.
 
         Returns:
             `Decision`: What has to be done; nothing of it has been done yet.
         """
-        targets = torch.where(targets < 0, -1, torch.maximum(targets, slots.tier))
-        targets = torch.where(slots.filled, targets, -1)
+        # Narrow, as every step reads all of them.
+        targets = targets.to(torch.int8)
+        lowered = torch.maximum(targets, slots.tier.to(torch.int8))
+        targets = torch.where((targets < 0) | ~slots.filled, -1, lowered)
         rows, counts, stays, start = [], [], [], 0
         for part in parts:
             own, device = slice(start, start + part.rows), part.store.geometry.device
@@ -329,4 +331,5 @@ def _by_row(values: torch.Tensor, part: StorePart, absent: int = -1) -> torch.Te
     store = part.store
     used, heads = len(part.layers), store.geometry.kv_heads
     rows = values.view(store.batch, used, heads, values.shape[-1]).transpose(0, 1).flatten(0, 2)
-    return F.pad(rows, (0, 0, 0, store.lengths.shape[1] - rows.shape[0]), value=absent)
+    missing = store.lengths.shape[1] - rows.shape[0]
+    return F.pad(rows, (0, 0, 0, missing), value=absent) if missing else rows

@@ -27,13 +27,13 @@ def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
         targets: Any = plan.targets(view)
     check_returned(plan, "targets", targets, torch.int64, tuple(view.filled.shape), "[batch, rows, slots]")
     if targets.device.type == "cpu":
-        unknown = view.filled & ((targets < EVICT) | (targets >= view.tiers))
-        if bool(unknown.any()):
+        beyond = targets.numel() and (int(targets.amin()) < EVICT or int(targets.amax()) >= view.tiers)
+        if beyond and bool((unknown := view.filled & ((targets < EVICT) | (targets >= view.tiers))).any()):
             raise ValueError(
                 f"{type(plan).__name__}.targets returned the tier {int(targets[unknown][0])}; tiers are 0 to "
                 f"{view.tiers - 1}, and EVICT ({EVICT}) drops a slot."
             )
-        lost = int((view.filled & view.protected & (targets == EVICT)).sum())
+        lost = int((view.protected & (targets == EVICT)).sum())
         if lost:
             raise ValueError(
                 f"{type(plan).__name__}.targets evicts {lost} slots that the recipe protects (view.protected); give "

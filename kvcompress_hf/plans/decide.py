@@ -46,7 +46,7 @@ def decide(
     """
     tried = [_attempt(ruling.plan, ruling.view) for ruling in rulings]
     while True:
-        targets = torch.empty(slots.filled.shape, dtype=torch.int64, device=slots.filled.device)
+        targets = torch.empty(slots.filled.shape, dtype=torch.int8, device=slots.filled.device)
         protected = torch.empty_like(slots.filled)
         for ruling, trial in zip(rulings, tried, strict=True):
             planned = trial.targets

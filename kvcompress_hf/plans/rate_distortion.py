@@ -95,12 +95,13 @@ class RateDistortion(Plan):
         self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
     ) -> torch.Tensor:
         thresholds = solve(view, counts, hull)
-        result = torch.full(depth.shape, EVICT, device=depth.device)
+        # Narrow until the end, as every step reads all slots.
+        result = torch.full(depth.shape, EVICT, dtype=torch.int8, device=depth.device)
         for step, (tier, _) in enumerate(hull):
-            result = torch.where(depth < thresholds[:, :, step, None], tier, result)
-        result = torch.where(view.protected & (result == EVICT), hull[0][0], result)
-        result = torch.where(result == EVICT, EVICT, torch.maximum(result, view.tier))  # slots only move down
-        return torch.where(view.filled, result, EVICT)
+            result.masked_fill_(depth < thresholds[:, :, step, None], tier)
+        result.masked_fill_(view.protected & (result == EVICT), hull[0][0])
+        lowered = torch.maximum(result, view.tier.to(torch.int8))  # slots only move down
+        return torch.where((result == EVICT) | ~view.filled, EVICT, lowered).long()
 
 
 def solve(view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> torch.Tensor:
