@@ -28,17 +28,22 @@ class LinearPlan:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
         checks.check_linear(weight, bias)
-        self.weight, self.bias, self.compute = weight, bias, compute
-        self.out_features, self.in_features = weight.shape
-        self._places = self._where(weight, bias)
+        self.weight, self.bias, self.compute, self.dtype = weight, bias, compute, weight.dtype
+        self.out_features, self.in_features = self._shape = weight.shape
+        self._weight_stride = weight.stride(0)
+        self._weight_at, self._bias_at = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
 
-    @staticmethod
-    def _where(weight: Tensor, bias: Tensor | None) -> tuple:
-        return weight.data_ptr(), weight.shape, weight.dtype, None if bias is None else bias.data_ptr()
-
-    def is_of(self, weight: Tensor, bias: Tensor | None) -> bool:
+    def is_of(self, weight: Tensor | None, bias: Tensor | None) -> bool:
         """Whether the plan was made for these, and they have not been put elsewhere since (as by `.data = `)."""
-        return weight is self.weight and bias is self.bias and self._where(weight, bias) == self._places
+        return (
+            weight is self.weight
+            and bias is self.bias
+            and weight.data_ptr() == self._weight_at
+            and weight.shape == self._shape
+            and weight.stride(0) == self._weight_stride
+            and weight.dtype is self.dtype
+            and (bias is None or bias.data_ptr() == self._bias_at)
+        )
 
     def run(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, summed in float32 and rounded once.

@@ -29,7 +29,7 @@ class CpuLinearPlan(LinearPlan):
 
     def __init__(self, function: ctypes._FuncPointer, isa: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias, torch.float32)
-        self._function, self._isa, self._dtype = function, isa, weight.dtype
+        self._function, self._isa = function, isa
         self._one = torch.empty(1, dtype=weight.dtype)
         #: By the shape of x: arguments to copy, as threads may not share them, and something of the output's shape.
         self._ready: dict[torch.Size, tuple[abi.KvcLinear, Tensor]] = {}
@@ -43,7 +43,7 @@ class CpuLinearPlan(LinearPlan):
             rows=x.numel() // self.in_features,
             in_features=self.in_features,
             out_features=self.out_features,
-            dtype=DTYPES[self._dtype],
+            dtype=DTYPES[self.dtype],
         )
         c.weight, c.bias = self.weight.data_ptr(), pointer(self.bias)
         if len(self._ready) >= _MOST_SHAPES:
@@ -54,7 +54,7 @@ class CpuLinearPlan(LinearPlan):
 
     def run(self, x: Tensor) -> Tensor:
         ready = self._ready.get(x.shape)
-        if ready is None or x.dtype is not self._dtype or not x.is_cpu:
+        if ready is None or x.dtype is not self.dtype or not x.is_cpu:
             ready = self._prepare(x)
         if not x.is_contiguous():
             x = x.contiguous()
