@@ -94,7 +94,7 @@ def _forward(module: nn.Linear, prepared: _Prepared, x: Tensor) -> Tensor:
     Returns:
         `Tensor`: `[..., out_features]`.
     """
-    if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled()) and type(x) is Tensor:
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and type(x) is Tensor:
         plan, parameters = prepared.plan, module._parameters
         weight, bias = parameters["weight"], parameters["bias"]
         if plan is None or not plan.is_of(weight, bias):
@@ -117,7 +117,8 @@ def _is_for(plan: LinearPlan, x: Tensor) -> bool:
     """Whether an input is what a plan takes, and the kernel is quicker."""
     numbers, width, dtype = x.numel(), plan.in_features, x.dtype
     return (
-        width <= numbers <= MOST_ROWS * width
+        type(numbers) is int  # a tensor while torch.jit traces
+        and width <= numbers <= MOST_ROWS * width
         and x.shape[-1] == width
         and dtype is plan.dtype
         and x.is_cpu

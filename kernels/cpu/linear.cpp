@@ -1,6 +1,8 @@
 // linear(): a few rows times the transposed weight of a linear layer (kernels/linear.py). Each weight is used once per
-// row of x, so that reading it is all that takes time: blocks of kOutputs rows of the weight go by together, side by side
-// in memory, fetched kAhead bytes before they are needed. Sums are float32, one vector per row of weight and row of x.
+// row of x, so that reading it is all that takes time. A thread reads its part of the weight in several streams that are
+// far from each other, and so keeps more of the processor's own prefetching at work than a plain read does (on a Zen 5
+// core 42 GB/s in four streams, 36 in one, 24 with four neighbouring rows at a time). Sums are float32, one vector per
+// row of the weight and row of x.
 #include "attention_core.h"
 #include "ops.h"
 
@@ -8,10 +10,9 @@ namespace kvc {
 namespace KVC_ISA {
 namespace {
 
-constexpr int kOutputs = 4;            // rows of the weight that go by together
-constexpr int kMaxRows = 4;            // rows of x
+constexpr int kMaxRows = 4;            // of x
 constexpr int kStep = 2 * kLanes;      // 16-bit numbers of one register
-constexpr int64_t kAhead = 4096;       // bytes
+constexpr int64_t kAhead = 1024;       // bytes of a stream that are fetched before they are needed
 constexpr int64_t kWorthThread = 48 << 10;  // bytes of weight: waking a thread takes as long as reading some of this
 
 // The registers of x that belong to one register of weights: the numbers at even places and those at odd ones with bf16,
@@ -89,20 +90,18 @@ struct Linear {
     return static_cast<const char*>(a->weight) + 2 * output * a->weight_stride;
   }
 
-  // Outputs first .. first + N. What is `left` bytes behind the block's first weight is another thread's.
+  // Outputs first, first + apart, first + 2 * apart ...
   template <int DTYPE, int N, int ROWS>
-  void block(int64_t first, int64_t left) const {
+  void together(int64_t first, int64_t apart) const {
     const char* w[N];
-    KVC_UNROLL for (int n = 0; n < N; ++n) w[n] = weight(first + n);
+    KVC_UNROLL for (int n = 0; n < N; ++n) w[n] = weight(first + n * apart);
     vf sum[N][ROWS];
     KVC_UNROLL for (int n = 0; n < N; ++n) KVC_UNROLL for (int r = 0; r < ROWS; ++r) sum[n][r] = vf{};
     const int64_t row_bytes = steps * step_bytes<DTYPE>();
-    const int64_t last = left - KVC_WIDTH * N;
-    int64_t ahead = kAhead;
-    for (int64_t i = 0; i < whole; ++i, ahead += KVC_WIDTH * N) {
-      if (ahead <= last)
-        KVC_UNROLL for (int n = 0; n < N; n += 64 / KVC_WIDTH) prefetch(w[0] + ahead + n * KVC_WIDTH);
+    for (int64_t i = 0; i < whole; ++i) {
+      const bool line = KVC_WIDTH == 64 || i % (64 / KVC_WIDTH) == 0;
       KVC_UNROLL for (int n = 0; n < N; ++n) {
+        if (line) __builtin_prefetch(w[n] + i * KVC_WIDTH + kAhead, 0, 3);
         const Weights part = unpack<DTYPE>(w[n] + i * KVC_WIDTH);
         KVC_UNROLL for (int r = 0; r < ROWS; ++r)
           sum[n][r] = add_product<DTYPE>(sum[n][r], part, x + r * row_bytes + i * step_bytes<DTYPE>());
@@ -118,30 +117,36 @@ struct Linear {
       }
     }
     KVC_UNROLL for (int r = 0; r < ROWS; ++r) {
-      alignas(64) float out[kLanes] = {};
-      KVC_UNROLL for (int n = 0; n < N; ++n) out[n % kLanes] = reduce_add(sum[n][r]);
-      finish<DTYPE>(r, first, N, out);
+      vf sums[4] = {};
+      KVC_UNROLL for (int n = 0; n < N; ++n) sums[n] = sum[n][r];
+      alignas(64) float reduced[kLanes] = {};
+      if (N == 1) reduced[0] = reduce_add(sums[0]);
+      else reduce_add4(sums, reduced);
+      finish<DTYPE, N>(r, first, apart, reduced);
     }
   }
 
-  template <int DTYPE>
-  void finish(int r, int64_t first, int n, const float* sums) const {
-    alignas(64) char rounded[KVC_WIDTH], bias[KVC_WIDTH] = {};
+  template <int DTYPE, int N>
+  void finish(int r, int64_t first, int64_t apart, const float* sums) const {
+    alignas(64) uint16_t narrow[kLanes] = {};
     vf sum = load(sums);
     if (a->bias) {
-      memcpy(bias, static_cast<const char*>(a->bias) + 2 * first, 2 * n);
-      sum = sum + load_native<DTYPE>(bias, 0);
+      const uint16_t* bias = static_cast<const uint16_t*>(a->bias) + first;
+      KVC_UNROLL for (int n = 0; n < N; ++n) narrow[n] = bias[n * apart];
+      sum = sum + load_native<DTYPE>(narrow, 0);
     }
-    if (DTYPE == KVC_BF16) to_bf16(rounded, sum);
-    else to_f16(rounded, sum);
-    memcpy(static_cast<char*>(a->out) + 2 * (r * a->out_stride + first), rounded, 2 * n);
+    if (DTYPE == KVC_BF16) to_bf16(narrow, sum);
+    else to_f16(narrow, sum);
+    uint16_t* out = static_cast<uint16_t*>(a->out) + r * a->out_stride + first;
+    KVC_UNROLL for (int n = 0; n < N; ++n) out[n * apart] = narrow[n];
   }
 
   template <int DTYPE, int ROWS>
   void outputs(int64_t first, int64_t end) const {
-    for (; first + kOutputs <= end; first += kOutputs)
-      block<DTYPE, kOutputs, ROWS>(first, 2 * (end - first) * a->weight_stride);
-    for (; first < end; ++first) block<DTYPE, 1, ROWS>(first, 0);
+    constexpr int kStreams = KVC_WIDTH == 64 || ROWS <= 2 ? 4 : 2;  // as many sums as there are registers for
+    const int64_t apart = (end - first) / kStreams;
+    for (int64_t i = 0; i < apart; ++i) together<DTYPE, kStreams, ROWS>(first + i, apart);
+    for (int64_t i = first + kStreams * apart; i < end; ++i) together<DTYPE, 1, ROWS>(i, 0);
   }
 
   template <int DTYPE>
@@ -168,15 +173,13 @@ int run(const KvcLinear& a) {
   prepare<DTYPE>(a, c.steps, x);
   c.x = x;
   const int64_t bytes = 2 * (int64_t)a.in_features * a.out_features;
-  const int64_t blocks = (a.out_features + kOutputs - 1) / kOutputs;
   int64_t threads = max_threads();
   if (bytes / kWorthThread < threads) threads = bytes / kWorthThread;
   if (threads < 1) threads = 1;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
   {
     const int64_t me = thread_index();
-    const int64_t first = blocks * me / threads * kOutputs, end = blocks * (me + 1) / threads * kOutputs;
-    c.outputs<DTYPE>(first, end < a.out_features ? end : a.out_features);
+    c.outputs<DTYPE>(a.out_features * me / threads, a.out_features * (me + 1) / threads);
   }
   return KVC_OK;
 }
