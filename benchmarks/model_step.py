@@ -1,17 +1,21 @@
 """Whole-model decode steps: compressed caches against `DynamicCache`, interleaved in one run, and where the time goes.
 
-    python benchmarks/model_step.py [--models 4x1024 12x768] [--context 4096 16384] [--batch 1 8] [--json FILE]
+    python benchmarks/model_step.py [--models 4x1024 smollm2] [--context 4096 16384] [--batch 1 8] [--json FILE]
 
 Every cache is filled with random keys and values, all tokens at once; then each in turn decodes one token, so that
-whatever else the machine does hits all of them alike. Printed: median and least milliseconds per step, tokens/s, the
-ratio of medians to `DynamicCache` (above 1 is faster), and measured cache bytes. Then medians of the parts of a step:
-`kernel` is the native decode call (the attention function of the stock model), `cache` the rest of what the cache
-does in Python (`update` of the stock cache, which copies it), `model` everything else.
+whatever else the machine does hits all of them alike. With `--linears auto stock` every recipe comes twice: with the
+linear layers of a patched model, and with torch's. All models of a run share one set of weights.
+
+Printed: median and least milliseconds per step, tokens/s, the ratio of medians to `DynamicCache` (above 1 is faster),
+and measured cache bytes. Then medians of the parts of a step: `kernel` is the native decode call (the attention
+function of the stock model), `cache` the rest of what the cache does in Python (`update` of the stock cache, which
+copies it), `model` everything else.
 """
 
 import argparse
 import copy
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +29,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcompress_hf as kvc
+from kvcompress_hf.cli.models import find_model
 from kvcompress_hf.compat import as_argument
 from kvcompress_hf.kernels.library import load_library
 
-TINY = Path(__file__).parents[1] / "examples" / "models" / "kvlm-tiny"
 STOCK = "DynamicCache"
 
 
@@ -103,12 +107,17 @@ def fill(model, cache: DynamicCache | kvc.CompressedPagedCache, context: int, ba
 
 
 @torch.no_grad()
-def measure(model, recipes: list[str], context: int, batch: int, seconds: float) -> dict[str, dict[str, float]]:
+def measure(
+    model, recipes: list[str], linears: list[str], context: int, batch: int, seconds: float
+) -> dict[str, dict[str, float]]:
     """Times decode steps of each cache in turn for about `seconds`; the first quarter warms up and is not counted."""
-    patched = kvc.patch(copy.deepcopy(model))
     runs = {STOCK: (model, DynamicCache(config=model.config))}
-    for recipe in recipes:
-        runs[recipe] = (patched, kvc.CompressedPagedCache(model.config, recipe, prompt_tokens=context))
+    for kind in linears:
+        weights = {id(each): each for each in model.parameters()}  # as if copied already
+        patched = kvc.patch(copy.deepcopy(model, weights), linears=kind)
+        for recipe in recipes:
+            name = recipe if kind == "auto" else f"{recipe}, {kind} linears"
+            runs[name] = (patched, kvc.CompressedPagedCache(model.config, recipe, prompt_tokens=context))
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
     watches = {name: Stopwatch() for name in runs}
     token = torch.full((batch, 1), 5)
@@ -164,7 +173,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="measuring time per model, context and batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--recipes", nargs="+", default=["lossless", "k8v4", "k4v2", "kv-compress"])
-    parser.add_argument("--models", nargs="+", default=["tiny", "4x1024"], help="'tiny' or LAYERSxHIDDEN")
+    parser.add_argument("--linears", nargs="+", default=["auto"], choices=["auto", "stock"], help="as for `patch`")
+    parser.add_argument(
+        "--models", nargs="+", default=["tiny", "4x1024"], help="a name of `kvcompress models`, or LAYERSxHIDDEN"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--json", type=Path, help="file to write the results to")
     arguments = parser.parse_args()
@@ -172,21 +184,21 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     results = []
     for name in arguments.models:
-        if name == "tiny":
-            model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype).eval()
-        else:
+        if re.fullmatch(r"\d+x\d+", name):
             layers, hidden = (int(part) for part in name.split("x"))
             model = random_llama(layers, hidden, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(find_model(name), dtype=dtype).eval()
         for context in arguments.context:
             for batch in arguments.batch:
-                figures = measure(model, arguments.recipes, context, batch, arguments.seconds)
+                figures = measure(model, arguments.recipes, arguments.linears, context, batch, arguments.seconds)
                 results.append({"model": name, "context": context, "batch": batch, "figures": figures})
                 print(f"\n{name}, {context} tokens, batch {batch}, {arguments.dtype}, {arguments.threads} threads")
                 parts = f"{'kernel':>9}{'cache':>8}{'model':>8}"
-                print(f"{'cache':<14}{'ms/step':>9}{'min':>9}{'tokens/s':>10}{'speed':>8}{'MiB':>9}{parts}")
+                print(f"{'cache':<22}{'ms/step':>9}{'min':>9}{'tokens/s':>10}{'speed':>8}{'MiB':>9}{parts}")
                 for cache, f in figures.items():
                     print(
-                        f"{cache:<14}{f['median_ms']:9.2f}{f['min_ms']:9.2f}{f['tokens_per_s']:10.1f}"
+                        f"{cache:<22}{f['median_ms']:9.2f}{f['min_ms']:9.2f}{f['tokens_per_s']:10.1f}"
                         f"{f['speedup']:7.2f}x{f['bytes'] / 2**20:9.2f}"
                         f"{f['kernel_ms']:9.2f}{f['cache_ms']:8.2f}{f['model_ms']:8.2f}"
                     )

@@ -7,14 +7,17 @@ from .backend import Backend, DecodePlan, WindowScores
 from .cpu import CpuBackend
 from .dispatch import get_backend
 from .layout import PageLayout, TierLayout, page_layout
+from .linear import MOST_ROWS, LinearPlan
 from .reference import ReferenceBackend, page_section
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
 __all__ = [
+    "MOST_ROWS",
     "Backend",
     "CpuBackend",
     "DecodePlan",
+    "LinearPlan",
     "Logits",
     "PageLayout",
     "ReferenceBackend",

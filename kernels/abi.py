@@ -119,6 +119,12 @@ class KvcNonCausal(Structure):
     )
 
 
+class KvcLinear(Structure):
+    _fields_ = _fields(
+        ptr="x weight bias out", i64="x_stride weight_stride out_stride", i32="rows in_features out_features dtype"
+    )
+
+
 class KvcPack(Structure):
     _fields_ = [
         ("rows", KvcRows),
@@ -170,6 +176,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "chunk": KvcChunk,
     "scores": KvcScores,
     "non_causal": KvcNonCausal,
+    "linear": KvcLinear,
 }
 
 

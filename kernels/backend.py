@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .layout import PageLayout
+from .linear import LinearPlan
 from .non_causal import non_causal_scores
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
@@ -440,6 +441,24 @@ class Backend(abc.ABC):
         """
         checks.check_non_causal(q, k_new, logits, rotation, valid, k_new.device)
         return non_causal_scores(q, k_new, logits, rotation, valid, q.dtype)
+
+    def plan_linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearPlan:
+        """Prepares the product of few rows with the weight of a linear layer, for many steps.
+
+        This default runs plain torch on whatever device the tensors are; the CPU backend has a kernel for bfloat16 and
+        float16.
+
+        Args:
+            weight: `[out_features, in_features]`, contiguous in its last dimension.
+            bias: `[out_features]` in the weight's dtype, or `None`.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
+        return LinearPlan(weight, bias, torch.float32)
 
     @abc.abstractmethod
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:

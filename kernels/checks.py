@@ -282,6 +282,25 @@ def check_non_causal(
         check_tensor("valid", valid, (batch, n), torch.bool, device, contiguous=False)
 
 
+def check_linear(weight: Tensor, bias: Tensor | None) -> None:
+    """Checks the weight and bias of a linear layer."""
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight must be {', '.join(map(str, DTYPES))}, got {weight.dtype}")
+    check_tensor("weight", weight, (None, None), weight.dtype, weight.device)
+    if not weight.shape[1]:
+        raise ValueError(f"weight must have in_features, got {list(weight.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, weight.shape[:1], weight.dtype, weight.device)
+
+
+def check_linear_input(x: Tensor, weight: Tensor, most_rows: int) -> None:
+    """Checks what is to be multiplied with the weight of a linear layer."""
+    in_features = weight.shape[1]
+    if not x.dim() or x.shape[-1] != in_features or not 0 < x.numel() <= most_rows * in_features:
+        raise ValueError(f"x must have shape [..., {in_features}] with 1 to {most_rows} rows, got {list(x.shape)}")
+    check_tensor("x", x, x.shape, weight.dtype, weight.device, contiguous=False)
+
+
 def check_accumulators(layout: PageLayout, tail: Tail | None, *fields: str | None) -> None:
     """Checks the fields that decoding adds probabilities to."""
     for name in fields:

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checks
 from .backend import Backend, DecodePlan, WindowScores
 from .layout import POSITION, PageLayout
+from .linear import LinearPlan
 from .non_causal import non_causal_scores
 from .quantize import dequantize, hadamard, pack_codes, quantize, unpack_codes
 from .rotation import Rotation
@@ -556,6 +557,9 @@ class ReferenceBackend(Backend):
     ) -> Tensor:
         checks.check_non_causal(q, k_new, logits, rotation, valid, k_new.device)
         return non_causal_scores(q, k_new, logits, rotation, valid, self.compute)
+
+    def plan_linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearPlan:
+        return LinearPlan(weight, bias, self.compute)
 
     def _check_block(
         self,

@@ -18,6 +18,7 @@ from kvcompress_hf.patches.families import swapped_classes
 from kvcompress_hf.patches.generation import RECORD, PatchRecord, bind_methods, record_of, unbind_methods
 from kvcompress_hf.patches.holders import Holder, enter, leave, lock_of, surely
 from kvcompress_hf.patches.implementation import configs_of, has_implementation, set_implementation
+from kvcompress_hf.patches.linears import LINEARS, give_back_linears, take_linears
 from kvcompress_hf.patches.support import check_model, text_config, unwrap
 from kvcompress_hf.patches.swap import paged_views, restore_originals, swap_modules
 from kvcompress_hf.presets import resolve_recipe
@@ -40,6 +41,7 @@ def patch(
     *,
     route: str = "auto",
     check: bool = True,
+    linears: str = "auto",
     **overrides: Any,
 ) -> Model:
     """Makes a model keep its past in a compressed, paged cache whenever it generates.
@@ -47,7 +49,7 @@ def patch(
     Everything else about the model stays: weights, class, config, placement. `generate`, `pipeline` and chat
     make a fresh [`CompressedPagedCache`] per call; one passed as `kvcompress=cache` is used instead, and a cache
     of another kind (such as `DynamicCache`) goes the stock way. Patching a patched model replaces only the
-    recipe.
+    recipe and `linears`.
 
     Before anything is relied on, a few tokens are run through the stock and the patched model, and every layer's
     attention is compared; if one differs by more than rounding, or anything else fails, the model is left exactly as
@@ -63,6 +65,10 @@ def patch(
         check (`bool`): Whether to compare with the stock model before the patch is relied on. `False` saves about ten
             forward passes over a few tokens, and takes models that the comparison refuses; what they then say is on
             your own account. What the config shows to be unsupported is refused in any case.
+        linears (`str`): What multiplies by the weights of a bfloat16 or float16 model on a CPU while one to four tokens
+            are decoded without gradients: `"auto"` takes a kernel of this package where a trial, once per process,
+            finds it quicker on this machine (it sums in float32; the last bit of what comes out may differ from
+            torch's), `"stock"` leaves it to torch. Only plain `nn.Linear` layers are meant.
         overrides: Parts of the recipe to change, such as `budget=1/8`.
 
     Returns:
@@ -70,7 +76,7 @@ def patch(
 
     Raises:
         TypeError: If `model` is no transformers model, `recipe` of no known type or `check` no bool.
-        ValueError: If the recipe, an override or the route is not allowed.
+        ValueError: If the recipe, an override, `route` or `linears` is not allowed.
         UnsupportedModelError: If the model cannot be patched; the message says why.
         UnsupportedFeatureError: If the installed transformers lacks something that is needed of it, or positions are
             to be re-indexed and the model's rotary embedding does not allow it.
@@ -84,15 +90,15 @@ def patch(
 
     ```
     """
-    inner, resolved = _asked(model, recipe, route, check, overrides)
+    inner, wanted = _asked(model, recipe, overrides, route, check, linears)
     with _changing(inner):
-        record = _ensure_installed(inner, resolved, route, check)
+        record = _ensure_installed(inner, wanted)
+        wanted.route = record.route
         own = record.holders.own()
         if own:
-            # For the rest of the block only; afterwards the model is as it was before it.
-            own[-1].recipe, own[-1].route, own[-1].check = resolved, record.route, check
+            own[-1].become(wanted)  # for the rest of the block only; afterwards the model is as it was before it
         else:
-            record.holders.base = Holder(resolved, record.route, check)
+            record.holders.base = wanted
     return model
 
 
@@ -133,6 +139,7 @@ def patched(
     *,
     route: str = "auto",
     check: bool = True,
+    linears: str = "auto",
     **overrides: Any,
 ) -> Iterator[Model]:
     """[`patch`] for the length of a `with` block; afterwards the model is as before, patched or not.
@@ -146,6 +153,7 @@ def patched(
         recipe (`str`, `Recipe` or `dict`, *optional*): As for [`patch`].
         route (`str`): As for [`patch`].
         check (`bool`): As for [`patch`].
+        linears (`str`): As for [`patch`].
         overrides: As for [`patch`].
 
     Yields:
@@ -159,10 +167,10 @@ def patched(
 
     ```
     """
-    inner, resolved = _asked(model, recipe, route, check, overrides)
+    inner, block = _asked(model, recipe, overrides, route, check, linears)
     with _changing(inner):
-        record = _ensure_installed(inner, resolved, route, check)
-        block = Holder(resolved, record.route, check)
+        record = _ensure_installed(inner, block)
+        block.route = record.route
         record.holders.blocks.append(block)
     enter(block)
     try:
@@ -219,24 +227,28 @@ def contract_results(items: tuple[Item, ...] = CONTRACT) -> list[tuple[str, bool
 def _install_lossless(model: PreTrainedModel, route: str) -> PreTrainedModel:
     """`patch` for the contract, which is what `patch` itself may be waiting for."""
     with evaluating(model):
-        record = PatchRecord(route)
+        record = PatchRecord(route, "stock")
         _install_checked(model, record, observe_stock(model))
-    record.holders.base = Holder(resolve_recipe("lossless"), route)
+    record.holders.base = Holder(resolve_recipe("lossless"), route, linears="stock")
     return model
 
 
-def _asked(model: Any, recipe: Any, route: str, check: bool, overrides: dict[str, Any]) -> tuple[Any, Recipe]:
-    """The inner model and the recipe that `patch` or `patched` was asked for, or an error."""
+def _asked(
+    model: Any, recipe: Any, overrides: dict[str, Any], route: str, check: bool, linears: str
+) -> tuple[Any, Holder]:
+    """The inner model and what `patch` or `patched` was asked for, or an error."""
     check_transformers(_install_lossless, tuple(_SWAPPED))
     resolved = resolve_recipe(recipe, **overrides)
     if route not in ("auto", "swap", "interface"):
         raise ValueError(f"route is {route!r}; it must be 'auto', 'swap' or 'interface'.")
     if not isinstance(check, bool):
         raise TypeError(f"check is {check!r}; it must be True or False.")
+    if linears not in LINEARS:
+        raise ValueError(f"linears is {linears!r}; it must be {' or '.join(map(repr, LINEARS))}.")
     inner = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         check_model(inner)
-    return inner, resolved
+    return inner, Holder(resolved, route, check, linears)
 
 
 @contextlib.contextmanager
@@ -252,46 +264,58 @@ def _changing(model: PreTrainedModel) -> Iterator[None]:
             raise
 
 
-def _ensure_installed(model: PreTrainedModel, recipe: Recipe, route: str, check: bool) -> PatchRecord:
-    """The record of a model that is patched by the route asked for; whoever held its patch before still does."""
+def _ensure_installed(model: PreTrainedModel, wanted: Holder) -> PatchRecord:
+    """The record of a model that is patched as somebody wants it; whoever held its patch before still does."""
     record = record_of(model)
     intact = (
         record is not None
         and _is_intact(model, record)
-        and (route in ("auto", record.route) or record.holders.in_use_elsewhere())
+        and (wanted.route in ("auto", record.route) or record.holders.in_use_elsewhere())
     )
     if not intact:
         check_model(model)
-    key_frequencies(model.config, recipe, layer_windows(model.config))  # refuses now what a cache would refuse later
+    key_frequencies(model.config, wanted.recipe, layer_windows(model.config))  # refuses now what a cache would later
     if record is not None and intact:
+        _set_linears(model, record, wanted)
         return record
     if record is None:
-        return _install_anew(model, route, check)
+        return _install_anew(model, wanted)
     _uninstall(model, record)
     try:
-        new = _install_anew(model, route, check)
+        new = _install_anew(model, wanted)
     except BaseException:
         if record.holders:
-            _install(model, again := PatchRecord(record.route))
+            _install(model, again := PatchRecord(record.route, record.linears))
             again.holders, again.told = record.holders, record.told
         raise
     new.holders, new.told = record.holders, record.told
     return new
 
 
-def _install_anew(model: PreTrainedModel, route: str, check: bool) -> PatchRecord:
+def _set_linears(model: PreTrainedModel, record: PatchRecord, wanted: Holder) -> None:
+    """Changes what multiplies by the weights, unless other threads are at work with it."""
+    if record.holders.in_use_elsewhere():
+        return
+    record.linears = wanted.linears
+    if wanted.linears == "auto":
+        take_linears(model)
+    else:
+        give_back_linears(model)
+
+
+def _install_anew(model: PreTrainedModel, wanted: Holder) -> PatchRecord:
     """Patches a stock model and checks it. Until somebody holds the patch, `generate` of other threads is stock's."""
-    chosen = _choose_route(model, route)
+    chosen = _choose_route(model, wanted.route)
     with evaluating(model):
-        expected = observe_stock(model) if check else None
+        expected = observe_stock(model) if wanted.check else None
         try:
-            record = PatchRecord(chosen)
+            record = PatchRecord(chosen, wanted.linears)
             _install_checked(model, record, expected)
         except Exception as error:
-            if route != "auto" or chosen == "interface" or is_out_of_memory(error):
+            if wanted.route != "auto" or chosen == "interface" or is_out_of_memory(error):
                 raise
             # The interface needs less of transformers than the swapped modules do.
-            record = PatchRecord("interface")
+            record = PatchRecord("interface", wanted.linears)
             _install_checked(model, record, expected)
             logger.warning_once(
                 f"{type(model).__name__} goes by the attention interface, because its attention modules could not be "
@@ -308,6 +332,7 @@ def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
 def _take_off(model: PreTrainedModel, record: PatchRecord) -> None:
     """Undoes what of [`_install`] has been done; may be done again if it breaks off."""
     record.installed = False
+    give_back_linears(model)
     restore_originals(model, record.swapped)
     for config, before, installed in record.implementations:
         # Whatever the user chose in the meantime stays.
@@ -324,15 +349,15 @@ def _release(model: PreTrainedModel, block: Holder) -> None:
     if record is not None and block in record.holders.blocks:
         record.holders.blocks.remove(block)
     elif block.suspended is not None and (last := block.suspended.newest()) is not None:
-        record = _ensure_installed(model, last.recipe, last.route, last.check)
+        record = _ensure_installed(model, last)
         record.holders.take_back(block.suspended)
     if record is None:
         return
     rest = record.holders.newest()
     if rest is None:
         _uninstall(model, record)
-    elif rest.route != record.route and not record.holders.in_use_elsewhere():
-        _ensure_installed(model, rest.recipe, rest.route, rest.check)
+    elif (rest.route, rest.linears) != (record.route, record.linears) and not record.holders.in_use_elsewhere():
+        _ensure_installed(model, rest)
 
 
 def _choose_route(model: PreTrainedModel, route: str) -> str:
@@ -368,6 +393,8 @@ def _install(model: PreTrainedModel, record: PatchRecord) -> None:
         if record.route == "swap":
             record.swapped = paged_views(model, _SWAPPED)
             swap_modules(model, record.swapped)
+        if record.linears == "auto":
+            take_linears(model)
         bind_methods(model, record)
         model.__dict__[RECORD] = record
     except BaseException:

@@ -65,6 +65,7 @@ class PatchRecord:
 
     Args:
         route (`str`): `"swap"` or `"interface"`.
+        linears (`str`): What was asked for of linear layers (`linears.py`).
         holders (`Holders`): Who wants the patch, and with which recipe.
         installed (`bool`): False once the patch is taken off.
         swapped (`list[tuple[nn.Module, nn.Module]]`): (paged, original) attention modules.
@@ -79,6 +80,7 @@ class PatchRecord:
     """
 
     route: str
+    linears: str
     holders: Holders = field(default_factory=Holders)
     installed: bool = True
     swapped: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)

@@ -56,6 +56,7 @@ class Holder:
         recipe (`Recipe`): What fresh caches are made with.
         route (`str`): The route that the model went then.
         check (`bool`): Whether a dry run was asked for.
+        linears (`str`): What multiplies by the weights (`linears.py`).
         suspended (`Holders`, *optional*): Of a block inside of which `unpatch` was called, what comes back after it.
         left (`bool`): Of a block, whether it was left.
     """
@@ -63,8 +64,17 @@ class Holder:
     recipe: Recipe
     route: str
     check: bool = True
+    linears: str = "auto"
     suspended: "Holders | None" = None
     left: bool = False
+
+    def become(self, wanted: "Holder") -> None:
+        """Takes over what another wants; whose it is and what it suspends stay.
+
+        Args:
+            wanted (`Holder`): What is wanted from now on.
+        """
+        self.recipe, self.route, self.check, self.linears = wanted.recipe, wanted.route, wanted.check, wanted.linears
 
 
 @dataclass(eq=False)

@@ -18,8 +18,10 @@ from ..arguments import fill_logits, fill_rows, fill_strides, fill_tail, pointer
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..library import load_library
+from ..linear import LinearPlan
 from ..rotation import Rotation
 from ..types import Logits, Rows, Tail
+from .linear import CpuLinearPlan
 
 __all__ = ["CpuBackend"]
 
@@ -424,6 +426,11 @@ class CpuBackend(Backend):
         fill_strides(c, "k", k_new)
         self._call("non_causal", c)
         return scores
+
+    def plan_linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearPlan:
+        if weight.dtype not in (torch.bfloat16, torch.float16) or weight.device != CPU:
+            return super().plan_linear(weight, bias)
+        return CpuLinearPlan(self._library.kvc_linear, self._isa, weight, bias)
 
 
 class _CpuDecodePlan(DecodePlan):

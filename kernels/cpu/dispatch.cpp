@@ -83,6 +83,7 @@ KVC_OPERATION(decode, KvcDecode)
 KVC_OPERATION(chunk, KvcChunk)
 KVC_OPERATION(scores, KvcScores)
 KVC_OPERATION(non_causal, KvcNonCausal)
+KVC_OPERATION(linear, KvcLinear)
 
 // Bytes of the argument struct of an operation (or of "layout"), for Python to check its mirror; -1 = unknown.
 KVC_EXPORT int64_t kvc_sizeof(const char* name) {
@@ -94,7 +95,7 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
       {"move", sizeof(KvcMove)},     {"retier", sizeof(KvcRetier)}, {"fields", sizeof(KvcFields)},
       {"dense", sizeof(KvcDense)},   {"convert", sizeof(KvcConvert)},
       {"decode", sizeof(KvcDecode)}, {"chunk", sizeof(KvcChunk)},   {"scores", sizeof(KvcScores)},
-      {"non_causal", sizeof(KvcNonCausal)},
+      {"non_causal", sizeof(KvcNonCausal)},  {"linear", sizeof(KvcLinear)},
   };
   for (const auto& entry : sizes) {
     if (strcmp(entry.name, name) == 0) return static_cast<int64_t>(entry.bytes);

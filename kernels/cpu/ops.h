@@ -25,6 +25,7 @@
   int chunk(KvcChunk*);           \
   int scores(KvcScores*);         \
   int non_causal(KvcNonCausal*);  \
+  int linear(KvcLinear*);         \
   }                               \
   }
 KVC_DECLARE_OPS(avx512)

@@ -111,6 +111,16 @@ typedef struct {  // squared probabilities that n tokens would give each other i
   int32_t reserved;
 } KvcNonCausal;
 
+typedef struct {  // out = x weight^T + bias, of a few rows x; everything in one 16-bit dtype, sums in float32
+  const void* x;                          // [rows, in_features]
+  const void* weight;                     // [out_features, in_features]
+  const void* bias;                       // [out_features], or null
+  void* out;                              // [rows, out_features]
+  int64_t x_stride, weight_stride, out_stride;
+  int32_t rows;                           // 1 to 4
+  int32_t in_features, out_features, dtype;
+} KvcLinear;
+
 typedef struct {  // add count[b][h] slots to each row, at slot length[tier][row] onwards; pages already in the table
   KvcRows rows;
   int32_t tier, batch, kv_heads, n_fields;

@@ -33,11 +33,12 @@ class ModelScenario:
         action (`str`): `"generate"`, `"generate on"` (with a filled cache), `"patch"` or `"unpatch"`.
         shape (`str`): Of `SHAPES`.
         recipe (`str`): Of `RECIPES`.
+        dtype (`torch.dtype`): Of the model. One of 16 bits has linear layers with a kernel of ours.
     """
 
-    def __init__(self, name, action, shape, recipe):
+    def __init__(self, name, action, shape, recipe, dtype=torch.float32):
         self.name, self.action, self.recipe = name, action, RECIPES[recipe]
-        self.stock = SHAPES[shape].model()
+        self.stock = copy.deepcopy(SHAPES[shape].model()).to(dtype)
         self.kinds = ["line", "torch", "kernel before"] if action.startswith("generate") else ["line", "torch"]
         self.tokens = self._generate(self.stock)
         model = kvc.patch(copy.deepcopy(self.stock), self.recipe)
@@ -178,5 +179,8 @@ def scenarios():
         ("patch a mixed model", "patch", "mixed", "lossless"),
         ("unpatch", "unpatch", "llama", "lossless"),
         ("unpatch a mixed model", "unpatch", "mixed", "lossless"),
+        ("generate in bfloat16", "generate", "llama", "lossless", torch.bfloat16),
+        ("patch in bfloat16", "patch", "llama", "lossless", torch.bfloat16),
+        ("unpatch in bfloat16", "unpatch", "llama", "lossless", torch.bfloat16),
     ]
     return {each[0]: each for each in many}
