@@ -215,6 +215,9 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         c, layout = self._c, self._layout
         c.position, c.append = 0, append
         c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
+        if (c.q | 2 * (c.q_b | c.q_h)) % 16:  # the kernel takes 16 bytes at a time
+            q = q.clone(memory_format=torch.contiguous_format)
+            c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
         if append and k is not None and v is not None:
             c.k, (c.k_b, c.k_h, *_) = k.data_ptr(), k.stride()
             c.v, (c.v_b, c.v_h, *_) = v.data_ptr(), v.stride()
