@@ -56,7 +56,7 @@ def test_more_rows_than_threads(make_twins, backend, exact, close):
 
 def test_many_parts_of_a_row(make_twins, shim_library, exact, close):
     launcher = ShimLauncher(shim_library, "shuffled")
-    launcher.multiprocessors = 30
+    launcher.blocks = 90
     twins = make_twins(tiers=[(4, 2)], head_dim=128, batch=1, lengths=[[9000, 40]], tail_lengths=(3,))
     decode(twins, CudaBackend(launcher), exact, close)  # of 70: more than a warp has lanes, that merge a part each
 
