@@ -51,6 +51,7 @@ struct Task {
   const KvcWorkspace& w;
 
   KVC_DEVICE_METHOD int head_tiles() const { return (a.group + kHeads - 1) / kHeads; }
+  KVC_DEVICE_METHOD int columns() const { return least(kHeads, a.group + a.group % 2); }  // of kept logits
   KVC_DEVICE_METHOD int rows() const { return a.batch * a.kv_heads * head_tiles(); }
   KVC_DEVICE_METHOD Row row(int index) const {
     Row r;
@@ -279,7 +280,8 @@ struct Place {  // where a thread block is, the same for all its threads, which 
   int first_index, first_begin;  // its first row
   int index, begin, here;        // the row at hand: its number, its first block in the list, how many it has
   int from, until;               // those of them that this thread block takes
-  float* logits;                 // where those of the section at hand are kept: [its blocks][16 slots][kHeads]
+  float* logits;                 // where those of the section at hand are kept: [its blocks][16 slots][columns]
+  int columns;                   // heads of a slot whose logits are kept
   int position;                  // of the new token
   Row row;
 };
@@ -326,8 +328,8 @@ KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
 }
 
 // Where the logits of a section of the row at hand are kept.
-KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier) {
-  return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * kHeads);
+KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier, int columns) {
+  return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * columns);
 }
 
 // Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for
@@ -396,11 +398,12 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
     }
   }
   if (walk.task.w.logits && thread_warp() % kShare == 0) {
-    float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
+    const int columns = shared.place.columns;
+    float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(columns) + 2 * t;
     KVC_UNROLL
     for (int i = 0; i < 2 * kTiles; i++) {
       const float* x = &c[i / 2][i % 2 * 2];
-      *reinterpret_cast<float2*>(to + i % 2 * kHeads + i / 2 * 8) = float2{x[0], x[1]};
+      if (i / 2 * 8 + 2 * t < columns) *reinterpret_cast<float2*>(to + i % 2 * columns + i / 2 * 8) = float2{x[0], x[1]};
     }
   }
   float high[kTiles][2];
@@ -724,7 +727,8 @@ KVC_DEVICE void put_row(const Task& task, int index, int begin, const Row& r, Sh
   shared.fresh = true;
 }
 
-// Finds what a thread block takes of the list, if anything (`busy`), and its first row. Each thread looks a row up. Lengths are so asked for once, all together, and with them everything else that does not depend on them.
+// Finds what a thread block takes of the list, if anything (`busy`), and its first row. Each thread looks a row up, so
+// that lengths are asked for once, all together, and with them what does not depend on them.
 KVC_DEVICE void find_place(const Task& task, Shared& shared) {
   const int rows = task.rows(), me = blockIdx.x;
   if (threadIdx.x * kSlabsInLine < task.a.rows.n_slabs) prefetch(task.a.rows.slabs + threadIdx.x * kSlabsInLine);
@@ -753,7 +757,7 @@ KVC_DEVICE void find_place(const Task& task, Shared& shared) {
     if (rows > kThreads) before = look(first, before);
     if (mine && my_begin >= end - mine && my_begin < end) {
       Place& at = shared.place;
-      at.blocks = blocks, at.parts = parts, at.position = position;
+      at.blocks = blocks, at.parts = parts, at.position = position, at.columns = task.columns();
       at.my_begin = my_begin, at.my_end = part_begin(me + 1, blocks, parts);
       at.first_index = first + threadIdx.x, at.first_begin = end - mine;
       put_row(task, at.first_index, at.first_begin, r, shared);
@@ -798,7 +802,7 @@ KVC_DEVICE void attend_row(const Task& task, Shared& shared) {
     const int n = (at.row.lengths[tier] + kBlock - 1) / kBlock;
     const int first = most(at.from - passed, 0), last = least(at.until - passed, n);
     if (first >= last) continue;
-    if (renewed(threadIdx.x) == 0) shared.place.logits = logits_of(task.w, at, tier);
+    if (renewed(threadIdx.x) == 0) shared.place.logits = logits_of(task.w, at, tier, task.columns());
     const bool turn = tier != kTail && task.layout.tier[tier].rotate_keys;
     if (shared.fresh || turn != shared.rotated) bring_queries<kBfloat>(at.row.heads, turn, shared);
     attend_section<kBfloat>(task, at.row, tier, first, last, factor, shared, run);
@@ -883,6 +887,7 @@ KVC_DEVICE bool merge(const Task& task, Shared& shared) {
 KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
   const KvcDecode& a = task.a;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
+  const int columns = task.columns();
   const int i = t % 2, field = t < 2 ? a.sum_field : a.square_field;  // this lane adds to slot 2g + i
   enter_row(task, shared.place.first_index, shared.place.first_begin, shared);
   do {
@@ -899,13 +904,14 @@ KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
     for (int tier = 0; tier <= kTail; tier++) {
       const int passed = blocks_before(r, tier), n = (r.lengths[tier] + kBlock - 1) / kBlock;
       const int last = least(at.until - passed, n);
-      const float* logits = logits_of(task.w, at, tier);
+      const float* logits = logits_of(task.w, at, tier, columns);
       for (int block = most(at.from - passed, 0) + thread_warp(); block < last; block += kWarps) {
-        const float* from = logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
+        const float* from = logits + (block * kBlock + 2 * g) * static_cast<int64_t>(columns) + 2 * t;
         float sums[2][2] = {{0.f, 0.f}, {0.f, 0.f}};  // of probabilities and of squares, for both slots
         KVC_UNROLL
         for (int k = 0; k < 2 * kTiles; k++) {
-          const float2 x = *reinterpret_cast<const float2*>(from + k % 2 * kHeads + k / 2 * 8);
+          if (k / 2 * 8 + 2 * t >= columns) continue;  // there are no such heads
+          const float2 x = *reinterpret_cast<const float2*>(from + k % 2 * columns + k / 2 * 8);
           const float p0 = fast_exp2(x.x - lse[k / 2][0]), p1 = fast_exp2(x.y - lse[k / 2][1]);
           sums[0][k % 2] += p0 + p1, sums[1][k % 2] += p0 * p0 + p1 * p1;
         }
