@@ -47,6 +47,7 @@ class DecodePlan(abc.ABC):
     """
 
     nbytes: int = 0  # of memory of its own, besides what it was made for
+    step_nbytes: int = 0  # of memory that a step takes while it runs, where plans take theirs one after the other
 
     @abc.abstractmethod
     def run(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .staging import send
+
 __all__ = ["Rotation", "turn"]
 
 
@@ -47,8 +49,7 @@ class Rotation:
         rotary = states[..., self.start : self.start + width]
         if self.interleaved:
             rotary = rotary.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        inv_freq = self.inv_freq.to(states.device, non_blocking=True)
-        turned = turn(rotary, by, inv_freq).to(states.dtype)
+        turned = turn(rotary, by, send(self.inv_freq, states.device)).to(states.dtype)
         if self.interleaved:
             turned = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return torch.cat((states[..., : self.start], turned, states[..., self.start + width :]), dim=-1)

@@ -30,7 +30,8 @@ class MemoryReport:
         fields (`int`): Slot fields: positions and scores.
         tail (`int`): The newest tokens, not packed yet (capacity, not only what is used), and those that are held back
             while past recording is on.
-        tables (`int`): Page tables, lengths, reference counts, and what else is known of the sequences.
+        tables (`int`): Page tables, lengths, reference counts, what else is known of the sequences, and on a GPU the
+            memory that decode steps take while they run.
         slack (`int`): Unused space inside live pages.
         free (`int`): Allocated pages that nobody uses.
         forks (`int`): Pages of the same arena that only forks of this cache use.
@@ -89,6 +90,7 @@ def measure_memory(attention: PagedAttention) -> MemoryReport:
         kinds["tables"] += arena.table_bytes
         kinds["free"] += (arena.pages - arena.live) * arena.page_bytes
         kinds["forks"] += (arena.live - mine.get(id(arena), 0)) * arena.page_bytes
+    kinds["tables"] += attention.step_bytes
     counted = {_place(tensor) for store in attention.stores for tensor in store.tensors.values.values()}
     for kind, tensors in zip(("tables", "tail"), attention.tensors_aside(), strict=True):
         for tensor in tensors:

@@ -24,7 +24,7 @@ NVRTC_VERSION = (13, 0)
 REGISTERS: dict[str, int] = {
     "storage": 80,
     "attention": 168,
-    "decode64_8": 144,
+    "decode64_8": 168,
     "decode64_16": 224,
     "decode128_8": 168,
     "decode128_16": 255,

@@ -545,12 +545,10 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
         w.partial_sum[slot * S::kRows + m] = shared.sum()[m / 16][m % 16];
       }
       const int first_part = span.parts.of(span.begin), last_part = span.parts.of(span.end - 1);
-      __threadfence();
       __syncthreads();
-      if (m == 0) shared.last = atomicAdd(&w.arrived[span.item], 1) == last_part - first_part;
+      if (m == 0) shared.last = add_in_order(&w.arrived[span.item], 1) == last_part - first_part;
       __syncthreads();
       if (shared.last) {
-        __threadfence();
         if (m < S::kRows) {
           float top = kLowest, sum = 0.f;
           for (int p = first_part; p <= last_part; p++) {

@@ -17,7 +17,6 @@ from .nvrtc import CHUNK_ROWS
 __all__ = ["KvcPartials", "aligned", "launch_chunk", "launch_scores", "takes_chunks"]
 
 THREADS = 128
-BLOCKS_PER_MULTIPROCESSOR = 2
 SCORED_SLOTS = 64  # of a thread block of kvc_scores
 
 
@@ -66,7 +65,8 @@ def launch_chunk(
     # Lengths are on the device: as many blocks as there can be work for, or as fit.
     room = [table.shape[1] * tier.slots for table, tier in zip(rows.tables, layout.tiers, strict=True)]
     tiles = items * max(1, sum(-(-n // slots) for n in (*room, c.tail.capacity, c.n_k)))
-    blocks = min(launcher.multiprocessors * BLOCKS_PER_MULTIPROCESSOR, tiles)
+    kernel = _name(f"chunk_{layout.head_dim}_{tile_rows}", layout)
+    blocks = min(launcher.resident(kernel, THREADS, device), tiles)
     # Every block shares at most its first and its last query tile with others.
     sums = 2 * blocks * tile_rows
     partial = torch.empty(sums, 2 + (layout.head_dim if c.out else 0), device=device)
@@ -74,7 +74,6 @@ def launch_chunk(
     at = partial.data_ptr()
     w = KvcPartials(at + 8 * sums, at, at + 4 * sums, arrived.data_ptr())
     valid = ctypes.c_void_p(None if key_valid is None else key_valid.data_ptr())
-    kernel = _name(f"chunk_{layout.head_dim}_{tile_rows}", layout)
     launcher.launch(kernel, blocks, THREADS, (layout.c, c, valid, w), device)
 
 

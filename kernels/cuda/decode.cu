@@ -26,7 +26,10 @@ constexpr int kShare = kDim * kHeads > 2048 ? 2 : 1;
 constexpr int kWalks = kWarps / kShare;       // warps, or pairs of them, that take different slots
 constexpr int kSteps = kDim / 16;             // of 16 dimensions, from keys to logits
 constexpr int kOutputs = kDim / 16 / kShare;  // tiles of 16 dimensions of the output, of one warp
+// Sums that a logit is made in: where registers allow, two, so that products wait for each other half as often.
+constexpr int kSums = kTiles == 1 && kDim <= 128 ? 2 : kTiles;
 constexpr int kLeastBlocks = 8;               // of 16 slots, per thread block: less is not worth merging
+constexpr int kSlabsInLine = 16;              // addresses of slabs that come with one line of memory
 constexpr int kTail = KVC_MAX_TIERS;          // the section after the tiers
 constexpr float kLowest = -1e30f;
 // Powers of two that a logit may lie above the reference point before that is moved. None in native sections, so that
@@ -48,6 +51,7 @@ struct Task {
   const KvcWorkspace& w;
 
   KVC_DEVICE_METHOD int head_tiles() const { return (a.group + kHeads - 1) / kHeads; }
+  KVC_DEVICE_METHOD int columns() const { return least(kHeads, a.group + a.group % 2); }  // of kept logits
   KVC_DEVICE_METHOD int rows() const { return a.batch * a.kv_heads * head_tiles(); }
   KVC_DEVICE_METHOD Row row(int index) const {
     Row r;
@@ -85,7 +89,9 @@ struct Block {  // 16 slots of a section, as one lane sees them
   int id, inside;         // the page, and the first slot there
 };
 
-// The way of a warp over a tier or the tail, every kWalks-th block. The next page's id is asked for a step ahead.
+// The way of a warp over a tier or the tail, every kWalks-th block. The id of a block's page is asked for as soon as the
+// block before is found (`advance`), and the slab's address as soon as that has come (`find_base`), so that neither is
+// waited for.
 template <int kKeyBits, int kValueBits>
 struct Walk {
   using Key = KeyRow<kDim, kKeyBits>;
@@ -101,6 +107,7 @@ struct Walk {
   uint32_t keys, values, params;  // from a page to the lane's words of its first slot
   int page, inside, left;         // of the block: its page, its first slot there, slots from there to the end
   int32_t id;                     // of that page
+  const uint8_t* base;            // its first byte, once it is found
 
   KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int block) : task(task), r(r), tier(tier) {
     const int g = thread_lane() >> 2, t = thread_lane() & 3;
@@ -129,6 +136,13 @@ struct Walk {
   KVC_DEVICE_METHOD void find_page() {
     if ((kCoded || tier != kTail) && left > 0) id = ids[page];
   }
+  KVC_DEVICE_METHOD void find_base() {
+    if ((!kCoded && tier == kTail) || left <= 0) return;
+    const KvcRows& rows = task.a.rows;
+    const uint32_t in_slab = static_cast<uint32_t>(id & ((1 << rows.slab_shift) - 1));
+    base = reinterpret_cast<const uint8_t*>(rows.slabs[id >> rows.slab_shift]) +
+           static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes);
+  }
   KVC_DEVICE_METHOD void advance() {
     left -= kWalks * kBlock;
     inside += slots_on;
@@ -148,9 +162,6 @@ struct Walk {
       at.v = static_cast<const uint8_t*>(a.tail.v) + first + values;
       return at;
     }
-    const uint32_t in_slab = static_cast<uint32_t>(id & ((1 << a.rows.slab_shift) - 1));
-    const uint8_t* base = reinterpret_cast<const uint8_t*>(a.rows.slabs[id >> a.rows.slab_shift]) +
-                          static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes);
     at.k = base + (inside * Key::kBytes + keys);
     at.v = base + (inside * Value::kBytes + values);
     if (kCoded) at.params = base + (2 * inside + params);
@@ -207,13 +218,13 @@ struct Logits {  // as many k-steps of keys x queries as four registers of queri
   static constexpr int kServed = 2 / kTiles;
   const Loaded<kKeyBits, kValueBits>& words;
   const uint4 (*queries)[32];  // [kSteps / kServed]
-  float (*c)[4];         // [kTiles]
+  float (*c)[4];               // [kSums]
 
   template <int kQuad>
   KVC_DEVICE_METHOD void step() const {
     const uint4 q = queries[kQuad][thread_lane()];
     part<kQuad * kServed>(0, q.x, q.y);
-    part<kQuad * kServed + (kServed - 1)>(kTiles - 1, q.z, q.w);
+    part<kQuad * kServed + (kServed - 1)>(kSums - 1, q.z, q.w);
   }
   template <int kStep>
   KVC_DEVICE_METHOD void part(int tile, uint32_t b0, uint32_t b1) const {
@@ -269,7 +280,8 @@ struct Place {  // where a thread block is, the same for all its threads, which 
   int first_index, first_begin;  // its first row
   int index, begin, here;        // the row at hand: its number, its first block in the list, how many it has
   int from, until;               // those of them that this thread block takes
-  float* logits;                 // where those of the section at hand are kept: [its blocks][16 slots][kHeads]
+  float* logits;                 // where those of the section at hand are kept: [its blocks][16 slots][columns]
+  int columns;                   // heads of a slot whose logits are kept
   int position;                  // of the new token
   Row row;
 };
@@ -286,7 +298,8 @@ struct Shared {
   float top[kWalks][kHeads], sum[kWalks][kHeads];
   int scan[kWarps];
   int last;
-  bool rotated;                              // the queries are
+  bool busy;                                 // there is something for this thread block to do
+  bool fresh, rotated;                       // the queries: not in `q` yet; in there, rotated
   Place place;
 };
 
@@ -315,8 +328,8 @@ KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
 }
 
 // Where the logits of a section of the row at hand are kept.
-KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier) {
-  return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * kHeads);
+KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier, int columns) {
+  return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * columns);
 }
 
 // Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for
@@ -324,11 +337,11 @@ KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier) {
 // values take the place of the keys they belong to.
 template <int kKeyBits, int kValueBits, bool kBfloat>
 KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Block& at, const Block& next, bool more,
-                       float factor, const Shared& shared, const Walk<kKeyBits, kValueBits>& walk, int block) {
+                       float factor, const Shared& shared, Walk<kKeyBits, kValueBits>& walk, int block) {
   constexpr bool coded = kKeyBits != kNative;
   const KvcDecode& a = walk.task.a;
-  const int g = thread_lane() >> 2, t = thread_lane() & 3;
-  float c[kTiles][4];  // slot 2g: heads 2t and 2t + 1; slot 2g + 1: the same
+  const int lane = renewed(thread_lane()), g = lane >> 2, t = lane & 3;
+  float c[kSums][4];  // slot 2g: heads 2t and 2t + 1; slot 2g + 1: the same
   float query_sum[kTiles][2];
   KVC_UNROLL
   for (int j = 0; j < kTiles; j++) {
@@ -339,8 +352,11 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
       c[j][e] = c[j][2 + e] = coded ? query.y : 0.f;
     }
   }
+  if (kSums > kTiles) c[kSums - 1][0] = c[kSums - 1][1] = c[kSums - 1][2] = c[kSums - 1][3] = 0.f;
   const Logits<kKeyBits, kValueBits, kBfloat> logits{words, shared.queries, c};
   Repeat<0, kSteps * kTiles / 2>::run(logits);
+  KVC_UNROLL
+  for (int e = 0; e < 4 && kSums > kTiles; e++) c[0][e] += c[kSums - 1][e];
   if (!kBoth<kKeyBits, kValueBits>) words.load_values(at);  // in the registers that the keys leave
   if (more) words.load_keys(next);
 
@@ -382,11 +398,12 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
     }
   }
   if (walk.task.w.logits && thread_warp() % kShare == 0) {
-    float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
+    const int columns = shared.place.columns;
+    float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(columns) + 2 * t;
     KVC_UNROLL
     for (int i = 0; i < 2 * kTiles; i++) {
       const float* x = &c[i / 2][i % 2 * 2];
-      *reinterpret_cast<float2*>(to + i % 2 * kHeads + i / 2 * 8) = float2{x[0], x[1]};
+      if (i / 2 * 8 + 2 * t < columns) *reinterpret_cast<float2*>(to + i % 2 * columns + i / 2 * 8) = float2{x[0], x[1]};
     }
   }
   float high[kTiles][2];
@@ -426,36 +443,94 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
       p[j][i] = transpose(kBfloat && !coded ? pack_bfloats(x[0], x[1]) : pack_halves(x[0], x[1]));
     }
   }
+  walk.find_base();
   const Outputs<kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o};
   Repeat<0, kOutputs>::run(outputs);
   if (more) words.load_values(next);
 }
 
-// Counts the blocks of all rows; where `target` is among them, also finds the row it falls into.
-KVC_DEVICE int count_blocks(const Task& task, int target, Shared& shared) {
-  const int rows = task.rows();
-  int before = 0;
-  for (int first = 0; first < rows; first += kThreads) {
-    const int index = first + threadIdx.x;
-    const int mine = index < rows ? task.blocks(task.row(index)) : 0;
-    int running = mine;
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_sync(kAllLanes, running, thread_lane() - step);
-      if (thread_lane() >= step) running += other;
-    }
-    if (thread_lane() == 31) shared.scan[thread_warp()] = running;
-    __syncthreads();
-    int all = 0;
-    for (int w = 0; w < kWarps; w++) {
-      if (w < thread_warp()) running += shared.scan[w];
-      all += shared.scan[w];
-    }
-    const int end = before + running;
-    if (mine && target >= end - mine && target < end) shared.place.index = index, shared.place.begin = end - mine;
-    before += all;
+// Sum of the threads' numbers up to this thread's; in `all` that of all.
+KVC_DEVICE int scan(int mine, int& all, Shared& shared) {
+  int running = mine;
+  KVC_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_sync(kAllLanes, running, thread_lane() - step);
+    if (thread_lane() >= step) running += other;
+  }
+  if (thread_lane() == 31) shared.scan[thread_warp()] = running;
+  __syncthreads();
+  all = 0;
+  KVC_UNROLL
+  for (int w = 0; w < kWarps; w++) {
+    if (w < thread_warp()) running += shared.scan[w];
+    all += shared.scan[w];
+  }
+  return running;
+}
+
+// Asks for the queries of a row; they lie in shared.queries, as they came, when all threads' copies are done.
+KVC_DEVICE void ask_queries(const KvcDecode& a, const Row& r, Shared& shared) {
+  const uint16_t* q = static_cast<const uint16_t*>(a.q) + r.b * a.q_b +
+                      (static_cast<int64_t>(r.h) * a.group + r.first_head) * a.q_h;
+  uint4* to = &shared.queries[0][0];
+  KVC_UNROLL_BY(1)
+  for (int i = threadIdx.x; i < r.heads * kDim / 8; i += kThreads) {
+    copy_async(to + i, q + i / (kDim / 8) * a.q_h + i % (kDim / 8) * 8);
+  }
+}
+
+// Puts the queries into shared.q, rotated or not: from where `ask_queries` put them, or from there. The rotation, its own
+// inverse, is that of `rotate`, with the same additions in the same order, a head in the registers of a warp.
+template <bool kBfloat>
+KVC_DEVICE void bring_queries(int heads, bool turn, Shared& shared) {
+  constexpr int n = kDim / 32;  // dimensions of a lane: l, l + 32, ...
+  constexpr float norm = kDim == 64 ? 0.125f : kDim == 128 ? 0.088388347648318447f : 0.0625f;
+  const uint16_t* raw = reinterpret_cast<const uint16_t*>(shared.queries);
+  const bool fresh = shared.fresh;
+  const int lane = renewed(thread_lane());
+  if (fresh) {
+    copies_done();
     __syncthreads();
   }
-  return before;
+  KVC_UNROLL_BY(1)
+  for (int m = renewed(thread_warp()); m < kHeads; m += kWarps) {
+    float* q = &shared.q[m][lane];
+    float x[n];
+    KVC_UNROLL
+    for (int i = 0; i < n; i++) {
+      if (!fresh) {
+        x[i] = q[32 * i];
+        continue;
+      }
+      const uint16_t half = m < heads ? raw[m * kDim + lane + 32 * i] : 0;
+      x[i] = kBfloat ? bfloat_to_float(half) : half_to_float(half);
+    }
+    if (turn != (!fresh && shared.rotated)) {
+      KVC_UNROLL
+      for (int bit = 1; bit < 32; bit *= 2) {
+        KVC_UNROLL
+        for (int i = 0; i < n; i++) {
+          const float other = __shfl_xor_sync(kAllLanes, x[i], bit);
+          x[i] = lane & bit ? other - x[i] : x[i] + other;
+        }
+      }
+      KVC_UNROLL
+      for (int half = 1; half < n; half *= 2) {
+        KVC_UNROLL
+        for (int i = 0; i < n; i++) {
+          if (i & half) continue;
+          const float a = x[i], b = x[i + half];
+          x[i] = a + b, x[i + half] = a - b;
+        }
+      }
+      KVC_UNROLL
+      for (int i = 0; i < n; i++) x[i] *= norm;
+    }
+    KVC_UNROLL
+    for (int i = 0; i < n; i++) q[32 * i] = x[i];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) shared.fresh = false, shared.rotated = turn;
 }
 
 // Puts the queries in the order of a tier's keys, as operands of the tensor cores.
@@ -463,7 +538,9 @@ template <int kBits, bool kBfloat>
 KVC_DEVICE void stage_queries(Shared& shared) {
   using Key = KeyRow<kDim, kBits>;
   constexpr int other = 16 / kBits;  // from a dimension of a register to the other one
-  for (int i = threadIdx.x; i < kSteps * kTiles / 2 * 32; i += kThreads) {
+  const int thread = renewed(threadIdx.x), lane = renewed(thread_lane());
+  KVC_UNROLL_BY(1)
+  for (int i = thread; i < kSteps * kTiles / 2 * 32; i += kThreads) {
     const int quad = i / 32, g = i % 32 >> 2, t = i & 3;
     uint32_t words[4];
     KVC_UNROLL
@@ -474,9 +551,10 @@ KVC_DEVICE void stage_queries(Shared& shared) {
     }
     shared.queries[quad][i % 32] = uint4{words[0], words[1], words[2], words[3]};
   }
-  for (int m = thread_warp(); m < kHeads; m += kWarps) {
+  KVC_UNROLL_BY(1)
+  for (int m = thread / 32; m < kHeads; m += kWarps) {
     float sum = 0.f, biased = 0.f;
-    for (int d = thread_lane(); d < kDim; d += 32) {
+    for (int d = lane; d < kDim; d += 32) {
       const float x = half_to_float(float_to_half(shared.q[m][d]));
       sum += x, biased += x * key_bias<kBits>(d % other);
     }
@@ -493,13 +571,18 @@ template <int kKeyBits, int kValueBits, bool kBfloat>
 KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, int until, float factor,
                             Shared& shared, Running& run) {
   constexpr bool both = kBoth<kKeyBits, kValueBits>;
-  stage_queries<kKeyBits, kBfloat>(shared);
   int block = from + thread_warp() / kShare;
-  if (block < until) {
-    Walk<kKeyBits, kValueBits> walk(task, r, tier, block);
-    Block at = walk.here(), next = at;
-    Loaded<kKeyBits, kValueBits> words;
-    if (both) words.load_keys(at), words.load_params(at), words.load_values(at), walk.advance();
+  Walk<kKeyBits, kValueBits> walk(task, r, tier, least(block, until - 1));
+  Block at, next;
+  Loaded<kKeyBits, kValueBits> words;
+  if (both) {  // these are under way while the queries are made ready
+    walk.find_base();
+    at = next = walk.here();
+    words.load_keys(at), words.load_params(at), words.load_values(at), walk.advance();
+  }
+  stage_queries<kKeyBits, kBfloat>(shared);
+  {
+    walk.find_base();
     for (; block < until; block += kWalks) {
       const bool more = both && block + kWalks < until;
       if (!both) at = next = walk.here(), words.load_keys(at), words.load_params(at);
@@ -635,41 +718,68 @@ KVC_DEVICE int part_of(int block, int blocks, int parts) {
   return static_cast<int>((static_cast<int64_t>(block + 1) * parts - 1) / blocks);
 }
 
-// Finds what a thread block takes of the list; false where that is nothing.
-KVC_DEVICE bool find_place(const Task& task, Shared& shared) {
-  const int blocks = count_blocks(task, -1, shared), me = blockIdx.x;
-  const int parts = least(gridDim.x, most(blocks / kLeastBlocks, 1));
-  if (me >= parts) return false;
-  const int begin = part_begin(me, blocks, parts);
-  count_blocks(task, begin, shared);
-  if (threadIdx.x == 0) {
-    Place& at = shared.place;
-    at.blocks = blocks, at.parts = parts, at.my_begin = begin, at.my_end = part_begin(me + 1, blocks, parts);
-    at.first_index = at.index, at.first_begin = at.begin;
-    at.position = position_at(task.w.clock, task.a.position);
-  }
-  return true;
+// Notes a row as the one at hand.
+KVC_DEVICE void put_row(const Task& task, int index, int begin, const Row& r, Shared& shared) {
+  Place& at = shared.place;
+  at.index = index, at.begin = begin, at.row = r;
+  at.here = task.blocks(r);
+  at.from = most(at.my_begin - begin, 0), at.until = least(at.my_end - begin, at.here);
+  shared.fresh = true;
 }
 
-// Looks the row at hand up.
-KVC_DEVICE void enter_row(const Task& task, Shared& shared) {
-  if (threadIdx.x == 0) {
-    Place& at = shared.place;
-    at.row = task.row(at.index);
-    at.here = task.blocks(at.row);
-    at.from = most(at.my_begin - at.begin, 0), at.until = least(at.my_end - at.begin, at.here);
+// Finds what a thread block takes of the list, if anything (`busy`), and its first row. Each thread looks a row up, so
+// that lengths are asked for once, all together, and with them what does not depend on them.
+KVC_DEVICE void find_place(const Task& task, Shared& shared) {
+  const int rows = task.rows(), me = blockIdx.x;
+  if (threadIdx.x * kSlabsInLine < task.a.rows.n_slabs) prefetch(task.a.rows.slabs + threadIdx.x * kSlabsInLine);
+  const int position = position_at(task.w.clock, task.a.position);
+  Row r;
+  int blocks = 0, mine = 0, end = 0;  // of the list so far; of the thread's row, and where that ends
+  const auto look = [&](int first, int before) {
+    int all;
+    const int index = first + threadIdx.x;
+    mine = 0;
+    if (index < rows) r = task.row(index), mine = task.blocks(r);
+    end = before + scan(mine, all, shared);
+    return before + all;
+  };
+  KVC_UNROLL_BY(1)
+  for (int first = 0; first < rows; first += kThreads) {
+    blocks = look(first, blocks);
+    __syncthreads();
   }
+  const int parts = least(gridDim.x, most(blocks / kLeastBlocks, 1));
+  if (threadIdx.x == 0) shared.busy = me < parts;
+  const int my_begin = part_begin(me, blocks, parts);
+  int before = 0;
+  KVC_UNROLL_BY(1)
+  for (int first = 0; first < rows; first += kThreads) {
+    if (rows > kThreads) before = look(first, before);
+    if (mine && my_begin >= end - mine && my_begin < end) {
+      Place& at = shared.place;
+      at.blocks = blocks, at.parts = parts, at.position = position, at.columns = task.columns();
+      at.my_begin = my_begin, at.my_end = part_begin(me + 1, blocks, parts);
+      at.first_index = first + threadIdx.x, at.first_begin = end - mine;
+      put_row(task, at.first_index, at.first_begin, r, shared);
+    }
+    __syncthreads();
+  }
+}
+
+// Makes a row the one at hand.
+KVC_DEVICE void enter_row(const Task& task, int index, int begin, Shared& shared) {
+  __syncthreads();  // everyone is done with the one before
+  if (threadIdx.x == 0) put_row(task, index, begin, task.row(index), shared);
   __syncthreads();
 }
 
 // On to the next row; false at the end.
-KVC_DEVICE bool leave_row(Shared& shared) {
-  Place& at = shared.place;
-  __syncthreads();
-  const bool more = at.begin + at.here < at.my_end;
-  __syncthreads();
-  if (threadIdx.x == 0) at.begin += at.here, at.index++;
-  return more;
+KVC_DEVICE bool next_row(const Task& task, Shared& shared) {
+  const Place& at = shared.place;
+  const int index = at.index + 1, begin = at.begin + at.here;
+  if (begin >= at.my_end) return false;
+  enter_row(task, index, begin, shared);
+  return true;
 }
 
 // Sums over this thread block's part of the row at hand, in the places that join_warps names.
@@ -677,19 +787,11 @@ template <bool kBfloat>
 KVC_DEVICE void attend_row(const Task& task, Shared& shared) {
   const KvcDecode& a = task.a;
   const Place& at = shared.place;
-  const uint16_t* q = static_cast<const uint16_t*>(a.q) + at.row.b * a.q_b +
-                      (static_cast<int64_t>(at.row.h) * a.group + at.row.first_head) * a.q_h;
-  KVC_UNROLL_BY(1)
-  for (int d = threadIdx.x; d < kDim; d += kThreads) {
-    KVC_UNROLL
-    for (int m = 0; m < kHeads; m++) {
-      const uint16_t x = m < at.row.heads ? q[m * a.q_h + d] : 0;
-      shared.q[m][d] = kBfloat ? bfloat_to_float(x) : half_to_float(x);
-    }
+  ask_queries(a, at.row, shared);
+  if (at.row.append && at.until == at.here) {
+    append(task, at.row, at.position);
+    __syncthreads();
   }
-  if (threadIdx.x == 0) shared.rotated = false;
-  if (at.row.append && at.until == at.here) append(task, at.row, at.position);
-  __syncthreads();
 
   // On the dot products: to powers of two, or to the argument of tanh.
   const float factor = a.softcap > 0.f ? a.scale / a.softcap : a.scale * kLog2E;
@@ -700,21 +802,18 @@ KVC_DEVICE void attend_row(const Task& task, Shared& shared) {
     const int n = (at.row.lengths[tier] + kBlock - 1) / kBlock;
     const int first = most(at.from - passed, 0), last = least(at.until - passed, n);
     if (first >= last) continue;
-    if (threadIdx.x == 0) shared.place.logits = logits_of(task.w, at, tier);
+    if (renewed(threadIdx.x) == 0) shared.place.logits = logits_of(task.w, at, tier, task.columns());
     const bool turn = tier != kTail && task.layout.tier[tier].rotate_keys;
-    if (turn != shared.rotated) {  // the transform is its own inverse
-      for (int m = thread_warp(); m < kHeads; m += kWarps) rotate(shared.q[m], kDim, kDim);
-      __syncthreads();
-      if (threadIdx.x == 0) shared.rotated = turn;
-    }
+    if (shared.fresh || turn != shared.rotated) bring_queries<kBfloat>(at.row.heads, turn, shared);
     attend_section<kBfloat>(task, at.row, tier, first, last, factor, shared, run);
   }
+  copies_done();  // of a row without slots, nobody has waited for its queries
   join_warps(run, shared);
 }
 
 // Leaves this thread block's sums for the others that share the row; whoever comes last merges all and returns true.
 KVC_DEVICE bool merge(const Task& task, Shared& shared) {
-  constexpr int batch = 8;  // loads under way at once
+  constexpr int batch = 8;  // parts whose loads are under way at once
   const KvcWorkspace& w = task.w;
   const Place& at = shared.place;
   const int heads = at.row.heads;
@@ -732,24 +831,28 @@ KVC_DEVICE bool merge(const Task& task, Shared& shared) {
     w.partial_max[mine + threadIdx.x] = shared.top[0][threadIdx.x];
     w.partial_sum[mine + threadIdx.x] = shared.sum[0][threadIdx.x];
   }
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = atomicAdd(&w.arrived[at.index], 1) == last - first;
+  if (threadIdx.x == 0) shared.last = add_in_order(&w.arrived[at.index], 1) == last - first;
   __syncthreads();
   if (!shared.last) return false;
-  __threadfence();
-  if (threadIdx.x < heads) {
+  const int warp = renewed(thread_warp()), lane = renewed(thread_lane());
+  KVC_UNROLL_BY(1)
+  for (int m = warp; m < heads; m += kWarps) {  // a warp for each head, a lane for each part
     float top = kLowest, sum = 0.f;
-    KVC_UNROLL_BY(8)
-    for (int p = first; p <= last; p++) {
-      top = larger(top, w.partial_max[place(p) + threadIdx.x]);
+    KVC_UNROLL_BY(2)
+    for (int p = first + lane; p <= last; p += 32) {
+      const float high = w.partial_max[place(p) + m], add = w.partial_sum[place(p) + m];
+      const float now = larger(top, high);
+      sum = sum * fast_exp2(top - now) + add * fast_exp2(high - now);
+      top = now;
     }
-    KVC_UNROLL_BY(8)
-    for (int p = first; p <= last; p++) {
-      const int64_t from = place(p) + threadIdx.x;
-      sum += w.partial_sum[from] * fast_exp2(w.partial_max[from] - top);
-    }
-    shared.top[0][threadIdx.x] = top, shared.sum[0][threadIdx.x] = sum;
+    float highest = top;
+    KVC_UNROLL
+    for (int bit = 16; bit; bit /= 2) highest = larger(highest, __shfl_xor_sync(kAllLanes, highest, bit));
+    sum *= fast_exp2(top - highest);
+    KVC_UNROLL
+    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
+    if (lane == 0) shared.top[0][m] = highest, shared.sum[0][m] = sum;
   }
   __syncthreads();
   KVC_UNROLL_BY(1)
@@ -784,10 +887,10 @@ KVC_DEVICE bool merge(const Task& task, Shared& shared) {
 KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
   const KvcDecode& a = task.a;
   const int g = thread_lane() >> 2, t = thread_lane() & 3;
+  const int columns = task.columns();
   const int i = t % 2, field = t < 2 ? a.sum_field : a.square_field;  // this lane adds to slot 2g + i
-  if (threadIdx.x == 0) shared.place.index = shared.place.first_index, shared.place.begin = shared.place.first_begin;
+  enter_row(task, shared.place.first_index, shared.place.first_begin, shared);
   do {
-    enter_row(task, shared);
     const Place& at = shared.place;
     const Row& r = at.row;
     float lse[kTiles][2];  // in powers of two; infinite where there is no such head, or it saw nothing
@@ -801,13 +904,14 @@ KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
     for (int tier = 0; tier <= kTail; tier++) {
       const int passed = blocks_before(r, tier), n = (r.lengths[tier] + kBlock - 1) / kBlock;
       const int last = least(at.until - passed, n);
-      const float* logits = logits_of(task.w, at, tier);
+      const float* logits = logits_of(task.w, at, tier, columns);
       for (int block = most(at.from - passed, 0) + thread_warp(); block < last; block += kWarps) {
-        const float* from = logits + (block * kBlock + 2 * g) * static_cast<int64_t>(kHeads) + 2 * t;
+        const float* from = logits + (block * kBlock + 2 * g) * static_cast<int64_t>(columns) + 2 * t;
         float sums[2][2] = {{0.f, 0.f}, {0.f, 0.f}};  // of probabilities and of squares, for both slots
         KVC_UNROLL
         for (int k = 0; k < 2 * kTiles; k++) {
-          const float2 x = *reinterpret_cast<const float2*>(from + k % 2 * kHeads + k / 2 * 8);
+          if (k / 2 * 8 + 2 * t >= columns) continue;  // there are no such heads
+          const float2 x = *reinterpret_cast<const float2*>(from + k % 2 * columns + k / 2 * 8);
           const float p0 = fast_exp2(x.x - lse[k / 2][0]), p1 = fast_exp2(x.y - lse[k / 2][1]);
           sums[0][k % 2] += p0 + p1, sums[1][k % 2] += p0 * p0 + p1 * p1;
         }
@@ -828,20 +932,19 @@ KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
           uint8_t* page = page_of(task.layout, a.rows, tier, r.row, slot);
           to = reinterpret_cast<float*>(field_of(its, page, field, slot % its.slots));
         }
-        atomicAdd(to, t < 2 ? sums[0][i] : sums[1][i]);
+        const float add0 = t < 2 ? sums[0][0] : sums[1][0], add1 = t < 2 ? sums[0][1] : sums[1][1];
+        atomicAdd(to, i ? add1 : add0);
       }
     }
-  } while (leave_row(shared));
+  } while (next_row(task, shared));
 }
 
 // Waits until all thread blocks have come here; the launch has to be cooperative.
 KVC_DEVICE void wait_for_all(int32_t* arrived) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(arrived, 1);
+    add_in_order(arrived, 1);
     wait_for_value(arrived, gridDim.x);
-    __threadfence();
   }
   __syncthreads();
 }
@@ -849,27 +952,23 @@ KVC_DEVICE void wait_for_all(int32_t* arrived) {
 template <bool kBfloat>
 KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWorkspace& w, Shared& shared) {
   const Task task{layout, a, w};
-  const bool busy = find_place(task, shared);
-  if (busy) {
+  find_place(task, shared);
+  if (shared.busy) {
     do {
-      enter_row(task, shared);
       attend_row<kBfloat>(task, shared);
       const Place& at = shared.place;
       if ((at.from == 0 && at.until == at.here) || merge(task, shared)) finish<kBfloat>(task, at.row, shared);
-    } while (leave_row(shared));
+    } while (next_row(task, shared));
   }
   int32_t* arrived = w.arrived + task.rows();  // at the end, and where all wait
   if (w.logits) {
     wait_for_all(arrived + 1);
-    if (busy) add_statistics(task, shared);
+    if (shared.busy) add_statistics(task, shared);
   }
   if (!a.append && !w.logits) return;
   // Lengths and the clock move on when everyone has read them.
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    shared.last = atomicAdd(arrived, 1) == static_cast<int>(gridDim.x) - 1;
-  }
+  if (threadIdx.x == 0) shared.last = add_in_order(arrived, 1) == static_cast<int>(gridDim.x) - 1;
   __syncthreads();
   if (!shared.last) return;
   for (int b = threadIdx.x; b < a.batch && a.append; b += kThreads) {

@@ -6,9 +6,11 @@ of `include/abi.h`, one pointer each, which is why the driver is called directly
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from ctypes import byref, c_char_p, c_int, c_uint, c_void_p
+from collections.abc import Callable
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 
 import torch
 
@@ -17,6 +19,7 @@ from .images import KERNELS, architecture_of, device_code
 __all__ = ["CudaLauncher", "DriverError", "driver_version", "launcher_for", "load_driver"]
 
 LEAST_CAPABILITY = (8, 0)  # bf16 and m16n8k16
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: the calling thread has not used the device so far
 SHIPPED_CUDA = 13000  # the driver interface that shipped cubins need at least
 UNIT_OF = {kernel: unit for unit, kernels in KERNELS.items() for kernel in kernels}
 
@@ -44,6 +47,10 @@ def load_driver(path: str = "libcuda.so.1") -> ctypes.CDLL:
         driver.cuGetErrorString.argtypes = [c_int, ctypes.POINTER(c_char_p)]
         driver.cuLibraryLoadData.argtypes = [handle, c_char_p, *[c_void_p] * 2, c_uint, *[c_void_p] * 2, c_uint]
         driver.cuLibraryGetKernel.argtypes = [handle, c_void_p, c_char_p]
+        driver.cuOccupancyMaxActiveBlocksPerMultiprocessor.argtypes = [ctypes.POINTER(c_int), c_void_p, c_int, c_size_t]
+        driver.cuDeviceGet.argtypes = [ctypes.POINTER(c_int), c_int]
+        driver.cuDevicePrimaryCtxRetain.argtypes = [handle, c_int]
+        driver.cuCtxSetCurrent.argtypes = [c_void_p]
         driver.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, pointers, c_void_p]
         driver.cuLaunchCooperativeKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, pointers]
     except OSError as error:
@@ -89,10 +96,11 @@ class CudaLauncher:
         self._driver = driver
         self._check(driver.cuDriverGetVersion(byref(version)), "cuDriverGetVersion")
         self._use_shipped = version.value >= SHIPPED_CUDA
-        self.multiprocessors = multiprocessors
+        self._multiprocessors = multiprocessors
         self.arch = architecture_of(capability)
         self.name = f"cuda-{self.arch}"
         self._kernels: dict[str, int] = {}
+        self._resident: dict[str, int] = {}
         self.reason = self._load("storage")
 
     def _check(self, status: int, call: str) -> None:
@@ -130,14 +138,47 @@ class CudaLauncher:
         """
         if grid == 0:
             return
-        if kernel not in self._kernels:
-            self._load(UNIT_OF[kernel])
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        if index == torch.cuda.current_device():
-            self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream, cooperative)
+        current = torch.cuda.current_device()
+        index = current if device.index is None else device.index
+        if index == current:
+            self._start(kernel, grid, block, arguments, index, cooperative)
         else:
             with torch.cuda.device(index):  # the driver starts kernels in the current context
-                self._start(kernel, grid, block, arguments, torch.cuda.current_stream(index).cuda_stream, cooperative)
+                self._start(kernel, grid, block, arguments, index, cooperative)
+
+    def resident(self, kernel: str, block: int, device: torch.device) -> int:
+        """See `Launcher`.
+
+        Raises:
+            DriverError: Not even one fits, or the driver could not be asked.
+        """
+        if kernel not in self._resident:
+            current, each = torch.cuda.current_device(), c_int()
+            index = current if device.index is None else device.index
+            ask, handle = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor, self._handle(kernel)
+            with contextlib.nullcontext() if index == current else torch.cuda.device(index):
+                status = self._in_context(lambda: ask(byref(each), handle, block, 0), index)
+            self._check(status, f"asking how many blocks of {kernel} fit")
+            if each.value < 1:
+                raise DriverError(f"a block of {kernel} with {block} threads does not fit on a multiprocessor")
+            self._resident[kernel] = each.value * self._multiprocessors
+        return self._resident[kernel]
+
+    def _handle(self, kernel: str) -> int:
+        if kernel not in self._kernels:
+            self._load(UNIT_OF[kernel])
+        return self._kernels[kernel]
+
+    def _in_context(self, call: Callable[[], int], index: int) -> int:
+        """Makes a call to the driver; a thread in which PyTorch did nothing yet is given the device's context first."""
+        status = call()
+        if status != NO_CONTEXT:
+            return status
+        number, context = c_int(), c_void_p()
+        self._check(self._driver.cuDeviceGet(byref(number), index), "cuDeviceGet")
+        self._check(self._driver.cuDevicePrimaryCtxRetain(byref(context), number), "cuDevicePrimaryCtxRetain")
+        self._check(self._driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+        return call()
 
     def capturing(self) -> bool:
         """See `Launcher`."""
@@ -149,15 +190,16 @@ class CudaLauncher:
         grid: int,
         block: int,
         arguments: tuple[ctypes._CData, ...],
-        stream: int,
+        index: int,
         cooperative: bool,
     ) -> None:
         pointers = (c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        start = (self._kernels[kernel], grid, 1, 1, block, 1, 1, 0, stream, pointers)
+        stream = torch.cuda.current_stream(index).cuda_stream
+        start = (self._handle(kernel), grid, 1, 1, block, 1, 1, 0, stream, pointers)
         if cooperative:
-            status = self._driver.cuLaunchCooperativeKernel(*start)
+            status = self._in_context(lambda: self._driver.cuLaunchCooperativeKernel(*start), index)
         else:
-            status = self._driver.cuLaunchKernel(*start, None)
+            status = self._in_context(lambda: self._driver.cuLaunchKernel(*start, None), index)
         if status:
             self._check(status, f"starting {kernel} with {grid} blocks of {block} threads")
 

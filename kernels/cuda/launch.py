@@ -34,13 +34,27 @@ class Launcher(Protocol):
         name: Name of the backend that uses it, such as `"cuda-sm_90a"`.
         reason: Why this one was picked, in a few words.
         device_type: `torch.device.type` of the tensors it works on.
-        multiprocessors: How many multiprocessors there are to fill.
     """
 
     name: str
     reason: str
     device_type: str
-    multiprocessors: int
+
+    def resident(self, kernel: str, block: int, device: torch.device) -> int:
+        """How many blocks of a kernel the device runs at the same time, as it says itself.
+
+        Args:
+            kernel: Its name.
+            block: Threads of a block.
+            device: The device.
+
+        Returns:
+            The number of blocks, at least 1.
+
+        Raises:
+            RuntimeError: Not even one fits, or the device could not be asked.
+        """
+        ...
 
     def launch(
         self,

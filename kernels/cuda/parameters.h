@@ -12,14 +12,14 @@ typedef struct {
   int32_t tiles;                 // 16-slot tiles of one row: all tiers' and the tail's
 } KvcWidths;
 
-typedef struct {         // memory of the tensor-core decode, kept by a plan between steps
+typedef struct {         // memory of the tensor-core decode; partial sums and logits are of one step only
   float* partial;        // [2 * blocks][8 or 16 heads][head_dim] sums of rows that several blocks share
   float* partial_max;    // [2 * blocks][8 or 16] their largest logit, in powers of two
   float* partial_sum;    // [2 * blocks][8 or 16]
   int32_t* arrived;      // [rows x head tiles + 2] blocks done with a row; at the end; waiting; zero between steps
   float* lse;            // [batch, q_heads] log-sum-exp of this step
   int32_t* clock;        // [1] logical position of the next token; grows with every token appended
-  float* logits;         // [blocks of 16 slots][16][8 or 16 heads] in powers of two, for statistics; null without
+  float* logits;         // [blocks of 16 slots][16][heads, an even number up to 8 or 16], for statistics; null without
 } KvcWorkspace;
 
 typedef struct {         // memory of the tensor-core chunk_attention, for one call

@@ -192,29 +192,27 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         head_dim, device = self._layout.head_dim, self._device
         heads = 8 if c.group <= 8 else 16  # that are handled together
         self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}_{heads}"
-        self._blocks = launcher.multiprocessors * RESIDENT[head_dim, heads]
-        partial = torch.empty(2 * self._blocks, heads, head_dim + 2, device=device)
+        self._blocks = launcher.resident(self._kernel, THREADS, device)
         tiles = -(-c.group // heads)
-        arrived = torch.zeros(rows.count * tiles + 2, dtype=torch.int32, device=device)
-        self._workspace = (partial, arrived)
-        self.nbytes += partial.nbytes + arrived.nbytes
-        at = partial.data_ptr()
-        sums = 2 * self._blocks * heads * partial.element_size()
+        self._arrived = torch.zeros(rows.count * tiles + 2, dtype=torch.int32, device=device)
+        self.nbytes += self._arrived.nbytes
         self._pointers = KvcWorkspace(
-            at,
-            at + sums * head_dim,
-            at + sums * (head_dim + 1),
-            arrived.data_ptr(),
-            self._lse.data_ptr(),
-            self._clock.data_ptr(),
+            arrived=self._arrived.data_ptr(), lse=self._lse.data_ptr(), clock=self._clock.data_ptr()
         )
-        statistics = c.sum_field >= 0 or c.square_field >= 0
-        self._logits_size = rows.count * tiles * self._widths.tiles * TILE * heads if statistics else 0
+        self._adds_up = c.sum_field >= 0 or c.square_field >= 0
+        columns = min(heads, c.group + c.group % 2)  # two heads are written at once
+        sums = 2 * self._blocks * heads  # of the first and the last row of a thread block
+        kept = rows.count * tiles * self._widths.tiles * TILE * columns if self._adds_up else 0
+        self._scratch = {"partial": sums * head_dim, "partial_max": sums, "partial_sum": sums, "logits": kept}
+        self.step_nbytes = 4 * sum(self._scratch.values())
 
     def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:
         c, layout = self._c, self._layout
         c.position, c.append = 0, append
         c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
+        if (c.q | 2 * (c.q_b | c.q_h)) % 16:  # the kernel takes 16 bytes at a time
+            q = q.clone(memory_format=torch.contiguous_format)
+            c.q, (c.q_b, c.q_h, *_) = q.data_ptr(), q.stride()
         if append and k is not None and v is not None:
             c.k, (c.k_b, c.k_h, *_) = k.data_ptr(), k.stride()
             c.v, (c.v_b, c.v_h, *_) = v.data_ptr(), v.stride()
@@ -222,12 +220,18 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         out = torch.empty(c.batch, 1, self._q_heads, layout.head_dim, dtype=layout.dtype, device=self._device)
         c.out = out.data_ptr()
         if self._rows.count:
-            w = self._pointers
-            if self._logits_size:  # used in this step only: all layers get the same memory
-                logits = torch.empty(self._logits_size, device=self._device)
-                w.logits = logits.data_ptr()
-            arguments = (layout.c, c, w)
+            # Needed in this step only: from PyTorch's allocator all layers get the same memory, one after the other on
+            # a stream, and a captured step its graph's own.
+            scratch = torch.empty(self.step_nbytes // 4, device=self._device)
+            self._place(scratch)
+            arguments = (layout.c, c, self._pointers)
             self._launcher.launch(
-                self._kernel, self._blocks, THREADS, arguments, self._device, cooperative=self._logits_size > 0
+                self._kernel, self._blocks, THREADS, arguments, self._device, cooperative=self._adds_up
             )
         return out
+
+    def _place(self, scratch: Tensor) -> None:
+        at = scratch.data_ptr()
+        for name, size in self._scratch.items():
+            setattr(self._pointers, name, at if size else None)
+            at += 4 * size

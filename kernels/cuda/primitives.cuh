@@ -100,7 +100,16 @@ KVC_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 KVC_DEVICE void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
+// Asks for the line of memory at an address that will soon be needed.
+KVC_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 KVC_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Adds and returns what was there. All that this thread has seen or written before, barriers passed included, is seen by
+// those who find its addition; it sees what came before additions that it finds. No fence of the whole block is needed.
+KVC_DEVICE int32_t add_in_order(int32_t* at, int32_t add) {
+  int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(add) : "memory");
+  return before;
+}
 // Waits for other thread blocks to raise *at to `least`; only in a cooperative launch, where they all are under way.
 KVC_DEVICE void wait_for_value(const int32_t* at, int32_t least) {
   int32_t now;

@@ -28,7 +28,8 @@ def build_shim(folder: Path, *, sanitize: bool = False) -> Path:
 
     Args:
         folder: Where the library goes.
-        sanitize: Whether to compile with AddressSanitizer.
+        sanitize: Whether to compile with AddressSanitizer, and with checks that words lie where words may lie: a GPU
+            faults where this CPU does not.
 
     Returns:
         Path of the library that was built.
@@ -61,7 +62,7 @@ def _compile(library: Path, sanitize: bool) -> None:
         "-ffp-contract=off",
         "-w",
     ]
-    command += ["-fsanitize=address"] if sanitize else []
+    command += ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"] if sanitize else []
     command += [f"-I{place}" for place in (FOLDER, FOLDER.parent / "cuda", FOLDER.parent / "include")]
     command += [str(FOLDER / "shim.cpp"), "-o", str(unfinished)]
     try:
@@ -85,7 +86,7 @@ class ShimLauncher:
     """
 
     device_type = "cpu"
-    multiprocessors = 3  # few, and odd, so that rows are split in the middle
+    blocks = 9  # that are said to run at the same time: few, and odd, so that rows are split in the middle
 
     def __init__(self, library: Path, order: str = "ascending") -> None:
         if order not in ORDERS:
@@ -117,6 +118,10 @@ class ShimLauncher:
         if status:
             why = {1: "its threads wait for each other for ever", 2: "too many threads", 3: "there is no such kernel"}
             raise ShimError(f"{kernel}: {why[status]}")
+
+    def resident(self, kernel: str, block: int, device: torch.device) -> int:
+        """See `Launcher`."""
+        return self.blocks
 
     def capturing(self) -> bool:
         """See `Launcher`; the shim has no graphs."""

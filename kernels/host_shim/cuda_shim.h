@@ -32,7 +32,7 @@
 // Plain statics, in a section of their own: poisoned before a block begins, put aside while another has its turn.
 #define __shared__ static __attribute__((section("kvc_shared")))
 
-struct uint2 { uint32_t x, y; };
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -250,7 +250,7 @@ int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, bool cooperative
 
 static inline void __syncthreads() { shim::wait_for(shim::kBlockBarrier, 0); }
 static inline void __syncwarp(uint32_t mask = 0xffffffffu) { shim::wait_for(shim::kWarpBarrier, mask); }
-static inline void __threadfence() {}
+static inline int32_t add_in_order(int32_t* at, int32_t add) { return std::exchange(*at, *at + add); }
 static inline void wait_for_value(const int32_t* at, int32_t least) {
   while (*at < least) shim::wait_for(shim::kOtherBlocks, 0);
 }
@@ -383,6 +383,7 @@ inline std::vector<Copy> copies[kMostThreads];
 KVC_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) { shim::load_matrices(r, row, false); }
 KVC_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) { shim::load_matrices(r, row, true); }
 KVC_DEVICE void copy_async(void* to, const void* from) { shim::copies[shim::current].push_back({to, from}); }
+KVC_DEVICE void prefetch(const void*) {}
 KVC_DEVICE void copies_done() {
   for (const shim::Copy& copy : shim::copies[shim::current]) memcpy(copy.to, copy.from, 16);
   shim::copies[shim::current].clear();

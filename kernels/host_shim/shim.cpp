@@ -126,15 +126,36 @@ extern "C" int cuLibraryGetKernel(char** kernel, const char*, const char* name) 
   *kernel = strdup(name);
   return 0;
 }
+// A thread's context: there from the beginning, unless a test says that nothing has been done in this thread yet.
+thread_local bool in_context = true;
+extern "C" void kvc_shim_leave_context() { in_context = false; }
+extern "C" int cuDeviceGet(int* device, int index) {
+  *device = index;
+  return 0;
+}
+extern "C" int cuDevicePrimaryCtxRetain(const char** context, int) {
+  *context = "a context";
+  return 0;
+}
+extern "C" int cuCtxSetCurrent(const char* context) {
+  in_context = context != nullptr;
+  return 0;
+}
+extern "C" int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const char*, int block, size_t) {
+  *blocks = block > shim::kMostThreads ? 0 : 3;
+  return in_context ? 0 : 201;
+}
 extern "C" int cuLaunchKernel(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                               unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
                               void** extra) {
+  if (!in_context) return 201;
   if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || stream || extra) return 1;
   return kvc_shim_launch(kernel, 0, grid_x, block_x, 0, parameters) ? 719 : 0;
 }
 extern "C" int cuLaunchCooperativeKernel(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                          unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                                          void* stream, void** parameters) {
+  if (!in_context) return 201;
   if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || stream) return 1;
   return kvc_shim_launch(kernel, 0, grid_x, block_x, 1, parameters) ? 719 : 0;
 }

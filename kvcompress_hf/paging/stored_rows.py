@@ -449,6 +449,11 @@ class StoredRows:
         """`int`: Bytes that decode plans hold besides what they were made for."""
         return sum(plan.nbytes for plan in list(self.tensors.plans.values()))
 
+    @property
+    def step_bytes(self) -> int:
+        """`int`: Most bytes that a layer's decode step takes while it runs."""
+        return max((plan.step_nbytes for plan in list(self.tensors.plans.values())), default=0)
+
     @changes_pages
     def usage(self) -> Usage:
         """Where the bytes of this store go; pages that forks share are counted in each.

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvcompress_hf.kernels.staging import send
+
 _KNOWN = "_kvc_on_host"  # attribute of a device tensor that is not changed in place: the same values on the host
 
 
@@ -53,8 +55,9 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if values.device == device:
         return values
-    sent = values.to(device, non_blocking=True)
-    return known_as(sent, values) if values.device.type == "cpu" else sent
+    if values.device.type != "cpu":
+        return values.to(device, non_blocking=True)
+    return known_as(send(values, device), values)
 
 
 def on_host(values: torch.Tensor) -> torch.Tensor:

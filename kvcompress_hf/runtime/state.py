@@ -140,9 +140,18 @@ class CacheState:
 
     @property
     def nbytes(self) -> int:
-        """`int`: Bytes allocated for slabs, tables, tails and decode plans."""
+        """`int`: Bytes allocated for slabs, tables, tails, decode plans and their steps."""
         pools = sum(arena.nbytes + arena.table_bytes for arena in self.pools.values())
-        return pools + sum(owned.store.own_bytes + owned.store.plan_bytes for owned in self.owned.values())
+        stores = sum(owned.store.own_bytes + owned.store.plan_bytes for owned in self.owned.values())
+        return pools + stores + self.step_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """`int`: Bytes that decode steps take as they run; on a device, layers use the same ones in turn."""
+        most: dict[torch.device, int] = {}
+        for store in (owned.store for owned in self.owned.values()):
+            most[store.arena.device] = max(store.step_bytes, most.get(store.arena.device, 0))
+        return sum(most.values())
 
     def slots_per_head(self) -> list[torch.Tensor]:
         """Slots kept in each row.

@@ -6,7 +6,7 @@ both is an error, as with a GPU. What counts as a wait is what makes PyTorch's C
 - a number or a truth value of a device tensor (`item`, `int()`, `bool()`), a list, a copy to the host;
 - operations whose result has a size that only the device knows: `nonzero`, boolean masks, `unique`,
   `repeat_interleave` without `output_size`, ...;
-- a copy to the device, unless it is `non_blocking`, indexing with a host tensor included.
+- a copy to the device, unless it is `non_blocking` and out of pinned memory; indexing with a host tensor included.
 
 Registering the device changes the whole process, so this is imported by scripts that run in a process of their own.
 """
@@ -23,12 +23,28 @@ import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvcompress_hf.kernels import staging
+from kvcompress_hf.paging import waiting
+
 backend_registration._setup_privateuseone_for_python_backend("far")
 FAR = torch.device("far:0")
 HERE = Path(__file__).parent
 PACKAGE = ("kvcompress_hf", "kernels")
 SIZED_BY_DATA = ("nonzero", "masked_select", "unique", "bincount", "equal", "_local_scalar_dense")
 MIXING = ("copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_")  # may be given both kinds
+
+
+staging.STAGED += (FAR.type,)
+
+
+def _pin_memory(values: torch.Tensor) -> torch.Tensor:
+    """`Tensor.pin_memory`, which needs a GPU: a copy that knows that it is pinned."""
+    pinned = values.clone()
+    pinned.is_staged = True
+    return pinned
+
+
+torch.Tensor.pin_memory = _pin_memory
 
 
 class FarTensor(torch.Tensor):
@@ -135,7 +151,8 @@ def run(function, args, kwargs):
     if name in ("copy_", "_to_copy"):
         source = args[-1] if name == "copy_" and len(args) < 3 else args[1] if name == "copy_" else args[0]
         if isinstance(source, FarTensor) != to_far:
-            blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+            asked = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+            blocking = not (asked and getattr(source, "is_staged", False))
             if not to_far or (blocking and source.dim() + (name == "_to_copy")):
                 note(f"{name} {'to' if to_far else 'from'} the device")
     elif far and near:
@@ -184,6 +201,8 @@ WAITS = (
     "host.to(FAR)",
     "x[:3].copy_(host)",
     "torch.tensor([1, 2], device=FAR)",
+    "host.to(FAR, non_blocking=True)",
+    "host.pin_memory().to(FAR)",
     "x[host]",
     "x[x > 1]",
     "x.__setitem__(x > 1, 2)",
@@ -207,7 +226,8 @@ NO_WAITS = (
     "x.cumsum(0)",
     "torch.searchsorted(x, x)",
     "torch.repeat_interleave(x, output_size=int(host.sum()) + 12)",
-    "host.to(FAR, non_blocking=True)",
+    "host.pin_memory().to(FAR, non_blocking=True)",
+    "waiting.to_device(host, FAR)",
     "host.tolist()",
     "x.argsort(stable=True)",
     "torch.full((3,), 2, device=FAR)",
@@ -217,7 +237,10 @@ NO_WAITS = (
 def noticed(expression: str) -> bool:
     """Whether evaluating an expression over device tensor `x` and host tensor `host` counts as a wait."""
     taken()
-    eval(expression, {"torch": torch, "FAR": FAR, "x": torch.arange(6, device=FAR), "host": torch.arange(3)})
+    eval(
+        expression,
+        {"torch": torch, "waiting": waiting, "FAR": FAR, "x": torch.arange(6, device=FAR), "host": torch.arange(3)},
+    )
     return bool(taken())
 
 

@@ -1,6 +1,6 @@
-"""Runs every CUDA kernel once on a library built with AddressSanitizer; `test_sanitizer.py` starts it.
+"""Runs every CUDA kernel once on a library built with sanitizers; `test_sanitizer.py` starts it.
 
-python sanitized.py <library> [broken]
+python sanitized.py <library> [broken | askew]
 """
 
 import sys
@@ -15,11 +15,14 @@ from kvcompress_hf.kernels.host_shim import shim_backend
 backend = shim_backend(Path(sys.argv[1]), "shuffled")
 SHAPES = [
     (64, 3, torch.float16, [(8, 4), (4, 2), (0, 0)]),
+    (64, 9, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
     (128, 10, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
-    (256, 2, torch.float16, [(0, 0), (8, 4)]),
+    (128, 4, torch.float16, [(8, 4), (4, 2), (0, 0)]),
+    (256, 2, torch.float16, [(0, 0), (8, 4), (4, 2)]),
+    (256, 12, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
     (80, 3, torch.float32, [(0, 0), (8, 2)]),
 ]
-for head_dim, group, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHAPES:
+for head_dim, group, dtype, tiers in SHAPES[:1] if sys.argv[2:] else SHAPES:
     twins = _make(tiers=tiers, head_dim=head_dim, dtype=dtype, group=group, capacity=9, tail_lengths=(5, 0))
     rows, tail = twins.rows, twins.tail
     k, v, q = twins.randn(2, 7).clone(), twins.randn(2, 7).clone(), twins.randn(2 * group, 7).clone()
@@ -42,6 +45,9 @@ for head_dim, group, dtype, tiers in SHAPES[:1] if "broken" in sys.argv else SHA
     token = (x[:, :, :1] for x in (q, k, v))
     statistics = dict(sum_field="sum", square_field="square")
     backend.decode_attention(*token, rows, tail, position=903, logits=Logits(0.1, window=800), **statistics)
+    if "askew" in sys.argv:
+        rows.slab_addresses += 2
+        backend.decode_attention(q[:, :, :1], None, None, rows, tail, position=904, logits=Logits(0.1), append=False)
     if "broken" in sys.argv:
         rows.slab_addresses += 2 * rows.layout.page_bytes  # reaches behind the slabs
         for tier in range(len(tiers)):

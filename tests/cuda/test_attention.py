@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from kvcompress_hf.kernels import Logits
+from kvcompress_hf.kernels.cuda import CudaBackend
+from kvcompress_hf.kernels.host_shim import ShimLauncher
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TIERS = [(0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2)]
@@ -45,6 +47,28 @@ def test_rows_of_any_length(make_twins, backend, exact, close, lengths, tail_len
     for position in (500, 501):
         if int(twins.tail.lengths.max()) < twins.tail.capacity:
             decode(twins, backend, exact, close, position=position)
+
+
+def test_more_rows_than_threads(make_twins, backend, exact, close):
+    lengths = [[(7 * row) % 33 for row in range(140)]]  # a thread block has 128, and each looks one row up
+    decode(make_twins(batch=70, lengths=lengths, tail_lengths=(3, 0, 16)), backend, exact, close)
+
+
+def test_many_parts_of_a_row(make_twins, shim_library, exact, close):
+    launcher = ShimLauncher(shim_library, "shuffled")
+    launcher.blocks = 90
+    twins = make_twins(tiers=[(4, 2)], head_dim=128, batch=1, lengths=[[9000, 40]], tail_lengths=(3,))
+    decode(twins, CudaBackend(launcher), exact, close)  # of 70: more than a warp has lanes, that merge a part each
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_queries_at_odd_addresses(make_twins, shim, exact, close, head_dim):
+    twins = make_twins(head_dim=head_dim)
+    memory = torch.randn(2 * 8 * (head_dim + 1) + 1).half()
+    q = memory[1:].view(2, 8, 1, head_dim + 1)[..., :head_dim]
+    options = twins.asked(position=900, scale=0.1, append=False)
+    actual = shim.decode_attention(q, None, None, twins.rows, twins.tail, **options)
+    close(actual, exact.decode_attention(q, None, None, twins.expected_rows, twins.expected_tail, **options), F16)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 16, 20])

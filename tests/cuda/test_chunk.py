@@ -15,9 +15,8 @@ TIERS = [(0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2)]
 class Noting(ShimLauncher):
     """Keeps the names of the kernels that were started, with their blocks."""
 
-    def __init__(self, library, order, multiprocessors=3):
+    def __init__(self, library, order):
         super().__init__(library, order)
-        self.multiprocessors = multiprocessors
         self.started = []
 
     def launch(self, kernel, grid, block, arguments, device):
@@ -61,7 +60,8 @@ def test_all_tiers_mixed(make_twins, backend, exact, close, head_dim, dtype):
 @pytest.mark.parametrize("n_q, group, rows", [(3, 4, 16), (7, 4, 32), (16, 4, 64), (40, 4, 64)])
 @pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
 def test_a_long_past_is_shared(make_twins, shim_library, exact, close, order, n_q, group, rows):
-    launcher = Noting(shim_library, order, multiprocessors=9)
+    launcher = Noting(shim_library, order)
+    launcher.blocks = 18
     twins = make_twins(tiers=[(8, 4), (0, 0)], group=group, lengths=[[1500, 3, 0, 64], [64, 900, 0, 1]])
     for _ in range(2):
         compare(twins, CudaBackend(launcher), exact, close, n_q)

@@ -52,6 +52,28 @@ def test_a_refused_start_is_an_error(shim_library, elf, one_gpu):
         launcher.launch("kvc_advance", 1, 4096, (ctypes.c_int32(),), torch.device("cuda", 0))
 
 
+def test_a_thread_without_a_context_is_given_one(make_twins, exact, close, shim_library, elf, one_gpu):
+    library = load_driver(str(shim_library))
+    launcher = CudaLauncher((9, 0), 3, library)
+    launcher.device_type = "cpu"
+    twins = make_twins()
+    q, k, v = twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1)
+    options = dict(position=900, logits=Logits(0.1))
+    library.kvc_shim_leave_context()  # asking for blocks, then starting: each finds none
+    actual = CudaBackend(launcher).decode_attention(q, k, v, twins.rows, twins.tail, **options)
+    close(actual, exact.decode_attention(q, k, v, twins.expected_rows, twins.expected_tail, **options), torch.float16)
+    library.kvc_shim_leave_context()
+    CudaBackend(launcher).append(twins.tail, k, v, 901)
+    assert twins.tail.lengths.tolist() == [7, 2]
+
+
+def test_the_driver_says_how_many_blocks_fit(shim_library, elf, one_gpu):
+    launcher = CudaLauncher((8, 0), 5, load_driver(str(shim_library)))
+    assert launcher.resident("kvc_decode_64_f16_8", 128, torch.device("cuda", 0)) == 15
+    with pytest.raises(DriverError, match="a block of kvc_chunk with 4096 threads does not fit on a multiprocessor"):
+        launcher.resident("kvc_chunk", 4096, torch.device("cuda"))
+
+
 def test_code_for_another_device_is_an_error(shim_library, monkeypatch):
     monkeypatch.setattr(driver, "device_code", lambda unit, arch, use_shipped: (b"PTX", "shipped"))
     with pytest.raises(DriverError, match=r"cuLibraryLoadData failed: no kernel image .* \(209\)"):

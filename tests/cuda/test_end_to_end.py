@@ -70,6 +70,19 @@ def test_lossless_gives_the_tokens_of_the_stock_model(build_model, on_shim, dtyp
     assert all(store.backend is on_shim for store in kvc.cache_of(result).inspect().stores)
 
 
+def test_what_a_step_takes_is_counted_once(build_model, on_shim):
+    """The memory of a decode step is that of one layer: they run one after the other."""
+    model = build_model(torch.float16)
+    with kvc.patched(model, "k8v4"):
+        cache = kvc.cache_of(generate(model))
+    plans = [plan for store in cache.inspect().stores for plan in store.tensors.plans.values()]
+    assert len(plans) == 2 and plans[0].step_nbytes == plans[1].step_nbytes > 0
+    with_steps, step = cache.memory(), plans[0].step_nbytes
+    for plan in plans:
+        plan.step_nbytes = 0
+    assert with_steps.tables - cache.memory().tables == with_steps.total - cache.memory().total == step
+
+
 @pytest.mark.parametrize(
     "preset, changes",
     [

@@ -1,4 +1,4 @@
-"""The CUDA kernels under AddressSanitizer: nothing is read or written outside the tensors."""
+"""The CUDA kernels under sanitizers: nothing is read or written outside the tensors, nor a word where none may lie."""
 
 from __future__ import annotations
 
@@ -53,3 +53,10 @@ def test_a_kernel_that_does_is_named(library):
     assert result.returncode != 0
     # overflow or use after free: what lies behind the slabs is the allocator's affair
     assert "AddressSanitizer: heap-" in result.stderr and "storage.cu" in result.stderr
+
+
+@pytest.mark.slow
+def test_words_where_none_may_lie_are_named(library):
+    result = run(library, "askew")
+    assert result.returncode != 0
+    assert "misaligned address" in result.stderr

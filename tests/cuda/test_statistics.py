@@ -98,6 +98,17 @@ def test_options(make_twins, shim_library, exact, close, options):
     compare(twins, Counter(shim_library), exact, close, **BOTH | options)
 
 
+@pytest.mark.parametrize("head_dim, group, columns", [(64, 1, 2), (64, 4, 4), (128, 7, 8), (64, 12, 12), (64, 20, 32)])
+def test_logits_are_kept_for_the_heads_there_are(make_twins, shim, head_dim, group, columns):
+    twins = make_twins(tiers=[(8, 4)], head_dim=head_dim, group=group, lengths=[[90, 0, 3, 70]], capacity=21)
+    options = dict(logits=Logits(0.1), q_heads=2 * group)
+    without, kept = (
+        shim.plan_decode(twins.rows, twins.tail, sum_field=field, **options).step_nbytes for field in (None, "sum")
+    )
+    blocks = -(-twins.rows.tables[0].shape[1] * twins.rows.layout.tiers[0].slots // 16) + 2  # and those of the tail
+    assert kept - without == 4 * blocks * 16 * 4 * columns  # rows, slots, bytes
+
+
 def test_without_statistics_nobody_waits(make_twins, shim_library):
     twins, launcher = make_twins(), Counter(shim_library)
     plan = CudaBackend(launcher).plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)

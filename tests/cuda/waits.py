@@ -25,6 +25,7 @@ from kvcompress_hf import kernels
 from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
 from kvcompress_hf.paging.key_turn import Rotation
+from kvcompress_hf.paging.waiting import to_device
 from kvcompress_hf.runtime.attention import PagedAttention
 from kvcompress_hf.runtime.call import AttentionCall
 
@@ -96,12 +97,8 @@ def steps_of(
 
     def randn(heads: int, tokens: int) -> torch.Tensor:
         x = torch.randn((BATCH, tokens, heads, HEAD_DIM), generator=generator)
-        return (
-            (x * torch.rand((1, tokens, 1, 1), generator=generator))
-            .half()
-            .to(device, non_blocking=True)
-            .transpose(1, 2)
-        )
+        x = (x * torch.rand((1, tokens, 1, 1), generator=generator)).half()
+        return to_device(x, device).transpose(1, 2)
 
     def forward(tokens: int, mask: torch.Tensor | None) -> None:
         for layer, width in enumerate(windows):
@@ -113,7 +110,7 @@ def steps_of(
     if padding:
         allowed = torch.ones((BATCH, 1, PROMPT, PROMPT), dtype=torch.bool).tril()
         allowed[0, :, :, :padding] = False
-        mask = allowed.to(device, non_blocking=True)
+        mask = to_device(allowed, device)
 
     def stored() -> tuple[object, ...]:
         slots = [positions.tolist() for store in attention.stores for positions in store.positions() or []]
