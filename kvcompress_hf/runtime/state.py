@@ -294,9 +294,10 @@ class CacheState:
             owned.store.close()
         for arena in self.pools.values():
             arena.trim()
+        # Layers first: were this interrupted, they would hold stores that nobody else knows of.
+        self.layers = [LayerState(layer.window, layer.sharing) for layer in self.layers]
         self.owned.clear()
         self.pools.clear()
-        self.layers = [LayerState(layer.window, layer.sharing) for layer in self.layers]
         self.counters = Counters(self.given_recipes)
 
     def share_with(self, other: "CacheState") -> None:
