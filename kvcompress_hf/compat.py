@@ -8,8 +8,10 @@ What is imported from transformers' own files is imported here and nowhere else 
 paged ones apart); `kvcompress doctor --transformers` checks all of it on the installed version.
 """
 
+import functools
 import importlib.metadata
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -104,7 +106,8 @@ def find_cache(values: Mapping[str, Any] | Iterable[Any], kind: type[Cache] = Ca
     Raises:
         ValueError: If there are two different caches and one of them is of `kind`: one of them would be lost.
     """
-    named = values if isinstance(values, Mapping) else dict(enumerate(values))
+    by_place = isinstance(values, tuple) or not isinstance(values, Mapping)  # every layer asks, with a tuple
+    named: Mapping[Any, Any] = dict(enumerate(values)) if by_place else values  # type: ignore[assignment]
     found = {name: value for name, value in named.items() if isinstance(value, Cache)}
     mine = next((value for value in found.values() if isinstance(value, kind)), None)
     if mine is not None and any(value is not mine for value in found.values()):
@@ -273,6 +276,12 @@ def _forwards(model: nn.Module) -> Iterable[Callable[..., Any]]:
 
 def _named(function: Callable[..., Any]) -> str | None:
     """What a function calls its cache: a name we know, else the one parameter annotated as a cache."""
+    function = getattr(function, "__func__", function)
+    # Every pass asks. Others than plain functions are not remembered: they may hold a model.
+    return _named_once(function) if isinstance(function, types.FunctionType) else _named_anew(function)
+
+
+def _named_anew(function: Callable[..., Any]) -> str | None:
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -281,6 +290,9 @@ def _named(function: Callable[..., Any]) -> str | None:
     annotated = [name for name, parameter in parameters.items() if "Cache" in str(parameter.annotation)]
     both = [name for name in known if name in annotated]
     return next(iter(both + known + annotated), None)
+
+
+_named_once = functools.lru_cache(maxsize=256)(_named_anew)
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------

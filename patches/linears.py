@@ -24,7 +24,7 @@ LINEARS = ("auto", "stock")
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _TRIED = 768  # features in and out of the layer that is timed: its weight does not leave the cache
-_ROUNDS = 7
+_ROUNDS = 15
 
 
 class _Prepared:
