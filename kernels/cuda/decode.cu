@@ -51,7 +51,7 @@ KVC_DEVICE bool is_first() { return renewed(threadIdx.x) == 0; }
 struct Row {  // a KV head of a sequence, and kHeads of its query heads
   int row, b, h, first_head, heads;
   int lengths[KVC_MAX_TIERS + 1];  // the tail is the last
-  bool valid, append;
+  int valid, append;               // not bool: padding would be copied along, and take a register
 };
 
 struct Task {
