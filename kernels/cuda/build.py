@@ -20,13 +20,17 @@ from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
 __all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems", "resident_warps"]
 
 NVRTC_VERSION = (13, 0)
-#: Most registers per thread: 168 leave room for three blocks of 128 threads on a multiprocessor, 255 for two.
+#: Most registers per thread: a multiprocessor has room for four blocks of 128 threads with 128, three with 168, two
+#: with 255.
 REGISTERS: dict[str, int] = {
     "storage": 80,
     "attention": 168,
     "decode64_8": 168,
     "decode64_16": 224,
     "decode128_8": 168,
+    "decode128_8_k4v4": 128,
+    "decode128_8_k4v2": 128,
+    "decode128_8_k2v2": 128,
     "decode128_16": 255,
     "decode256_8": 255,
     "decode256_16": 255,

@@ -12,8 +12,14 @@
 // Statistics: where they are asked for, logits are kept as they are made. All thread blocks wait for each other, and so
 // for the log-sum-exps; then each turns its own logits into probabilities and adds these to the fields of the slots.
 //
-// Compiled once for each head_dim, KVC_HEAD_DIM, and number of query heads handled together, KVC_HEADS: 8 or 16.
+// Compiled once for each head_dim, KVC_HEAD_DIM, and number of query heads handled together, KVC_HEADS: 8 or 16. Where
+// all codes are of one tier, a kernel for that alone, KVC_CODED, takes fewer registers: more of its blocks run at once.
 #include "fragments.cuh"
+
+#ifndef KVC_CODED
+#define KVC_CODED 0  // key bits * 10 + value bits
+#define KVC_SUFFIX
+#endif
 
 namespace {
 
@@ -39,10 +45,13 @@ constexpr float kSlack = kKeyBits == kNative ? 0.f : 8.f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLeastScale = 5.9604644775390625e-8f;  // 2^-24, the least fp16 above zero
 
+// Whether this is the first thread of its block. Asked anew each time: there is no register to keep the answer in.
+KVC_DEVICE bool is_first() { return renewed(threadIdx.x) == 0; }
+
 struct Row {  // a KV head of a sequence, and kHeads of its query heads
   int row, b, h, first_head, heads;
   int lengths[KVC_MAX_TIERS + 1];  // the tail is the last
-  bool valid, append;
+  int valid, append;               // not bool: padding would be copied along, and take a register
 };
 
 struct Task {
@@ -89,9 +98,9 @@ struct Block {  // 16 slots of a section, as one lane sees them
   int id, inside;         // the page, and the first slot there
 };
 
-// The way of a warp over a tier or the tail, every kWalks-th block. The id of a block's page is asked for as soon as the
-// block before is found (`advance`), and the slab's address as soon as that has come (`find_base`), so that neither is
-// waited for.
+// The way of a warp over a tier or the tail, every kWalks-th block. The id of a block's page is asked for as soon as
+// the block before is found (`advance`), and the slab's address as soon as that has come (`find_base`), so that neither
+// is waited for.
 template <int kKeyBits, int kValueBits>
 struct Walk {
   using Key = KeyRow<kDim, kKeyBits>;
@@ -403,7 +412,8 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
     KVC_UNROLL
     for (int i = 0; i < 2 * kTiles; i++) {
       const float* x = &c[i / 2][i % 2 * 2];
-      if (i / 2 * 8 + 2 * t < columns) *reinterpret_cast<float2*>(to + i % 2 * columns + i / 2 * 8) = float2{x[0], x[1]};
+      float2* there = reinterpret_cast<float2*>(to + i % 2 * columns + i / 2 * 8);
+      if (i / 2 * 8 + 2 * t < columns) *there = float2{x[0], x[1]};
     }
   }
   float high[kTiles][2];
@@ -479,8 +489,8 @@ KVC_DEVICE void ask_queries(const KvcDecode& a, const Row& r, Shared& shared) {
   }
 }
 
-// Puts the queries into shared.q, rotated or not: from where `ask_queries` put them, or from there. The rotation, its own
-// inverse, is that of `rotate`, with the same additions in the same order, a head in the registers of a warp.
+// Puts the queries into shared.q, rotated or not: from where `ask_queries` put them, or from there. The rotation, its
+// own inverse, is that of `rotate`, with the same additions in the same order, a head in the registers of a warp.
 template <bool kBfloat>
 KVC_DEVICE void bring_queries(int heads, bool turn, Shared& shared) {
   constexpr int n = kDim / 32;  // dimensions of a lane: l, l + 32, ...
@@ -530,7 +540,7 @@ KVC_DEVICE void bring_queries(int heads, bool turn, Shared& shared) {
     for (int i = 0; i < n; i++) q[32 * i] = x[i];
   }
   __syncthreads();
-  if (threadIdx.x == 0) shared.fresh = false, shared.rotated = turn;
+  if (is_first()) shared.fresh = false, shared.rotated = turn;
 }
 
 // Puts the queries in the order of a tier's keys, as operands of the tensor cores.
@@ -595,13 +605,18 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
   __syncthreads();  // the staged queries are done with
 }
 
+// Whether this kernel knows a tier, its bits as one number: all of them, or native sections and one with codes.
+KVC_DEVICE constexpr bool takes(int bits) { return !KVC_CODED || !bits || bits == KVC_CODED; }
+
 template <bool kBfloat>
 KVC_DEVICE void attend_section(const Task& task, const Row& r, int tier, int from, int until, float factor,
                                Shared& shared, Running& run) {
   const int bits = tier == kTail ? 0 : task.layout.tier[tier].key_bits * 10 + task.layout.tier[tier].value_bits;
 #define KVC_TIER(key, value)                                                                       \
   case key % 16 * 10 + value % 16:                                                                 \
-    attend_tier<key, value, kBfloat>(task, r, tier, from, until, factor, shared, run);             \
+    if constexpr (takes(key % 16 * 10 + value % 16)) {                                             \
+      attend_tier<key, value, kBfloat>(task, r, tier, from, until, factor, shared, run);           \
+    }                                                                                              \
     break;
   switch (bits) {
     KVC_TIER(16, 16)
@@ -620,7 +635,8 @@ KVC_DEVICE void append(const Task& task, const Row& r, int position) {
   const int64_t slot = r.lengths[kTail] - 1, to = (r.row * a.tail.capacity + slot) * kDim;
   const uint16_t* k = static_cast<const uint16_t*>(a.k) + r.b * a.k_b + r.h * a.k_h;
   const uint16_t* v = static_cast<const uint16_t*>(a.v) + r.b * a.v_b + r.h * a.v_h;
-  for (int d = threadIdx.x; d < kDim; d += kThreads) {
+  KVC_UNROLL_BY(1)
+  for (int d = renewed(threadIdx.x); d < kDim; d += kThreads) {
     static_cast<uint16_t*>(a.tail.k)[to + d] = k[d];
     static_cast<uint16_t*>(a.tail.v)[to + d] = v[d];
   }
@@ -628,13 +644,13 @@ KVC_DEVICE void append(const Task& task, const Row& r, int position) {
   if (a.tail.fields && threadIdx.x < task.layout.n_fields) {
     static_cast<uint32_t*>(a.tail.fields)[(threadIdx.x * rows + r.row) * a.tail.capacity + slot] = 0;
   }
-  if (threadIdx.x == 0) a.tail.position[r.b * a.tail.capacity + slot] = position;
+  if (is_first()) a.tail.position[r.b * a.tail.capacity + slot] = position;
 }
 
 // Joins the warps: sums into shared.q, largest logits and denominators into row 0 of shared.top and shared.sum.
 KVC_DEVICE void join_warps(Running& run, Shared& shared) {
-  const int walk = thread_warp() / kShare, share = thread_warp() % kShare;
-  const int g = thread_lane() >> 2, t = thread_lane() & 3;
+  const int warp = renewed(thread_warp()), lane = renewed(thread_lane());
+  const int walk = warp / kShare, share = warp % kShare, g = lane >> 2, t = lane & 3;
   KVC_UNROLL
   for (int i = 0; i < 2 * kTiles; i++) {
     float &sum = run.sum[i / 2][i % 2], &offset = run.offset[i / 2][i % 2];
@@ -749,7 +765,7 @@ KVC_DEVICE void find_place(const Task& task, Shared& shared) {
     __syncthreads();
   }
   const int parts = least(gridDim.x, most(blocks / kLeastBlocks, 1));
-  if (threadIdx.x == 0) shared.busy = me < parts;
+  if (is_first()) shared.busy = me < parts;
   const int my_begin = part_begin(me, blocks, parts);
   int before = 0;
   KVC_UNROLL_BY(1)
@@ -769,7 +785,7 @@ KVC_DEVICE void find_place(const Task& task, Shared& shared) {
 // Makes a row the one at hand.
 KVC_DEVICE void enter_row(const Task& task, int index, int begin, Shared& shared) {
   __syncthreads();  // everyone is done with the one before
-  if (threadIdx.x == 0) put_row(task, index, begin, task.row(index), shared);
+  if (is_first()) put_row(task, index, begin, task.row(index), shared);
   __syncthreads();
 }
 
@@ -832,7 +848,7 @@ KVC_DEVICE bool merge(const Task& task, Shared& shared) {
     w.partial_sum[mine + threadIdx.x] = shared.sum[0][threadIdx.x];
   }
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = add_in_order(&w.arrived[at.index], 1) == last - first;
+  if (is_first()) shared.last = add_in_order(&w.arrived[at.index], 1) == last - first;
   __syncthreads();
   if (!shared.last) return false;
   const int warp = renewed(thread_warp()), lane = renewed(thread_lane());
@@ -877,7 +893,7 @@ KVC_DEVICE bool merge(const Task& task, Shared& shared) {
     }
     *reinterpret_cast<float4*>(&shared.q[m][i % (kDim / 4) * 4]) = sum;
   }
-  if (threadIdx.x == 0) w.arrived[at.index] = 0;
+  if (is_first()) w.arrived[at.index] = 0;
   __syncthreads();
   return true;
 }
@@ -942,7 +958,7 @@ KVC_DEVICE void add_statistics(const Task& task, Shared& shared) {
 // Waits until all thread blocks have come here; the launch has to be cooperative.
 KVC_DEVICE void wait_for_all(int32_t* arrived) {
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (is_first()) {
     add_in_order(arrived, 1);
     wait_for_value(arrived, gridDim.x);
   }
@@ -968,13 +984,13 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
   if (!a.append && !w.logits) return;
   // Lengths and the clock move on when everyone has read them.
   __syncthreads();
-  if (threadIdx.x == 0) shared.last = add_in_order(arrived, 1) == static_cast<int>(gridDim.x) - 1;
+  if (is_first()) shared.last = add_in_order(arrived, 1) == static_cast<int>(gridDim.x) - 1;
   __syncthreads();
   if (!shared.last) return;
   for (int b = threadIdx.x; b < a.batch && a.append; b += kThreads) {
     if ((!a.valid || a.valid[b]) && a.tail.length[b] < a.tail.capacity) a.tail.length[b]++;
   }
-  if (threadIdx.x == 0) {
+  if (is_first()) {
     arrived[0] = arrived[1] = 0;
     if (a.append) ++*w.clock;
   }
@@ -982,12 +998,12 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
 
 }  // namespace
 
-#define KVC_JOIN_(a, b, c, d, e) a##b##c##d##e
-#define KVC_JOIN(a, b, c, d, e) KVC_JOIN_(a, b, c, d, e)
+#define KVC_JOIN_(a, b, c, d, e, f) a##b##c##d##e##f
+#define KVC_JOIN(a, b, c, d, e, f) KVC_JOIN_(a, b, c, d, e, f)
 // Shared memory is declared here: g++ forgets the section of the shim's in a template.
 #define KVC_DECODE(bfloat, type)                                                              \
   KVC_KERNEL __launch_bounds__(kThreads, KVC_RESIDENT)                                        \
-  KVC_JOIN(kvc_decode_, KVC_HEAD_DIM, type, _, KVC_HEADS)                                     \
+  KVC_JOIN(kvc_decode_, KVC_HEAD_DIM, type, _, KVC_HEADS, KVC_SUFFIX)                         \
   (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, KVC_PARAMETER KvcWorkspace w) { \
     __shared__ Shared shared;                                                                 \
     decode<bfloat>(layout, a, w, shared);                                                     \

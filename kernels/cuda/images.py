@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from .disk_cache import KernelCache
-from .nvrtc import CHUNK_ROWS, RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
+from .nvrtc import ALONE, CHUNK_ROWS, RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
 
 __all__ = [
     "ARCHITECTURES",
@@ -47,6 +47,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     **{
         f"decode{dim}_{heads}": (f"kvc_decode_{dim}_f16_{heads}", f"kvc_decode_{dim}_bf16_{heads}")
         for dim, heads in RESIDENT
+    },
+    **{
+        f"decode128_8_k{key}v{value}": tuple(f"kvc_decode_128_{dtype}_8_k{key}v{value}" for dtype in ("f16", "bf16"))
+        for key, value in ALONE
     },
     **{
         f"chunk{dim}": tuple(f"kvc_chunk_{dim}_{n}_{dtype}" for n in rows for dtype in ("f16", "bf16"))

@@ -16,6 +16,9 @@ FOLDER = Path(__file__).parent
 INCLUDE_DIR = FOLDER.parent / "include"
 #: The tensor-core decode: head_dim and query heads handled together -> thread blocks that a multiprocessor holds.
 RESIDENT: dict[tuple[int, int], int] = {(64, 8): 3, (64, 16): 2, (128, 8): 3, (128, 16): 2, (256, 8): 2, (256, 16): 2}
+#: Tiers whose codes alone have kernels of their own, at 128 dimensions and up to 8 heads, and their thread blocks of a
+#: multiprocessor. Of others, more blocks would need more registers than there are.
+ALONE: dict[tuple[int, int], int] = {(4, 4): 4, (4, 2): 4, (2, 2): 4}
 #: Query rows that a thread block of `chunk.cu` may take, by head_dim; `scores.cu` takes the same head_dims.
 CHUNK_ROWS = {64: (16, 32, 64), 128: (16, 32, 64), 256: (32,)}
 #: Translation units: the file of each, and the options it needs beyond the common ones.
@@ -30,6 +33,17 @@ SOURCES: dict[str, tuple[str, ...]] = {
             f"-DKVC_RESIDENT={resident}",
         )
         for (dim, heads), resident in RESIDENT.items()
+    },
+    **{
+        f"decode128_8_k{key}v{value}": (
+            "decode.cu",
+            "-DKVC_HEAD_DIM=128",
+            "-DKVC_HEADS=8",
+            f"-DKVC_RESIDENT={resident}",
+            f"-DKVC_CODED={key}{value}",
+            f"-DKVC_SUFFIX=_k{key}v{value}",
+        )
+        for (key, value), resident in ALONE.items()
     },
     **{f"{name}{dim}": (f"{name}.cu", f"-DKVC_HEAD_DIM={dim}") for name in ("chunk", "scores") for dim in CHUNK_ROWS},
 }

@@ -14,7 +14,7 @@ from ..backend import DecodePlan
 from ..layout import DTYPES, PageLayout
 from ..types import Logits, Rows, Tail
 from .launch import KvcWidths, KvcWorkspace, Launcher
-from .nvrtc import RESIDENT
+from .nvrtc import ALONE, RESIDENT
 
 __all__ = ["GeneralDecodePlan", "TensorCoreDecodePlan", "fits_tensor_cores"]
 
@@ -31,6 +31,16 @@ def fits_tensor_cores(layout: PageLayout) -> bool:
         and layout.head_dim in {head_dim for head_dim, _ in RESIDENT}
         and layout.dtype in (torch.float16, torch.bfloat16)
     )
+
+
+def _kernel_for(layout: PageLayout, heads: int) -> str:
+    """The kernel of `decode.cu` that takes a layout, `heads` query heads together."""
+    name = f"kvc_decode_{layout.head_dim}_{'f16' if layout.dtype is torch.float16 else 'bf16'}_{heads}"
+    coded = {(tier.key_bits, tier.value_bits) for tier in layout.tiers if not tier.native}
+    if (layout.head_dim, heads) != (128, 8) or len(coded) != 1 or not coded <= ALONE.keys():
+        return name
+    ((key_bits, value_bits),) = coded
+    return f"{name}_k{key_bits}v{value_bits}"
 
 
 class CudaDecodePlan(DecodePlan):
@@ -191,7 +201,7 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         super().__init__(launcher, c, rows, tail, logits, key_shift)
         head_dim, device = self._layout.head_dim, self._device
         heads = 8 if c.group <= 8 else 16  # that are handled together
-        self._kernel = f"kvc_decode_{head_dim}_{'f16' if self._layout.dtype is torch.float16 else 'bf16'}_{heads}"
+        self._kernel = _kernel_for(self._layout, heads)
         self._blocks = launcher.resident(self._kernel, THREADS, device)
         tiles = -(-c.group // heads)
         self._arrived = torch.zeros(rows.count * tiles + 2, dtype=torch.int32, device=device)

@@ -31,6 +31,29 @@ namespace chunk128 {
 namespace scores128 {
 #include "scores.cu"
 }
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 44
+#define KVC_SUFFIX _k4v4
+namespace decode128_8_k4v4 {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 42
+#define KVC_SUFFIX _k4v2
+namespace decode128_8_k4v2 {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 22
+#define KVC_SUFFIX _k2v2
+namespace decode128_8_k2v2 {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 256
 namespace decode256_8 {
@@ -79,6 +102,12 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(decode64_16, kvc_decode_64_bf16_16)
   KVC_LAUNCH(decode128_8, kvc_decode_128_f16_8)
   KVC_LAUNCH(decode128_8, kvc_decode_128_bf16_8)
+  KVC_LAUNCH(decode128_8_k4v4, kvc_decode_128_f16_8_k4v4)
+  KVC_LAUNCH(decode128_8_k4v4, kvc_decode_128_bf16_8_k4v4)
+  KVC_LAUNCH(decode128_8_k4v2, kvc_decode_128_f16_8_k4v2)
+  KVC_LAUNCH(decode128_8_k4v2, kvc_decode_128_bf16_8_k4v2)
+  KVC_LAUNCH(decode128_8_k2v2, kvc_decode_128_f16_8_k2v2)
+  KVC_LAUNCH(decode128_8_k2v2, kvc_decode_128_bf16_8_k2v2)
   KVC_LAUNCH(decode128_16, kvc_decode_128_f16_16)
   KVC_LAUNCH(decode128_16, kvc_decode_128_bf16_16)
   KVC_LAUNCH(decode256_8, kvc_decode_256_f16_8)

@@ -116,6 +116,25 @@ def test_without_statistics_nobody_waits(make_twins, shim_library):
     assert launcher.launches == [("kvc_decode_64_f16_8", False)]
 
 
+@pytest.mark.parametrize(
+    "tiers, group, suffix",
+    [
+        ([(4, 2)], 4, "8_k4v2"),
+        ([(0, 0), (4, 4)], 8, "8_k4v4"),
+        ([(2, 2), (0, 0)], 1, "8_k2v2"),
+        ([(8, 4)], 4, "8"),
+        ([(4, 2), (2, 2)], 4, "8"),
+        ([(0, 0)], 4, "8"),
+        ([(4, 2)], 9, "16"),
+    ],
+    ids=str,
+)
+def test_codes_of_one_tier_have_a_kernel_of_their_own(make_twins, shim_library, exact, close, tiers, group, suffix):
+    twins, launcher = make_twins(tiers=tiers, head_dim=128, group=group, dtype=BF16), Counter(shim_library)
+    compare(twins, launcher, exact, close, steps=1, **BOTH)
+    assert launcher.launches[0] == (f"kvc_decode_128_bf16_{suffix}", True)
+
+
 def test_other_shapes_add_them_up_afterwards(make_twins, shim_library):
     twins, launcher = make_twins(head_dim=48), Counter(shim_library)
     plan = CudaBackend(launcher).plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8, sum_field="sum")
