@@ -413,6 +413,11 @@ class Recipe:
             return self.centre_keys
         return any(TIERS[name][0] for name in self.tiers)
 
+    @property
+    def rotates_keys(self) -> bool:
+        """`bool`: Whether keys are ever stored Hadamard-rotated, which those of 4 bits and fewer are."""
+        return any(0 < TIERS[name][0] <= 4 for name in self.tiers)
+
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.
 
