@@ -80,7 +80,7 @@ class StorePart:
         # What else a file may lack is only taken where the recipe has a use for it.
         optional = {name: recipe.observer is not None and bool(recipe.observer.describes) for name in _MEANS}
         optional[KEY_SHIFT.name] = recipe.centres_keys
-        optional[KEY_FEEDBACK.name] = recipe.rotates_keys
+        optional[KEY_FEEDBACK.name] = recipe.feeds_back
         optional |= _queries_of(recipe)
         shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
         for name, each in self._declared.items():

@@ -95,7 +95,7 @@ class PagedAttention(LayerWork):
             if position == counters.seen:
                 counters.seen = position + 1
             return output
-        if (self.recipe.centres_keys or self.recipe.rotates_keys) and (not position or tokens > 1):
+        if (self.recipe.centres_keys or self.recipe.feeds_back) and (not position or tokens > 1):
             self._settle_keys(layer, store, new)
         new.key = store.centre(layer.index, key)
         if self._reading_again:
@@ -141,7 +141,7 @@ class PagedAttention(LayerWork):
         if real is None and new.valid is not None:
             real = on_host(new.valid)
         seen, _ = aligned(new, real)
-        if self.recipe.rotates_keys:
+        if self.recipe.feeds_back:
             store.settle_key_feedback(layer.index, seen.query.detach(), seen.valid, first)
         # Neither a soft cap nor a sink's logit is moved along with the keys' logits, so keys stay whole.
         if not self.recipe.centres_keys or new.logits.softcap is not None or new.logits.sinks is not None:
