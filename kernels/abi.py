@@ -7,6 +7,7 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 MAX_TIERS = 4
 MAX_FIELDS = 4
+FEEDBACK_RANK = 4
 
 KVC_OK, KVC_BAD_ARGUMENT, KVC_TAIL_FULL, KVC_NO_ISA, KVC_BAD_PAGE = range(5)
 LARGEST = 5  # in KvcScores.powers: the sums take the largest probability instead
@@ -37,7 +38,7 @@ class KvcRows(Structure):
         ("table", c_void_p * MAX_TIERS),
         ("table_stride", c_int64 * MAX_TIERS),
         ("length", c_void_p * MAX_TIERS),
-        *_fields(ptr="slab_pages", i32="n_slabs reserved"),
+        *_fields(ptr="slab_pages key_feedback", i32="n_slabs reserved"),
     ]
 
 

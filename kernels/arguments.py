@@ -34,6 +34,7 @@ def fill_rows(operation: ctypes.Structure, rows: Rows) -> None:
     if pages is None:
         pages = torch.tensor([slab.shape[0] for slab in rows.slabs], dtype=torch.int32)
     c.slab_pages, c.n_slabs = pages.data_ptr(), pages.shape[0]
+    c.key_feedback = pointer(rows.key_feedback)
     operation.slab_pages = pages  # type: ignore[attr-defined]  # lives as long as the struct that points to it
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .abi import FEEDBACK_RANK
 from .layout import DTYPES, MAX_HEAD_DIM, POSITION, SLOT_MULTIPLE, PageLayout
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
@@ -69,6 +70,11 @@ def check_rows(rows: Rows, device: torch.device, kv_heads: int | None = None) ->
         if slab.shape[0] > 1 and slab.stride(0) != layout.page_bytes:
             raise ValueError(f"slabs must be contiguous, got strides {slab.stride()}")
     check_tensor("slab_addresses", rows.slab_addresses, (len(rows.slabs),), torch.int64, device)
+    if rows.key_feedback is not None:
+        shape = (count, 2, FEEDBACK_RANK, layout.head_dim)
+        check_tensor("key_feedback", rows.key_feedback, shape, torch.bfloat16, device)
+        if not rows.key_feedback.is_contiguous():
+            raise ValueError(f"key_feedback must be contiguous, got strides {rows.key_feedback.stride()}")
     if not 0 <= rows.slab_shift < 31:
         raise ValueError(f"slab_shift must be between 0 and 30, got {rows.slab_shift}")
     if kv_heads is not None and (kv_heads == 0 or count % kv_heads):

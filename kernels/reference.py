@@ -128,11 +128,12 @@ def _write(rows: Rows, tier: int, row: Tensor, slot: Tensor, slots: _Slots) -> i
         _store(rows, tier, "values", page, inner, slots.v.to(rows.layout.dtype))
         return 0
     overflow = torch.zeros_like(row, dtype=torch.bool)
-    for x, bits, codes_name, params_name in (
-        (slots.k, t.key_bits, "keys", "key_params"),
-        (slots.v, t.value_bits, "values", "value_params"),
+    feedback = rows.key_feedback[row].float() if rows.key_feedback is not None and t.rotate_keys else None
+    for x, bits, codes_name, params_name, how in (
+        (slots.k, t.key_bits, "keys", "key_params", {"feedback": feedback}),
+        (slots.v, t.value_bits, "values", "value_params", {"values": True}),
     ):
-        codes, scale, offset, clamped = quantize(x, bits)
+        codes, scale, offset, clamped = quantize(x, bits, **how)
         _store(rows, tier, codes_name, page, inner, pack_codes(codes, bits))
         _store(rows, tier, params_name, page, inner, torch.stack((scale, offset), dim=-1))
         overflow |= clamped

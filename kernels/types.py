@@ -45,6 +45,8 @@ class Rows:
         lengths: Per tier `int32 [rows]`: slots in use. Table entries beyond them are never read.
         slab_pages: Pages of each slab, `int32 [n_slabs]` on the host; `None` = as the slabs say.
         widths: Per tier the slots of the longest row, where the host knows; it spares asking the device.
+        key_feedback: bfloat16 `[rows, 2, rank, head_dim]`, contiguous: how rotated keys are rounded that are written
+            (`quantize.quantize`); `None` = each channel for itself. Reading does not need it.
     """
 
     layout: PageLayout
@@ -55,6 +57,7 @@ class Rows:
     lengths: list[Tensor]
     widths: list[int] | None = None
     slab_pages: Tensor | None = None
+    key_feedback: Tensor | None = None
 
     @property
     def count(self) -> int:

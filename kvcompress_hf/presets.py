@@ -34,7 +34,7 @@ _TIER_TEXT = {
 }
 # On real attention 8-bit keys pay from about 1/8 of the dense bytes on; below, more tokens with 4-bit keys do. The tail
 # and what else is not pages takes a hundredth of the dense bytes at 1,000 tokens, so the border lies a little lower.
-# 2-bit values never paid (docs/real_models.md).
+# 2-bit values never paid, as they were coded until 2026-12-01 (docs/real_models.md).
 _RATE_DISTORTION = RateDistortion(small=0.1, small_tiers=1)
 _SNAPKV = WindowScores(window=32, power=1, pool=7, decode=False)
 

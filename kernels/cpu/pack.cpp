@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kBlock = KVC_SLOT_MULTIPLE;  // slots in a block
 constexpr float kHalfMax = 65504.f;
-constexpr float kTwoBitShrink = 0.6f;
+constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.9f, kTwoBitSearch = 0.9375f;  // quantize.py
 constexpr int64_t kSerialElements = 1 << 14;  // smaller jobs are not worth waking threads for
 
 #define KVC_LANES _Pragma("omp simd") for (int l = 0; l < kBlock; l++)
@@ -130,10 +130,10 @@ float clamped(float x, float low) {  // NaN becomes 0
   return x < low ? low : x > kHalfMax ? kHalfMax : x;
 }
 
-Affine affine(float low, float high, int bits) {
+Affine affine(float low, float high, int bits, float two_bit_range) {
   if (bits == 2) {
     const float centre = low * 0.5f + high * 0.5f;
-    const float half = (high * 0.5f - low * 0.5f) * kTwoBitShrink;
+    const float half = (high * 0.5f - low * 0.5f) * two_bit_range;
     low = centre - half;
     high = centre + half;
   }
@@ -159,8 +159,47 @@ inline uint32_t code_of(float x, float zero, float step, float top) {
   return bits - 0x4B400000u;
 }
 
+// How channels of 16 keys are rounded one after the other, each making good the errors of those before it.
+struct Feedback {
+  alignas(64) float factors[2][KVC_FEEDBACK_RANK][KVC_MAX_HEAD_DIM];  // made good; collected
+  alignas(64) float collected[KVC_FEEDBACK_RANK][kBlock];
+  bool on;
+
+  void set(const KvcRows& rows, const KvcLayout& layout, const KvcTier& tier, int row) {
+    on = rows.key_feedback && tier.rotate_keys;
+    if (!on) return;
+    const int head_dim = layout.head_dim;
+    const uint16_t* from = rows.key_feedback + static_cast<int64_t>(row) * 2 * KVC_FEEDBACK_RANK * head_dim;
+    for (int i = 0; i < 2 * KVC_FEEDBACK_RANK; i++) {
+      to_floats(from + i * head_dim, KVC_BF16, head_dim, factors[i / KVC_FEEDBACK_RANK][i % KVC_FEEDBACK_RANK]);
+    }
+    memset(collected, 0, sizeof collected);
+  }
+
+  // The codes of channel d, whose elements are x.
+  void codes(int d, const float* x, const float* zero, const float* step, float top, uint32_t* code) {
+    alignas(64) float wanted[kBlock], error[kBlock];
+    for (int r = 0; r < KVC_FEEDBACK_RANK; r++) {
+      const float factor = factors[0][r][d];
+      const float* of = collected[r];
+      KVC_LANES { wanted[l] = r ? wanted[l] + factor * of[l] : factor * of[l]; }
+    }
+    KVC_LANES {
+      code[l] = code_of(x[l] - wanted[l], zero[l], step[l], top);
+      const float e = static_cast<float>(static_cast<int32_t>(code[l])) * step[l] + zero[l] - x[l];
+      error[l] = std::fabs(e) <= kHalfMax ? e : 0.f;  // of an infinity nothing can be made good
+    }
+    for (int r = 0; r < KVC_FEEDBACK_RANK; r++) {
+      const float factor = factors[1][r][d];
+      float* to = collected[r];
+      KVC_LANES { to[l] = to[l] + factor * error[l]; }
+    }
+  }
+};
+
 // What one thread needs to store a block.
 struct Scratch {
+  Feedback feedback;                                    // of the row whose keys are stored
   alignas(64) float keys[KVC_MAX_HEAD_DIM * kBlock];    // [dim][16 slots]
   alignas(64) float values[kBlock * KVC_MAX_HEAD_DIM];  // [16 slots][dim]
   alignas(64) uint32_t codes[kBlock * KVC_MAX_HEAD_DIM];
@@ -195,7 +234,7 @@ uint32_t store_keys(const Tier& t, uint8_t* page, int first, uint32_t active, Sc
     keep[l] = on ? 0u : ~0u;
     zero[l] = 0, step[l] = 0;
     if (!on) continue;
-    const Affine a = affine(low[l], high[l], BITS);
+    const Affine a = affine(low[l], high[l], BITS, kTwoBitKeys);
     params[l] = a.scale;
     params[t.slots + l] = a.offset;
     zero[l] = a.zero, step[l] = a.step;
@@ -208,9 +247,15 @@ uint32_t store_keys(const Tier& t, uint8_t* page, int first, uint32_t active, Sc
     alignas(64) uint32_t word[kBlock] = {};
     for (int j = 0; j < kPerByte; j++) {
       for (int e = 0; e < 4; e++) {
-        const float* row = x + (4 * (kPerByte * i + j) + e) * kBlock;
-        const int shift = 8 * e + BITS * j;
-        KVC_LANES { word[l] |= code_of(row[l], zero[l], step[l], kTop) << shift; }
+        const int d = 4 * (kPerByte * i + j) + e, shift = 8 * e + BITS * j;
+        const float* row = x + d * kBlock;
+        if (scratch.feedback.on) {
+          alignas(64) uint32_t code[kBlock];
+          scratch.feedback.codes(d, row, zero, step, kTop, code);
+          KVC_LANES { word[l] |= code[l] << shift; }
+        } else {
+          KVC_LANES { word[l] |= code_of(row[l], zero[l], step[l], kTop) << shift; }
+        }
       }
     }
     uint32_t* to = words + i * kBlock;
@@ -246,13 +291,15 @@ uint32_t store_values(const Tier& t, uint8_t* page, int first, uint32_t active, 
       high[0] = high[l] > high[0] ? high[l] : high[0];
       nan[0] |= nan[l];
     }
-    const Affine a = affine(low[0], high[0], BITS);
+    const Affine a = affine(low[0], high[0], BITS, kTwoBitValues);
     params[s] = a.scale;
     params[t.slots + s] = a.offset;
     if (a.overflow || nan[0]) overflow |= 1u << s;
     uint32_t* codes = scratch.codes + s * t.head_dim;
     const int shift = t.value_shift(s);
-    const float zero = a.zero, step = a.step;
+    // About the same centre, 1.5 steps from either end.
+    const float zero = BITS == 2 ? a.zero + a.step * (1.5f * (1.f - kTwoBitSearch)) : a.zero;
+    const float step = BITS == 2 ? a.step * kTwoBitSearch : a.step;
     for (int d = 0; d < t.head_dim; d += kBlock) {
       const float* part = x + d;
       uint32_t* to = codes + d;
@@ -387,6 +434,7 @@ int pack_block(const KvcPack& a, const Tier& t, int b, int h, int from, int unti
   }
   if (t.native) return 0;
   if (t.tier->rotate_keys) rotate(scratch.keys, t.head_dim, t.layout->rotation_block);
+  scratch.feedback.set(a.rows, *t.layout, *t.tier, row);
   return __builtin_popcount(store_block(t, page, first, active, scratch));
 }
 
@@ -435,6 +483,7 @@ int retier_block(const KvcRetier& a, const Tier& s, const Tier& d, int from, int
   if (s.tier->rotate_keys != d.tier->rotate_keys) {  // the transform is its own inverse
     rotate(scratch.keys, d.head_dim, d.layout->rotation_block);
   }
+  scratch.feedback.set(a.rows, *d.layout, *d.tier, row);
   if (!d.native) return __builtin_popcount(store_block(d, to, first, active, scratch));
   alignas(64) char k[4 * KVC_MAX_HEAD_DIM], v[4 * KVC_MAX_HEAD_DIM];
   for (int lane = 0; lane < kBlock; lane++) {

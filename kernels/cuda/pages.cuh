@@ -39,10 +39,12 @@ struct Half {  // keys or values of one slot of a page
   uint16_t *scale, *offset;  // null in the native tier
   int bits;                  // of a code; 0 = native
   int bytes;                 // of the row
+  bool key;
 };
 
 KVC_DEVICE Half half_of(const KvcLayout& layout, const KvcTier& tier, uint8_t* page, int slot, bool key) {
   Half h;
+  h.key = key;
   h.bits = key ? tier.key_bits : tier.value_bits;
   h.bytes = h.bits ? layout.head_dim * h.bits / 8 : layout.head_dim * element_bytes(layout.dtype);
   h.row = page + (key ? tier.keys : tier.values) + static_cast<int64_t>(slot) * h.bytes;

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr float kHalfMax = 65504.f;
-constexpr float kTwoBitShrink = 0.6f;
+constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.9f, kTwoBitSearch = 0.9375f;  // quantize.py
 
 struct Scratch {  // of one warp
   float x[KVC_MAX_HEAD_DIM];
@@ -19,8 +19,37 @@ KVC_DEVICE float clamped(float x, float low) {  // NaN becomes 0
   return x < low ? low : x > kHalfMax ? kHalfMax : x;
 }
 
-// Quantises scratch.x into a slot; true in every lane when the range did not fit.
-KVC_DEVICE bool store_codes(int head_dim, const Half& to, Scratch& scratch) {
+// The nearest code, half to even.
+KVC_DEVICE float code_of(float x, float zero, float step, float top) {
+  float t = (x - zero) / step;
+  t = step > 0.f && t > 0.f ? t : 0.f;  // NaN too
+  return rintf(t < top ? t : top);
+}
+
+// Codes of a key, one channel after the other, each making good the errors of those before it: every lane does all of
+// it, as none can go ahead.
+KVC_DEVICE void codes_in_turn(int head_dim, const uint16_t* feedback, float zero, float step, float top,
+                              Scratch& scratch) {
+  float collected[KVC_FEEDBACK_RANK] = {};
+  for (int d = 0; d < head_dim; d++) {
+    float made_good = 0.f;
+    for (int r = 0; r < KVC_FEEDBACK_RANK; r++) {
+      const float part = bfloat_to_float(feedback[r * head_dim + d]) * collected[r];
+      made_good = r ? made_good + part : part;
+    }
+    const float x = scratch.x[d];
+    const float code = code_of(x - made_good, zero, step, top);
+    if (thread_lane() == 0) scratch.codes[d] = static_cast<uint8_t>(code);
+    float error = code * step + zero - x;
+    if (!(fabsf(error) <= kHalfMax)) error = 0.f;  // of an infinity nothing can be made good
+    for (int r = 0; r < KVC_FEEDBACK_RANK; r++) {
+      collected[r] = collected[r] + bfloat_to_float(feedback[(KVC_FEEDBACK_RANK + r) * head_dim + d]) * error;
+    }
+  }
+}
+
+// Quantises scratch.x into a slot, with feedback where there is any; true in every lane when the range did not fit.
+KVC_DEVICE bool store_codes(int head_dim, const Half& to, const uint16_t* feedback, Scratch& scratch) {
   const int lane = thread_lane();
   float low = infinity(), high = -infinity();
   uint32_t nan = 0;
@@ -38,7 +67,7 @@ KVC_DEVICE bool store_codes(int head_dim, const Half& to, Scratch& scratch) {
   }
   if (to.bits == 2) {
     const float centre = low * 0.5f + high * 0.5f;
-    const float half = (high * 0.5f - low * 0.5f) * kTwoBitShrink;
+    const float half = (high * 0.5f - low * 0.5f) * (to.key ? kTwoBitKeys : kTwoBitValues);
     low = centre - half;
     high = centre + half;
   }
@@ -47,12 +76,19 @@ KVC_DEVICE bool store_codes(int head_dim, const Half& to, Scratch& scratch) {
   const bool overflow = !(fabsf(low) <= kHalfMax && fabsf(high) <= kHalfMax && width <= kHalfMax);
   const uint16_t scale = float_to_half(clamped(width, 0.f));
   const uint16_t offset = float_to_half(clamped(low, -kHalfMax) + 0.f);  // + 0: no negative zero
-  const float step = half_to_float(scale), zero = half_to_float(offset);
+  float step = half_to_float(scale), zero = half_to_float(offset);
+  if (to.bits == 2 && !to.key) {  // about the same centre, 1.5 steps from either end
+    zero = zero + step * (1.5f * (1.f - kTwoBitSearch));
+    step = step * kTwoBitSearch;
+  }
   if (lane == 0) *to.scale = scale, *to.offset = offset;
-  for (int d = lane; d < head_dim; d += 32) {
-    float t = (scratch.x[d] - zero) / step;
-    t = step > 0.f && t > 0.f ? t : 0.f;  // NaN too
-    scratch.codes[d] = static_cast<uint8_t>(rintf(t < top ? t : top));
+  __syncwarp();
+  if (feedback) {
+    codes_in_turn(head_dim, feedback, zero, step, top, scratch);
+  } else {
+    for (int d = lane; d < head_dim; d += 32) {
+      scratch.codes[d] = static_cast<uint8_t>(code_of(scratch.x[d], zero, step, top));
+    }
   }
   __syncwarp();
   const int per_byte = 8 / to.bits;
@@ -65,10 +101,17 @@ KVC_DEVICE bool store_codes(int head_dim, const Half& to, Scratch& scratch) {
   return overflow || nan;
 }
 
+// The feedback of a row for keys of a tier, or null.
+KVC_DEVICE const uint16_t* feedback_of(const KvcLayout& layout, const KvcRows& rows, const KvcTier& tier, int64_t row) {
+  if (!rows.key_feedback || !tier.rotate_keys) return nullptr;
+  return rows.key_feedback + row * 2 * KVC_FEEDBACK_RANK * layout.head_dim;
+}
+
 // scratch.x -> keys or values of a slot, rotated first where asked.
-KVC_DEVICE bool store_half(const KvcLayout& layout, const Half& to, bool turn, Scratch& scratch) {
+KVC_DEVICE bool store_half(const KvcLayout& layout, const Half& to, bool turn, const uint16_t* feedback,
+                           Scratch& scratch) {
   if (turn) rotate(scratch.x, layout.head_dim, layout.rotation_block);
-  if (to.bits) return store_codes(layout.head_dim, to, scratch);
+  if (to.bits) return store_codes(layout.head_dim, to, feedback, scratch);
   for (int d = thread_lane(); d < layout.head_dim; d += 32) store_element(to.row, d, layout.dtype, scratch.x[d]);
   __syncwarp();
   return false;
@@ -124,7 +167,8 @@ kvc_pack(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcPack a, int32_t slots,
     }
     for (int d = lane; d < layout.head_dim; d += 32) scratch.x[d] = load_element(from, at + d, layout.dtype);
     __syncwarp();
-    clamped_here |= store_half(layout, to, key && tier.rotate_keys, scratch);
+    const uint16_t* feedback = key ? feedback_of(layout, a.rows, tier, row) : nullptr;
+    clamped_here |= store_half(layout, to, key && tier.rotate_keys, feedback, scratch);
   }
   if (lane < a.n_fields) {
     const int32_t* values = a.field[lane];
@@ -164,7 +208,8 @@ kvc_retier(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcRetier a, int32_t* o
     read_half(layout, half_of(layout, of_tier, of_page, src, key), false, scratch);
     // The transform is its own inverse.
     const bool turn = key && of_tier.rotate_keys != to_tier.rotate_keys;
-    clamped_here |= store_half(layout, half_of(layout, to_tier, to_page, dst, key), turn, scratch);
+    const uint16_t* feedback = key ? feedback_of(layout, a.rows, to_tier, a.row[i]) : nullptr;
+    clamped_here |= store_half(layout, half_of(layout, to_tier, to_page, dst, key), turn, feedback, scratch);
   }
   if (lane < layout.n_fields) *field_of(to_tier, to_page, lane, dst) = *field_of(of_tier, of_page, lane, src);
   if (clamped_here && lane == 0) atomicAdd(overflow, 1);

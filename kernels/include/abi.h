@@ -5,6 +5,8 @@
 #define KVC_ABI_H
 #include "page_layout.h"
 
+#define KVC_FEEDBACK_RANK 4  // directions in which errors of rotated keys are collected
+
 // What every operation returns; with anything but KVC_OK it has changed nothing.
 enum { KVC_OK = 0, KVC_BAD_ARGUMENT = 1, KVC_TAIL_FULL = 2, KVC_NO_ISA = 3, KVC_BAD_PAGE = 4 };
 
@@ -16,6 +18,7 @@ typedef struct {  // where the packed slots of the call's rows live
   int64_t table_stride[KVC_MAX_TIERS];
   const int32_t* length[KVC_MAX_TIERS];   // [rows] slots in use; only the first tier.slots * pages are read
   const int32_t* slab_pages;              // [n_slabs] pages of each slab, on the host; for the CPU's checks only
+  const uint16_t* key_feedback;           // [rows, 2, KVC_FEEDBACK_RANK, head_dim] bf16 (quantize.py), or null
   int32_t n_slabs, reserved;
 } KvcRows;
 

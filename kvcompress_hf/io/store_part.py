@@ -14,6 +14,7 @@ from kvcompress_hf.io.header import Header
 from kvcompress_hf.paging import stored_rows
 from kvcompress_hf.paging.arena import Arena
 from kvcompress_hf.paging.key_centring import KEY_SHIFT
+from kvcompress_hf.paging.key_feedback import KEY_FEEDBACK
 from kvcompress_hf.paging.means import MEANS
 from kvcompress_hf.paging.queries import QUERIES
 from kvcompress_hf.paging.sequence_tensors import of_layers, shape_of
@@ -79,6 +80,7 @@ class StorePart:
         # What else a file may lack is only taken where the recipe has a use for it.
         optional = {name: recipe.observer is not None and bool(recipe.observer.describes) for name in _MEANS}
         optional[KEY_SHIFT.name] = recipe.centres_keys
+        optional[KEY_FEEDBACK.name] = recipe.feeds_back
         optional |= _queries_of(recipe)
         shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
         for name, each in self._declared.items():

@@ -36,13 +36,8 @@ def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.T
     if real is None:
         real = torch.ones((batch, tokens), dtype=torch.bool, device=keys.device)
     count = real.sum(1, keepdim=True)
-    rank = real.cumsum(1) - 1
-    sampled = real & (rank % (1 + (count - 1) // _MOST_TOKENS).clamp(min=1) == 0)
-    # A stable sort brings the sampled tokens to the front in their order.
-    index = (~sampled).to(torch.uint8).argsort(dim=1, stable=True)[:, :_MOST_TOKENS]
-    used = sampled.gather(1, index)
-    index = torch.where(used, index, index[:, :1])  # what is no token may hold anything, NaN too
-    part = (rank * _PARTS // count.clamp(min=1)).gather(1, index)
+    index, used = evenly_spread(real, _MOST_TOKENS)
+    part = ((real.cumsum(1) - 1) * _PARTS // count.clamp(min=1)).gather(1, index)
     # One sequence at a time: copying whole rows is many times faster than indexing all sequences at once.
     states = torch.stack([one.index_select(1, chosen).float() for one, chosen in zip(keys, index, strict=True)])
     weight = (used[:, None] & (part[:, None] == torch.arange(_PARTS, device=keys.device)[:, None])).float()
@@ -51,6 +46,26 @@ def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.T
     steady = mean - mean.clamp(-spread, spread)
     steady = torch.where((count >= _LEAST_TOKENS)[:, :, None, None], steady, 0.0)
     return steady.bfloat16().to(keys.dtype)
+
+
+def evenly_spread(real: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Picks tokens of each sequence, evenly spread and the same whatever padding there is.
+
+    Args:
+        real (`torch.Tensor`): `bool` `[batch, tokens]`, false for padding.
+        most (`int`): Most tokens of a sequence.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Which tokens, in their order, `int64` `[batch, picked]`; and whether there
+        is one, `bool` likewise: where there is none the first is named again, as padding may hold anything, NaN too.
+    """
+    count = real.sum(1, keepdim=True)
+    rank = real.cumsum(1) - 1
+    sampled = real & (rank % (1 + (count - 1) // most).clamp(min=1) == 0)
+    # A stable sort brings the sampled tokens to the front.
+    index = (~sampled).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    used = sampled.gather(1, index)
+    return torch.where(used, index, index[:, :1]), used
 
 
 def gains(

@@ -23,7 +23,7 @@ class PagedStore(StoredRows):
     Arguments are those of [`StoredRows`].
     """
 
-    # -- centred keys ----------------------------------------------------------------------------------------------
+    # -- how keys are stored ---------------------------------------------------------------------------------------
 
     def settle_key_shift(
         self,
@@ -46,6 +46,20 @@ class PagedStore(StoredRows):
                 out.
         """
         self._keys.settle(layer, keys, real, query, bits, sequences)
+
+    def settle_key_feedback(
+        self, layer: int, query: torch.Tensor, real: torch.Tensor | None, sequences: torch.Tensor | None = None
+    ) -> None:
+        """Decides how rotated keys of a layer are rounded from now on; see [`KeyFeedback.settle`].
+
+        Args:
+            layer (`int`): Index of the layer.
+            query (`torch.Tensor`): Queries of the first tokens, `[batch, q_heads, queries, head_dim]`.
+            real (`torch.Tensor`, *optional*): `bool` `[batch, queries]`, false for padding.
+            sequences (`torch.Tensor`, *optional*): `bool` `[batch]`, those that have stored nothing yet; all when left
+                out.
+        """
+        self._feedback.settle(layer, query, real, sequences)
 
     def key_shift_of(self, layer: int) -> torch.Tensor | None:
         """What is taken off the keys of a layer before they are attended to and stored.

@@ -13,6 +13,7 @@ from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena, changes_pages
 from kvcompress_hf.paging.geometry import Geometry
 from kvcompress_hf.paging.key_centring import KEY_SHIFT, KeyCentring
+from kvcompress_hf.paging.key_feedback import KEY_FEEDBACK, KeyFeedback
 from kvcompress_hf.paging.means import MEANS, Means
 from kvcompress_hf.paging.queries import QUERIES, QueryMemory
 from kvcompress_hf.paging.sequence_tensors import Declared, SequenceTensors
@@ -31,7 +32,14 @@ def declare(layout: PageLayout, device: torch.device) -> list[Declared]:
     Returns:
         `list[Declared]`: Their declarations; a new tensor is one more.
     """
-    return [*declare_tables(len(layout.tiers), device), *declare_tail(layout), *MEANS, KEY_SHIFT, *QUERIES]
+    return [
+        *declare_tables(len(layout.tiers), device),
+        *declare_tail(layout),
+        *MEANS,
+        KEY_SHIFT,
+        KEY_FEEDBACK,
+        *QUERIES,
+    ]
 
 
 @dataclass
@@ -89,6 +97,7 @@ class StoredRows:
         self._tail = TailSlots(self.tensors)
         self._means = Means(self.tensors)
         self._keys = KeyCentring(self.tensors)
+        self._feedback = KeyFeedback(self.tensors)
         self.queries = QueryMemory(self.tensors)
         self.reading = arena.register(self)  # held while kernels read pages outside of a change
 
@@ -155,6 +164,11 @@ class StoredRows:
         return self._keys.shift
 
     @property
+    def key_feedback(self) -> torch.Tensor | None:
+        """`torch.Tensor` or `None`: How rotated keys are rounded, `[layers, batch, kv_heads, 2, rank, head_dim]`."""
+        return self._feedback.value
+
+    @property
     def rows_per_layer(self) -> int:
         """`int`: Rows of one layer, `batch * kv_heads`."""
         return self.batch * self.geometry.kv_heads
@@ -173,7 +187,11 @@ class StoredRows:
             `Rows`: Views of tables and lengths; valid until `version` changes, which other threads may cause unless
             `reading` is held.
         """
-        return self._tables.rows(self._slice(layer))
+        part = self._slice(layer)
+        rows = self._tables.rows(part)
+        if self.key_feedback is not None:
+            rows.key_feedback = self.key_feedback.flatten(0, 2)[part]
+        return rows
 
     def tail(self, layer: int) -> Tail:
         """Shows the tail of one layer to the kernels; it must have been reserved.
@@ -400,7 +418,8 @@ class StoredRows:
             `[rows, columns]`, zero where no page is live; `lengths` `int32` `[tiers, rows]`; `tail_lengths` `int32`
             `[layers, batch]`; where the tail is not empty `tail_keys`, `tail_values`, `tail_positions` and
             `tail_fields`, cut to what is used; where means are kept `sums` and `summed`; where keys are centred
-            `key_shift`; where queries are remembered those of `QUERIES`. Copies, save for the means and the tail.
+            `key_shift`; where they are rounded with feedback `key_feedback`; where queries are remembered those of
+            `QUERIES`. Copies, save for the means and the tail.
         """
         used = int(self.tail_lengths[:layers].max()) if self.tail_lengths[:layers].numel() else 0
         state = self.tensors.state(layers, used)

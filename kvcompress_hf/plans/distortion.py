@@ -64,7 +64,7 @@ def _measure(
     for key_bits, value_bits in tiers:
         loss = torch.zeros_like(spread)
         if value_bits:
-            loss += (_round_trip(v, value_bits) - v).square().sum(-1).mean(2) / spread.clamp(min=1e-12)
+            loss += (_round_trip(v, value_bits, values=True) - v).square().sum(-1).mean(2) / spread.clamp(min=1e-12)
         if key_bits:
             stored = hadamard(_round_trip(hadamard(k, block), key_bits), block) if key_bits <= 4 else None
             error = (_round_trip(k, key_bits) if stored is None else stored) - k
@@ -74,6 +74,6 @@ def _measure(
     return torch.stack(losses, dim=-1)
 
 
-def _round_trip(x: torch.Tensor, bits: int) -> torch.Tensor:
-    codes, scale, offset, _ = quantize(x, bits)
+def _round_trip(x: torch.Tensor, bits: int, values: bool = False) -> torch.Tensor:
+    codes, scale, offset, _ = quantize(x, bits, values)
     return dequantize(codes, scale, offset)

@@ -96,8 +96,8 @@ class PagedAttention(LayerWork):
             if position == counters.seen:
                 counters.seen = position + 1
             return output
-        if self.recipe.centres_keys and (not position or tokens > 1):
-            self._settle_key_shift(layer, store, new)
+        if (self.recipe.centres_keys or self.recipe.feeds_back) and (not position or tokens > 1):
+            self._settle_keys(layer, store, new)
         new.key = centred(key, store.key_shift_of(layer.index))
         if self._reading_again:
             return self._read_again(layer, store, new.detached())
@@ -131,10 +131,8 @@ class PagedAttention(LayerWork):
             )
         return self.place(layer_idx, key)
 
-    def _settle_key_shift(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> None:
-        """Decides by what keys are centred, for the sequences whose first tokens these are: padding is no token."""
-        if new.logits.softcap is not None or new.logits.sinks is not None:
-            return  # neither a soft cap nor a sink's logit is moved along with the keys' logits, so keys stay whole
+    def _settle_keys(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> None:
+        """Decides how keys are stored, for the sequences whose first tokens these are: padding is no token."""
         first = None
         if new.position:
             note = self.rollback.note
@@ -146,6 +144,11 @@ class PagedAttention(LayerWork):
         if real is None and new.valid is not None:
             real = on_host(new.valid)
         seen, _ = aligned(new, real)
+        if self.recipe.feeds_back:
+            store.settle_key_feedback(layer.index, seen.query.detach(), seen.valid, first)
+        # Neither a soft cap nor a sink's logit is moved along with the keys' logits, so keys stay whole.
+        if not self.recipe.centres_keys or new.logits.softcap is not None or new.logits.sinks is not None:
+            return
         looks = None if self.recipe.centre_keys else seen.query.detach()[:, :, -32:] * new.logits.scale
         bits = min((TIERS[name][0] for name in self.recipe.tiers if TIERS[name][0]), default=8)
         store.settle_key_shift(layer.index, seen.key.detach(), seen.valid, looks, bits, first)

@@ -286,11 +286,13 @@ class Compression:
         slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
         rows = store.layers * geometry.kv_heads
         means = 8 * geometry.head_dim if describe_of(self.state) is not None else 0
-        shift = 0 if store.key_shift is None else store.key_shift.nbytes // self.state.batch
+        of_keys = [
+            each.nbytes // self.state.batch for each in (store.key_shift, store.key_feedback) if each is not None
+        ]
         queries = store.queries.nbytes // self.state.batch
         positions = 4 * store.layers * (every + 1)  # of the tail, and how many it holds
         slab = 12  # its address and size
-        return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + shift + queries + slab
+        return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + sum(of_keys) + queries + slab
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress_hf.kernels import CpuBackend, page_layout
+from kvcompress_hf.kernels.abi import FEEDBACK_RANK
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = [[(0, 0), (8, 8), (8, 4), (8, 2)], [(4, 8), (4, 4), (4, 2)], [(2, 8), (2, 4), (2, 2)]]
@@ -66,6 +67,23 @@ def test_pack_move_retier_read(make_twins, backend, exact, head_dim, tiers, dtyp
                 assert torch.equal(got, exact.read_field(twins.expected_rows, tier, name, width))
         values = torch.rand(4, 50)
         _both(twins, backend, exact, "write_field", tier, "sum", values)
+    twins.assert_same_pages()
+
+
+@pytest.mark.parametrize("head_dim, tiers", [(16, [(8, 4), (4, 4)]), (80, [(4, 2), (2, 2)]), (128, [(4, 4), (2, 4)])])
+def test_rotated_keys_are_rounded_with_feedback(make_twins, backend, exact, head_dim, tiers):
+    twins = make_twins(tiers=tiers, head_dim=head_dim, dtype=torch.bfloat16, most=40)
+    k, v, fields = _difficult(twins, 21)
+    counts = torch.tensor([[21, 3], [0, 8]], dtype=torch.int32)
+    row, slot = torch.tensor([0, 0, 3, 3], dtype=torch.int32), torch.tensor([0, 2, 1, 7], dtype=torch.int32)
+    factors = (torch.randn(4, 2, FEEDBACK_RANK, head_dim, generator=torch.Generator().manual_seed(1)) / 4).bfloat16()
+    for rows in (twins.rows, twins.expected_rows):
+        rows.key_feedback = factors
+    for tier in range(2):
+        _both(twins, backend, exact, "pack", tier, k, v, counts, None, fields)
+        for rows in (twins.rows, twins.expected_rows):
+            rows.lengths[tier] += counts.flatten()
+    _both(twins, backend, exact, "retier", row, 0, slot, 1, slot)
     twins.assert_same_pages()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_hf.kernels import Backend, PageLayout, ReferenceBackend, Rows, page_layout
+from kvcompress_hf.kernels.abi import FEEDBACK_RANK
 
 SLAB_SHIFT = 2  # four pages per slab, so that rows spread over several
 
@@ -76,6 +77,7 @@ def make_twins(exact: ReferenceBackend) -> Callable[..., Twins]:
         room: int = 100,
         fields: Sequence[str] = ("position", "score"),
         page_bytes: int | None = None,
+        feedback: bool = False,
     ) -> Twins:
         layout = page_layout(head_dim, dtype, tiers, fields, page_bytes)
         generator = torch.Generator().manual_seed(head_dim)
@@ -93,10 +95,12 @@ def make_twins(exact: ReferenceBackend) -> Callable[..., Twins]:
             padded[:, :pages] = ids.view(count, pages)
             tables.append(padded[:, :pages])
         lengths = [torch.zeros(count, dtype=torch.int32) for _ in tiers]
+        factors = (torch.randn(count, 2, FEEDBACK_RANK, head_dim, generator=generator) / 4).bfloat16()
 
         def rows_of(slabs: list[Tensor]) -> Rows:
             addresses = torch.tensor([slab.data_ptr() for slab in slabs], dtype=torch.int64)
-            return Rows(layout, slabs, addresses, SLAB_SHIFT, tables, lengths)
+            of_keys = factors if feedback else None
+            return Rows(layout, slabs, addresses, SLAB_SHIFT, tables, lengths, key_feedback=of_keys)
 
         shape = (n_slabs * slab_pages, layout.page_bytes)
         expected = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

@@ -81,7 +81,7 @@ def test_retier_error_is_that_of_the_lower_tier(make_twins, backend, threads):
     twins.assert_same_pages()
     got_k, got_v = backend.read_slots(twins.rows, 1, 300)
     assert (got_k - k.flatten(0, 1)).norm() / k.norm() < 0.14
-    assert (got_v - v.flatten(0, 1)).norm() / v.norm() < 0.44
+    assert (got_v - v.flatten(0, 1)).norm() / v.norm() < 0.49
 
 
 @settings(max_examples=25, deadline=None)
