@@ -68,7 +68,7 @@ def patch(
         linears (`str`): What multiplies by the weights of a bfloat16 or float16 model on a CPU while one to four tokens
             are decoded without gradients: `"auto"` takes a kernel of this package where a trial, once per process,
             finds it quicker on this machine (it sums in float32; the last bit of what comes out may differ from
-            torch's), `"stock"` leaves it to torch. Only plain `nn.Linear` layers are meant.
+            torch's), `"stock"` leaves it to torch. Only plain `nn.Linear` layers are meant, whatever the cache is.
         overrides: Parts of the recipe to change, such as `budget=1/8`.
 
     Returns:

@@ -55,7 +55,7 @@ def decide(
                 planned = torch.where(to_device(ruling.unchanged, planned.device)[:, None, None], as_is, planned)
             rows = ruling.sequences
             at = rows if isinstance(rows, slice) else to_device(rows, targets.device)
-            targets[at], protected[at] = planned, ruling.view.protected
+            targets[at], protected[at] = planned.to(torch.int8), ruling.view.protected
         decision = Decision.of(parts, slots, targets, protected)
         answers = ask([*decision.counts, *(trial.excess for trial in tried), *others])
         counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
