@@ -188,10 +188,10 @@ class Rollback:
         try:
             self.begin(**what)
             yield
+            self.note = None  # here and not behind, so that whatever stops it before is undone
         except BaseException:
             self.undo()
             raise
-        self.commit()
 
     def undo(self) -> None:
         """Puts everything back, or closes the cache where that is not possible; may be repeated if it is stopped."""

@@ -274,10 +274,14 @@ def observing(model: PreTrainedModel) -> Iterator[None]:
             config._attn_implementation_internal = name
 
     try:
-        set_implementation(model, _PREFIX.__add__)
-        yield
-    finally:
-        surely(put_back)
+        try:
+            set_implementation(model, _PREFIX.__add__)
+            yield
+        finally:
+            surely(put_back)
+    except BaseException:
+        put_back()  # an interrupt may have come before the first time began
+        raise
 
 
 def _observe(
