@@ -307,7 +307,7 @@ class Backend(abc.ABC):
 
     def reads_prompts(self, dtype: torch.dtype, tokens: int) -> bool:
         """Whether `chunk_attention` over new tokens alone is faster than torch's own attention, so that prompts go
-        through it (`benchmarks/prefill.py` measures it).
+        through it (`benchmarks/first_tokens.py` measures it).
 
         Args:
             dtype: Of queries, keys and values.
