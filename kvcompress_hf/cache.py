@@ -126,12 +126,12 @@ class CompressedPagedCache(Cache):
             UnsupportedFeatureError: If what the last call handed out was never attended to, or the model was unpatched
                 during the pass.
         """
-        # Behind a past, keys of another layer that wait tell within this very pass.
-        waiting = self._pending[layer_idx] or (self.get_seq_length() and any(self._pending))
+        if any(self._pending):
+            raise self._never_attended()
+        self._pending[layer_idx] = key_states.shape[2]  # before the patch is asked: who takes it off waits for these
         patch = None if self._patch is None else self._patch()  # weak: a cache keeps no model alive
-        if waiting or (self._patch is not None and (patch is None or not patch.installed)):
-            raise self._never_attended(layer_idx)
-        self._pending[layer_idx] = key_states.shape[2]
+        if self._patch is not None and (patch is None or not patch.installed):
+            raise self._never_attended()
         keys, values = key_states.view_as(key_states), value_states.view_as(value_states)
         keys._kvc = values._kvc = KVHandle(self, layer_idx)  # type: ignore[attr-defined]
         return keys, values
@@ -224,16 +224,16 @@ class CompressedPagedCache(Cache):
         output = self._attention.attend_shared(layer_idx, source_idx, new, attention_mask, dense)
         return self._gradients.after_shared(source_idx, output, (query, key, value))
 
-    def is_awaited(self, layer_idx: int) -> bool:
+    def is_awaited(self, layer_idx: int | None = None) -> bool:
         """Whether keys and values that `update` handed out for a layer have not been attended to yet.
 
         Args:
-            layer_idx (`int`): Index of the layer.
+            layer_idx (`int`, *optional*): Index of the layer; any of them when left out.
 
         Returns:
             `bool`: False once [`CompressedPagedCache.attend`] has taken them; who comes then only reads.
         """
-        return self._pending[layer_idx] > 0
+        return any(self._pending) if layer_idx is None else self._pending[layer_idx] > 0
 
     def begin_pass(self, patch: Any, factors: tuple[bool, ...], rotations: Sequence[Rotation | None] = ()) -> None:
         """Called by a patched model before each forward pass.
@@ -246,6 +246,8 @@ class CompressedPagedCache(Cache):
         Raises:
             UnsupportedFeatureError: If stored keys were turned with other factors.
         """
+        if self._patch is None and any(self._pending):  # handed out to a model that was not patched
+            raise self._never_attended()
         self._pending = none = [0] * len(self._pending)  # some may be of a pass that stopped half way
         self._patch, self._attention.rotations = weakref.ref(patch), rotations
         if not self.get_seq_length():
@@ -266,18 +268,18 @@ class CompressedPagedCache(Cache):
                 and whatever the model said came about without them.
         """
         if any(self._pending):
-            raise self._never_attended(next(i for i, tokens in enumerate(self._pending) if tokens))
+            raise self._never_attended()
 
-    def _never_attended(self, layer_idx: int) -> UnsupportedFeatureError:
+    def _never_attended(self) -> UnsupportedFeatureError:
         """Forgets keys that wait and takes the rest of their pass back; the error is for the caller to raise."""
         left_out = [i for i, tokens in enumerate(self._pending) if tokens]
         self._pending = [0] * len(self._pending)
         self._attention.give_up_pass(left_out)
         return UnsupportedFeatureError(
-            f"Keys of layer {layer_idx} went to a CompressedPagedCache but never to its attention: the model is "
-            "not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it makes "
-            "something else of the keys before it attends. Or the last forward pass stopped half way there: then "
-            "repeat it."
+            f"Keys of layer {next(iter(left_out), 0)} went to a CompressedPagedCache but never to its attention: the "
+            "model is not patched, its attention was changed after patching (call kvcompress_hf.patch(model)), or it "
+            "makes something else of the keys before it attends. Or the last forward pass stopped half way there: "
+            "then repeat it."
         )
 
     def read_with(self, borders: tuple[int, ...]) -> tuple[bool, ...]:

@@ -331,7 +331,8 @@ def _uninstall(model: PreTrainedModel, record: PatchRecord) -> None:
 
 def _take_off(model: PreTrainedModel, record: PatchRecord) -> None:
     """Undoes what of [`_install`] has been done; may be done again if it breaks off."""
-    record.installed = False
+    record.installed = False  # from here on no cache hands out keys
+    record.wait_for_attention()
     give_back_linears(model)
     restore_originals(model, record.swapped)
     for config, before, installed in record.implementations:

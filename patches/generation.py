@@ -7,6 +7,8 @@ the old model.
 
 import functools
 import inspect
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +79,7 @@ class PatchRecord:
         told (`set[str]`): What was warned of.
         last_run (`RunReport`, *optional*): Figures of the last cache `generate` worked on.
         turning (`Turning`, *optional*): How position turns the model's queries, once a recipe has asked for it.
+        readers (`set[weakref.ref[CompressedPagedCache]]`): The caches that passes have gone by.
     """
 
     route: str
@@ -91,6 +94,7 @@ class PatchRecord:
     told: set[str] = field(default_factory=set)
     last_run: RunReport | None = None
     turning: Turning | None = None
+    readers: set["weakref.ref[CompressedPagedCache]"] = field(default_factory=set)
 
     @property
     def recipe(self) -> Recipe | None:
@@ -98,12 +102,26 @@ class PatchRecord:
         holder = self.holders.in_force()
         return None if holder is None else holder.recipe
 
+    def wait_for_attention(self) -> None:
+        """Waits until keys that caches have handed out have come to attention, in whichever thread that is.
+
+        Were the patch taken off in between, stock attention would get them, and answer from the new tokens alone. Of a
+        pass that stopped there the keys never come, so this does not take longer than a tenth of a second.
+        """
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:
+            caches = [each() for each in tuple(self.readers)]
+            if not any(cache is not None and cache.is_awaited() for cache in caches):
+                return
+            time.sleep(0.001)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model has had no run of its own yet, and nobody would ever leave its blocks.
         fresh: dict[str, Any] = {
             "last_run": None,
             "turning": None,
             "told": set(),
+            "readers": set(),
             "holders": Holders(self.holders.in_force()),
         }
         return self.__dict__ | fresh

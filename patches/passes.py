@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ class Patch(Protocol):
     holders: Holders
     told: set[str]
     turning: Turning | None
+    readers: set["weakref.ref[CompressedPagedCache]"]
 
 
 def before_pass(
@@ -78,6 +80,7 @@ def before_pass(
         _check_mask_length(cache, args, kwargs)
         _check_pass(model, record, cache)
         rotations = rotations_for(model, record, cache, _new_tokens(args, moved))
+        record.readers.add(weakref.ref(cache, record.readers.discard))
         cache.begin_pass(record, read_with(model, cache, part, args, moved), rotations)
     elif cache is None and (part is model or part.config is text_config(model)):
         _tell_of_stock_cache(record, part, kwargs)

@@ -8,6 +8,7 @@ from torch import nn
 from kvcompress_hf.cache import CompressedPagedCache
 from kvcompress_hf.compat import as_argument
 from kvcompress_hf.errors import UnsupportedFeatureError, UnsupportedModelError
+from kvcompress_hf.layers import KVHandle
 from kvcompress_hf.patches import interface, is_patched, patch
 from kvcompress_hf.patches.call import check_call
 
@@ -245,7 +246,8 @@ class TestAttentionFunction:
 
     def test_of_two_layers(self, parts):
         function, module, query, key, value = parts
-        _, other = value._kvc.cache.update(value, value, 1)
+        other = value.clone()
+        other._kvc = KVHandle(value._kvc.cache, 1)
         with pytest.raises(UnsupportedFeatureError, match="changes keys or values"):
             function(module, query, key, other, None, scaling=0.1)
 

@@ -269,7 +269,7 @@ def test_keys_that_no_attention_came_for_are_told_in_the_same_pass(family, route
     finally:
         attention.forward = patched_forward
     assert cache.get_seq_length() == 0
-    if not last:  # the last layer had ended the pass
+    if not last and route == "swap":  # the last layer had ended the pass; by the interface the second layer notices
         with pytest.raises(RuntimeError, match=r"left out layers \[0\].*reset"):
             model(prompt(), use_cache=True, **as_argument(model, cache))
         cache.reset()
