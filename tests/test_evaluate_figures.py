@@ -99,6 +99,14 @@ def test_differences_are_to_the_same_budget_and_length():
     assert cells[0]["difference"]["unseen"]["prose"]["kl"]["value"] == 1
 
 
+def test_probes_that_have_no_questions_are_compared_in_their_one_mode():
+    """As in `kvcompress eval --probes copy --recipes auto,k8v4`, where `--modes` is both."""
+    cells = [cell("auto", "1/8", [3, 5]), cell("k8v4", "", [0, 1])]
+    compare(cells, "auto", ["unseen", "seen"])
+    compare(cells, "k8v4", ["unseen", "seen"])
+    assert cells[0]["difference"].keys() == {"to", "unseen"}
+
+
 def test_lists_of_numbers_take_a_line():
     figures = {"a": [1, 2.5, None], "b": [{"c": ["x", "y"], "d": []}], "e": "[\n 1 ]"}
     text = to_text(figures)

@@ -167,7 +167,7 @@ def compare(cells: Sequence[dict[str, Any]], against: str, modes: Sequence[str])
         if cell["recipe"] == against or not partners:
             continue
         difference: dict[str, Any] = {"to": against}
-        for mode in modes:
+        for mode in (mode for mode in modes if mode in cell and mode in partners[0]):  # some probes have only one
             difference[mode] = {
                 probe: _differences(measures, partners[0][mode][probe]) for probe, measures in cell[mode].items()
             }
