@@ -19,6 +19,7 @@ from . import checks
 from .layout import PageLayout
 from .linear import LinearPlan
 from .non_causal import non_causal_scores
+from .quantize import hadamard
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
@@ -460,6 +461,25 @@ class Backend(abc.ABC):
             ValueError: A shape or dtype is wrong.
         """
         return LinearPlan(weight, bias, torch.float32)
+
+    def hadamard(self, x: Tensor, block: int) -> Tensor:
+        """Transforms vectors: values on their way into a store that keeps them rotated, and attention's output back.
+
+        The transform is orthonormal and its own inverse (`quantize.hadamard`). Sums are made in float32, in the same
+        order by all backends, and rounded once. This default runs plain torch.
+
+        Args:
+            x: `[batch, outer, inner, head_dim]` in float32, float16 or bfloat16.
+            block: Size of a block, a power of two of at least 16 that divides `head_dim`.
+
+        Returns:
+            The transformed vectors, of the same shape and dtype, contiguous.
+
+        Raises:
+            ValueError: The shape, dtype or block is wrong.
+        """
+        checks.check_hadamard(x, block, x.device)
+        return hadamard(x.float(), block).to(x.dtype)
 
     @abc.abstractmethod
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:

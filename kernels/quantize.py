@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["affine_parameters", "dequantize", "hadamard", "pack_codes", "quantize", "unpack_codes"]
 
 FP16_MAX = 65504.0
-TWO_BIT_KEYS, TWO_BIT_VALUES = 0.85, 0.9  # of a slot's range, from what the lowest code stands for to the highest's
+TWO_BIT_KEYS, TWO_BIT_VALUES = 0.85, 0.8  # of a slot's range, from what the lowest code stands for to the highest's
 TWO_BIT_SEARCH = 0.9375  # of a step of values, from where one code is the nearest to where the next is
 
 

@@ -163,6 +163,19 @@ class CudaBackend(Backend):
         self._launch("kvc_dense", rows.count * blocks_for(width, WARPS), device, rows.layout.c, c)
         return k, v
 
+    def hadamard(self, x: Tensor, block: int) -> Tensor:
+        device = self._device(x)
+        checks.check_hadamard(x, block, device)
+        out = torch.empty(x.shape, dtype=x.dtype, device=device)
+        batch, outer, inner, head_dim = x.shape
+        c = abi.KvcHadamard(
+            batch=batch, outer=outer, inner=inner, head_dim=head_dim, block=block, dtype=DTYPES[x.dtype]
+        )
+        c.x, c.out = x.data_ptr(), out.data_ptr()
+        fill_strides(c, "x", x)
+        self._launch("kvc_hadamard", blocks_for(batch * outer * inner, WARPS), device, c)
+        return out
+
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
         checks.check_pages(layout, tier, pages, self._device(pages))
         return pages.clone()  # pages are in that order already (pages.cuh says why)

@@ -165,6 +165,13 @@ typedef struct {  // dequantised, un-rotated slots as float [rows, stride, D]
   int64_t stride;
 } KvcDense;
 
+typedef struct {  // orthonormal Walsh-Hadamard transform of blocks of vectors; sums in float32, rounded once
+  const void* x;                          // [batch, outer, inner, D] native dtype
+  int64_t x_b, x_h, x_t;
+  void* out;                              // likewise, contiguous
+  int32_t batch, outer, inner, head_dim, block, dtype;  // block: a power of two, at least 16, that divides head_dim
+} KvcHadamard;
+
 typedef struct {  // pages in CPU order <-> canonical order (page_layout.h); bytes outside the sections are copied
   const KvcLayout* layout;
   const uint8_t* from;                    // [n, page_bytes]

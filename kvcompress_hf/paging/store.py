@@ -84,6 +84,22 @@ class PagedStore(StoredRows):
         """
         return self._keys.whole(layer, keys)
 
+    # -- how values are stored -------------------------------------------------------------------------------------
+
+    def rotated(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Takes values to the basis that the store keeps them in, or from there; and attention's output back.
+
+        The transform is its own inverse, and lengths and sums of products stay what they are. Attention is linear in
+        values, so it has to be undone once per query and not once per slot.
+
+        Args:
+            vectors (`torch.Tensor`): `[batch, outer, inner, head_dim]`, values or output, in their dtype.
+
+        Returns:
+            `torch.Tensor`: The transformed vectors; `vectors` themselves where values are kept as they are.
+        """
+        return self.backend.hadamard(vectors, self.layout.rotation_block) if self.rotates_values else vectors
+
     # -- the tail --------------------------------------------------------------------------------------------------
 
     def reserve_tail(self, capacity: int) -> None:
@@ -162,17 +178,18 @@ class PagedStore(StoredRows):
 
         Args:
             describe (`Callable`): From keys, values `[batch, kv_heads, tokens, head_dim]` and the means of both
-                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees whole keys.
+                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees keys and values
+                as the model made them.
             keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred; with all layers, `batch` is
                 `layers * batch`.
-            values (`torch.Tensor`): Values, of the same shape.
+            values (`torch.Tensor`): Values as they are stored, of the same shape.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
 
         Returns:
             `dict[str, torch.Tensor]`: What `describe` made: fields by name, `[batch, kv_heads, tokens]`.
         """
-        keys = self.whole(layer, keys)
+        keys, values = self.whole(layer, keys), self.rotated(values)
         means = self._means.add(slice(None) if layer is None else slice(layer, layer + 1), keys, values, real)
         # What is not a token may hold anything.
         clean_keys, clean_values = (torch.where(real[:, None, :, None], x, 0) for x in (keys, values))
@@ -246,7 +263,7 @@ class PagedStore(StoredRows):
             tier (`int`): Index of the tier.
             key (`torch.Tensor`): Keys as they are to be stored, `[batch, kv_heads, tokens, head_dim]`; with all layers,
                 `batch` is `layers * batch`.
-            value (`torch.Tensor`): Values, of the same shape.
+            value (`torch.Tensor`): Values as they are to be stored, of the same shape.
             counts (`torch.Tensor`): `int32` `[batch, kv_heads]`, slots to add to each row.
             index (`torch.Tensor`, *optional*): `int32` `[batch, kv_heads, tokens]`, which tokens; the first ones
                 when left out.
