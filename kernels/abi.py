@@ -69,7 +69,7 @@ class KvcDecode(Structure):
             i64_b="out_b out_h",
             ptr_c="sinks valid key_shift",
             f32="scale softcap",
-            i32="window position_field position batch kv_heads group append sum_field square_field",
+            i32="window position_field position batch kv_heads group append sum_field square_field rotates_values",
         ),
     ]
 

@@ -512,6 +512,7 @@ class Backend(abc.ABC):
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
+        rotates_values: bool = False,
     ) -> DecodePlan:
         """Prepares `decode_attention` for many steps over the same rows and tail.
 
@@ -524,6 +525,8 @@ class Backend(abc.ABC):
             square_field: As in `decode_attention`.
             key_shift: `[batch, kv_heads, 1, head_dim]`, contiguous, native dtype: taken off every new key before it
                 is written to the tail and attended to.
+            rotates_values: Whether pages and tail hold rotated values (`hadamard`): new ones are rotated before they
+                are written to the tail, and the output is rotated back.
 
         Returns:
             A plan for these rows and this tail.

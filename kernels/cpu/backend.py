@@ -200,6 +200,7 @@ class CpuBackend(Backend):
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
+        rotates_values: bool = False,
     ) -> DecodePlan:
         layout = rows.layout
         batch, kv_heads = tail.k.shape[:2]
@@ -217,6 +218,7 @@ class CpuBackend(Backend):
             group=q_heads // kv_heads,
             sum_field=-1 if sum_field is None else layout.field_index(sum_field),
             square_field=-1 if square_field is None else layout.field_index(square_field),
+            rotates_values=rotates_values,
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)

@@ -685,7 +685,6 @@ int dense(KvcDense* args) {
 int hadamard(KvcHadamard* args) {
   const KvcHadamard& a = *args;
   const int element = a.dtype == KVC_F32 ? 4 : 2;
-  const float norm = static_cast<float>(1.0 / std::sqrt(static_cast<double>(a.block)));
   const int64_t vectors = static_cast<int64_t>(a.batch) * a.outer * a.inner;
 #pragma omp parallel for schedule(static) if (vectors * a.head_dim > kSerialElements)
   for (int64_t i = 0; i < vectors; i++) {
@@ -693,8 +692,7 @@ int hadamard(KvcHadamard* args) {
     const int64_t b = i / a.inner / a.outer, h = i / a.inner % a.outer, t = i % a.inner;
     const char* from = static_cast<const char*>(a.x) + (b * a.x_b + h * a.x_h + t * a.x_t) * element;
     to_floats(from, a.dtype, a.head_dim, x);
-    butterflies(x, a.head_dim, a.block, 1.f);
-    for (int d = 0; d < a.head_dim; d++) x[d] *= norm;  // last, as in quantize.py
+    rotate_value(x, a.head_dim, a.block);
     from_floats(x, a.dtype, a.head_dim, static_cast<char*>(a.out) + i * a.head_dim * element);
   }
   return KVC_OK;

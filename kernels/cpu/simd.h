@@ -250,11 +250,19 @@ KVC_INLINE void butterflies(float* x, int n, int block, float factor) {
       }
 }
 
-// Orthonormal transform of consecutive blocks of x[n].
+// Orthonormal transform of consecutive blocks of x[n], of queries.
 KVC_INLINE void hadamard(float* x, int n, int block) {
   float norm = 1.f;
   for (int b = block; b > 1; b >>= 1) norm *= 0.70710678118654752f;
   butterflies(x, n, block, norm);
+}
+
+// The same for values and attention's output, to the bit as in quantize.py: the norm comes last, rounded once.
+KVC_INLINE void rotate_value(float* x, int n, int block) {
+  float norm = 1.f;
+  for (int b = block; b > 1; b /= 4) norm *= b == 2 ? 0.70710678118654752f : 0.5f;
+  butterflies(x, n, block, 1.f);
+  for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) * all(norm));
 }
 
 // ---- integer dots ----------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ typedef struct {  // one new token per sequence: append to the tail, attend to e
   int32_t batch, kv_heads, group;
   int32_t append;                         // 1: write k, v at tail.length[b] first and increment it
   int32_t sum_field, square_field;        // += sum over the group of p, of p^2, per slot; -1 = do not
+  int32_t rotates_values;                 // 1: v is rotated as it is written, and the output back (CPU)
 } KvcDecode;
 
 typedef struct {  // n_q queries over the packed past, the tail, and a dense block of n_k new keys

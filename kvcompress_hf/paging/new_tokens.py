@@ -16,8 +16,7 @@ class NewTokens:
         key (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`. From the moment they are centred, as they will be
             stored: less the store's `key_shift`, if there is one. Softmax does not notice;
             `store.whole(layer, new.key)` gives whole keys back.
-        value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`. From that moment on likewise as they will be
-            stored: rotated where the store rotates values; `store.rotated(new.value)` gives the model's own back.
+        value (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
         logits (`Logits`): How queries and keys make logits: scale, soft cap, sliding window, sinks.
         position (`int`): Logical position of the first token.
         valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.

@@ -162,7 +162,7 @@ class PagedStore(StoredRows):
                 fields[name] = self.tail_fields[part, i, ..., :used].flatten(0, 1).view(torch.float32)
         if describe is not None:
             real = torch.arange(used, device=keys.device) < lengths[:, None]
-            fields.update(self.describe(describe, keys, values, real, layer))
+            fields.update(self.describe(describe, keys, self.rotated(values), real, layer))
         self.enter(tier, keys, values, counts, None, fields, layer, sinks)
         self._tail.empty(part)
 
@@ -182,14 +182,14 @@ class PagedStore(StoredRows):
                 as the model made them.
             keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred; with all layers, `batch` is
                 `layers * batch`.
-            values (`torch.Tensor`): Values as they are stored, of the same shape.
+            values (`torch.Tensor`): Values as the model made them, of the same shape.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
 
         Returns:
             `dict[str, torch.Tensor]`: What `describe` made: fields by name, `[batch, kv_heads, tokens]`.
         """
-        keys, values = self.whole(layer, keys), self.rotated(values)
+        keys = self.whole(layer, keys)
         means = self._means.add(slice(None) if layer is None else slice(layer, layer + 1), keys, values, real)
         # What is not a token may hold anything.
         clean_keys, clean_values = (torch.where(real[:, None, :, None], x, 0) for x in (keys, values))

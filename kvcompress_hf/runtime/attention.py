@@ -89,7 +89,6 @@ class PagedAttention(LayerWork):
             if tokens > 1 or not position or read.biased:  # a decoded token sees all there is
                 new.mask = None if read.says_nothing(new.logits.window) else read
         layer.group = q_heads // heads
-        value, new.value = new.value, store.rotated(new.value)
         looked_at = self.recording or self._observes_steps or self._reading_again
         if tokens == 1 and position and new.mask is None and not looked_at:  # nobody else needs the key centred
             output = self._decode(layer, store, new, centred=False)
@@ -111,9 +110,8 @@ class PagedAttention(LayerWork):
                 layer.seen += 1
             output = torch.cat(outputs, dim=1)
         else:
-            first = replace(new, value=value)
-            if not position and _in_one_kernel(store, first):
-                dense = partial(first.detached().attend, store, layer.index, None, position=0)
+            if not position and _in_one_kernel(store, new):
+                dense = partial(new.detached().attend, store, layer.index, None, position=0)
             output = self._chunk(layer, store, new.detached(), dense)
         layer.seen = position + tokens
         counters.seen = max(counters.seen, layer.seen)
@@ -215,7 +213,6 @@ class PagedAttention(LayerWork):
                 return new.detached().attend(store, source.index, None, position=0)
             return dense()
         new.key, new.position = centred(new.key, store.key_shift_of(source.index)), position
-        new.value = store.rotated(new.value)
         store.reserve_tail(source.tail_used)
         tail = store.tail(source.index)
         if tokens == 1:
@@ -223,7 +220,7 @@ class PagedAttention(LayerWork):
             newest = 1 if new.mask is None else new.mask.real_tokens(1, 1, self.batch)[:, 0].to(torch.int32)
             tail = replace(tail, lengths=tail.lengths - newest)
         at = source.seen - queries
-        return store.rotated(new.detached().attend(store, source.index, tail, position=at, key_position=position))
+        return new.detached().attend(store, source.index, tail, position=at, key_position=position)
 
     @contextlib.contextmanager
     def second_reading(self) -> Iterator[None]:

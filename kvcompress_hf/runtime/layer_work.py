@@ -58,12 +58,12 @@ class LayerWork(Past):
                     sum_field=sum_field,
                     square_field=square_field,
                     key_shift=None if centred else store.key_shift_of(layer.index),
+                    rotates_values=store.rotates_values,
                 )
                 layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
                 if layer.index == store.layers - 1:
                     self.note_peak()
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
-        output = store.rotated(output)
         if before is not None and fields is not None:
             packing.write_tail_fields(store, layer, before, valid, fields)
         layer.grows(1, valid)
@@ -129,7 +129,7 @@ class LayerWork(Past):
             output = dense()
         else:
             store.reserve_tail(layer.tail_used)
-            output = store.rotated(new.attend(store, layer.index, store.tail(layer.index), position=position))
+            output = new.attend(store, layer.index, store.tail(layer.index), position=position)
         fields: dict[str, torch.Tensor] = {}
         if self.recording and position:
             if self._holds:
@@ -162,7 +162,7 @@ class LayerWork(Past):
     def _read_again(self, layer: LayerState, store: PagedStore, new: AttentionCall) -> torch.Tensor:
         """Attention of tokens that are read a second time, as if they came next; they are observed and not stored."""
         store.reserve_tail(layer.tail_used)
-        output = store.rotated(new.attend(store, layer.index, store.tail(layer.index), position=layer.seen))
+        output = new.attend(store, layer.index, store.tail(layer.index), position=layer.seen)
         if self._observer is not None:
             seen, _ = aligned(new, None if new.valid is None else on_host(new.valid))
             self._observe(self._observer, layer, store, seen)

@@ -153,20 +153,24 @@ def test_observers_come_to_the_same_scores(model, monkeypatch, preset):
     torch.testing.assert_close(*fields, atol=1e-4, rtol=5e-3)
 
 
-def test_observers_describe_the_model_s_own_values(rotated, stock, model):
-    ids, cache, exact, seen = tokens(1, 60), fresh(model, "kv-compress"), DynamicCache(config=stock.config), []
-    logits(stock, ids, exact)
-    logits(model, ids, cache)
-    store, values = store_of(cache), exact.layers[0].values
+def test_observers_describe_the_model_s_own_values(rotated, stock, model, monkeypatch):
+    """Of a chunk on its way into pages, and of a tail, where all layers come together."""
+    seen = []
 
     def describe(keys, values, key_mean, value_mean):
         seen.append((values, value_mean))
         return {}
 
-    stored = hadamard(values, store.layout.rotation_block)
-    store.describe(describe, exact.layers[0].keys, stored, torch.ones(1, 60, dtype=torch.bool), 0)
-    close(seen[0][0], values)
-    close(seen[0][1], values.mean(2, keepdim=True))
+    monkeypatch.setattr("kvcompress_hf.runtime.packing.describe_of", lambda state: describe)
+    ids, cache, exact = tokens(1, 92), fresh(model), DynamicCache(config=stock.config)
+    for one, other in ((model, cache), (stock, exact)):
+        read(one, other, ids, (60, *(1,) * 32))
+    values = torch.stack([layer.values[0] for layer in exact.layers])
+    layers = len(values)
+    close(torch.cat([each for each, _ in seen[:layers]]), values[:, :, :60])
+    close(seen[layers][0], values[:, :, 60:])
+    close(seen[layers][1], values.mean(2, keepdim=True))
+    assert len(seen) == layers + 1 and store_of(cache).rotates_values
 
 
 @pytest.mark.parametrize("recipe", ["k4v2", "k2v2", "leankv"])
