@@ -161,7 +161,7 @@ def package(bits: int, values: bool = False) -> Way:
         found, scale, offset, _ = quantize(x, bits, values, feedback)
         return found.float() * scale.float()[..., None] + offset.float()[..., None]
 
-    return way if values else rotated(way)
+    return way if values and bits > 2 else rotated(way)
 
 
 def ways() -> dict[str, tuple[str, Way]]:
@@ -190,10 +190,10 @@ def ways() -> dict[str, tuple[str, Way]]:
         "v2 range 0.8": plain(2, 0.8),
         "v2": plain(2),
         "v2 range 0.75, same length": same_length(plain(2, 0.75)),
-        f"v2 range {TWO_BIT_VALUES}, search {TWO_BIT_SEARCH} *": package(2, values=True),
+        "v2 range 0.9, search 0.9375": plain(2, 0.9, 0.9375),
         "v2 rotated, fit": rotated(fit(2)),
         "v2 rotated, range 0.75, same length": same_length(rotated(plain(2, 0.75))),
-        "v2 rotated, range 0.8, search 0.9375": rotated(plain(2, 0.8, 0.9375)),
+        f"v2 rotated, range {TWO_BIT_VALUES}, search {TWO_BIT_SEARCH} *": package(2, values=True),
         "v2 rotated, groups of 32, range 0.8, same length": same_length(rotated(grouped(plain(2, 0.8), 32))),
         "v2 in turn, range 0.7": in_turn(2, values=True, part=0.7),
     }

@@ -7,7 +7,8 @@ extreme case with 120, -80, 40, -20); the same offsets turned by rotary embeddin
 frequency (`rope`); and real ones, of every layer and KV head of a model on held-out prose. Keys are in bfloat16.
 Synthetic queries are peaked: each looks for one token.
 
-Options: `hadamard` rotates keys; `mean` takes off what the keys of a head have in common, as the package estimates it
+Values of 2 bits are rotated. Options: `hadamard` rotates keys; `mean` takes
+off what the keys of a head have in common, as the package estimates it
 from a prompt (softmax does not see it); `mean of 1/8` estimates it from the first eighth of the tokens, as when a long
 prompt comes in chunks; `shrink` narrows the 2-bit range about its centre as the package does, `shrink 4 bits` the 4-bit
 range to 0.95; what the package does beyond that, errors of keys that later channels make good, is not here; `k2`, `v2`,
@@ -148,7 +149,10 @@ def stored(heads: Heads, bits: tuple[int, int], option: Option) -> tuple[Tensor,
     keys = round_trip(keys, bits[0], option, option.key_groups, values=False)
     if option.rotate:
         keys = hadamard(keys, block)
-    return keys + shift, round_trip(heads.values, bits[1], option, option.value_groups, values=True)
+    turns = bits[1] == 2
+    values = hadamard(heads.values, block) if turns else heads.values
+    values = round_trip(values, bits[1], option, option.value_groups, values=True)
+    return keys + shift, hadamard(values, block) if turns else values
 
 
 def mixed(heads: Heads, bits: tuple[int, int], option: Option, size: float) -> list[tuple[Tensor, Tensor]]:

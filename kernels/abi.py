@@ -69,7 +69,7 @@ class KvcDecode(Structure):
             i64_b="out_b out_h",
             ptr_c="sinks valid key_shift",
             f32="scale softcap",
-            i32="window position_field position batch kv_heads group append sum_field square_field",
+            i32="window position_field position batch kv_heads group append sum_field square_field rotates_values",
         ),
     ]
 
@@ -161,6 +161,10 @@ class KvcDense(Structure):
     _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="k v", i64="stride")]
 
 
+class KvcHadamard(Structure):
+    _fields_ = _fields(ptr="x", i64="x_b x_h x_t", ptr_b="out", i32="batch outer inner head_dim block dtype")
+
+
 class KvcConvert(Structure):
     _fields_ = _fields(ptr="layout from_pages to_pages", i32="tier n to_canonical reserved")
 
@@ -172,6 +176,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "retier": KvcRetier,
     "fields": KvcFields,
     "dense": KvcDense,
+    "hadamard": KvcHadamard,
     "convert": KvcConvert,
     "decode": KvcDecode,
     "chunk": KvcChunk,

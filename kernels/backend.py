@@ -19,6 +19,7 @@ from . import checks
 from .layout import PageLayout
 from .linear import LinearPlan
 from .non_causal import non_causal_scores
+from .quantize import hadamard
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
 
@@ -461,6 +462,25 @@ class Backend(abc.ABC):
         """
         return LinearPlan(weight, bias, torch.float32)
 
+    def hadamard(self, x: Tensor, block: int) -> Tensor:
+        """Transforms vectors: values on their way into a store that keeps them rotated, and attention's output back.
+
+        The transform is orthonormal and its own inverse (`quantize.hadamard`). Sums are made in float32, in the same
+        order by all backends, and rounded once. This default runs plain torch.
+
+        Args:
+            x: `[batch, outer, inner, head_dim]` in float32, float16 or bfloat16.
+            block: Size of a block, a power of two of at least 16 that divides `head_dim`.
+
+        Returns:
+            The transformed vectors, of the same shape and dtype, contiguous.
+
+        Raises:
+            ValueError: The shape, dtype or block is wrong.
+        """
+        checks.check_hadamard(x, block, x.device)
+        return hadamard(x.float(), block).to(x.dtype)
+
     @abc.abstractmethod
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
         """Converts pages from this backend's inner order to the canonical one (`include/page_layout.h`).
@@ -492,6 +512,7 @@ class Backend(abc.ABC):
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
+        rotates_values: bool = False,
     ) -> DecodePlan:
         """Prepares `decode_attention` for many steps over the same rows and tail.
 
@@ -504,6 +525,8 @@ class Backend(abc.ABC):
             square_field: As in `decode_attention`.
             key_shift: `[batch, kv_heads, 1, head_dim]`, contiguous, native dtype: taken off every new key before it
                 is written to the tail and attended to.
+            rotates_values: Whether pages and tail hold rotated values (`hadamard`): new ones are rotated before they
+                are written to the tail, and the output is rotated back.
 
         Returns:
             A plan for these rows and this tail.

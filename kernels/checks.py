@@ -307,6 +307,19 @@ def check_linear_input(x: Tensor, weight: Tensor, most_rows: int) -> None:
     check_tensor("x", x, x.shape, weight.dtype, weight.device, contiguous=False)
 
 
+def check_hadamard(x: Tensor, block: int, device: torch.device) -> None:
+    """Checks vectors to be transformed, and the blocks."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    check_tensor("x", x, (None, None, None, None), x.dtype, device)
+    head_dim = x.shape[3]
+    if head_dim > MAX_HEAD_DIM or block < SLOT_MULTIPLE or block & (block - 1) or head_dim % block:
+        raise ValueError(
+            f"block must be a power of two of at least {SLOT_MULTIPLE} that divides head_dim, which is at most "
+            f"{MAX_HEAD_DIM}; got {block} for {head_dim}"
+        )
+
+
 def check_accumulators(layout: PageLayout, tail: Tail | None, *fields: str | None) -> None:
     """Checks the fields that decoding adds probabilities to."""
     for name in fields:

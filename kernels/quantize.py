@@ -6,7 +6,8 @@ are rotated by a blockwise Hadamard transform first, which spreads the outlier c
 other, see `quantize`. The 2-bit range is shrunk about its centre, which trades clipping for a finer step. The shrinkage
 of least squared error, to 0.6, makes what comes back shorter than it was, and a model's predictions several times worse
 than no shrinkage at all does. So the range is shrunk less, and values are looked up in one a little narrower than what
-their codes stand for, so that they come back no shorter than they were (docs/real_models.md).
+their codes stand for, so that they come back no shorter than they were (docs/real_models.md). These shares are
+for values that come rotated: who stores 2-bit values rotates all, and attention's output back (`Backend.hadamard`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 __all__ = ["affine_parameters", "dequantize", "hadamard", "pack_codes", "quantize", "unpack_codes"]
 
 FP16_MAX = 65504.0
-TWO_BIT_KEYS, TWO_BIT_VALUES = 0.85, 0.9  # of a slot's range, from what the lowest code stands for to the highest's
+TWO_BIT_KEYS, TWO_BIT_VALUES = 0.85, 0.8  # of a slot's range, from what the lowest code stands for to the highest's
 TWO_BIT_SEARCH = 0.9375  # of a step of values, from where one code is the nearest to where the next is
 
 

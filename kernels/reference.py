@@ -584,8 +584,9 @@ class ReferenceBackend(Backend):
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
+        rotates_values: bool = False,
     ) -> DecodePlan:
-        return _ReferencePlan(self, rows, tail, q_heads, logits, (sum_field, square_field), key_shift)
+        return _ReferencePlan(self, rows, tail, q_heads, logits, (sum_field, square_field), key_shift, rotates_values)
 
 
 def _split_scores(scores: Tensor, sizes: Sequence[int], has_tail: bool) -> WindowScores:
@@ -605,6 +606,7 @@ class _ReferencePlan(DecodePlan):
         logits: Logits,
         fields: tuple[str | None, str | None],
         key_shift: Tensor | None,
+        rotates_values: bool,
     ) -> None:
         batch, kv_heads = tail.k.shape[:2]
         device = tail.k.device
@@ -615,8 +617,7 @@ class _ReferencePlan(DecodePlan):
         checks.check_accumulators(rows.layout, tail, *fields)
         checks.check_key_shift(key_shift, rows.layout, batch, kv_heads, device)
         self.backend, self.rows, self.tail, self.q_heads, self.logits = backend, rows, tail, q_heads, logits
-        self.sum_field, self.square_field = fields
-        self.key_shift = key_shift
+        (self.sum_field, self.square_field), self.key_shift, self.rotates_values = fields, key_shift, rotates_values
 
     def run(
         self,
@@ -631,7 +632,9 @@ class _ReferencePlan(DecodePlan):
             raise ValueError(f"this plan is for {self.q_heads} query heads, got {q.shape[1]}")
         if k is not None and self.key_shift is not None:
             k = k - self.key_shift
-        return self.backend.decode_attention(
+        if v is not None and self.rotates_values:
+            v = self.backend.hadamard(v, self.rows.layout.rotation_block)
+        out = self.backend.decode_attention(
             q,
             k,
             v,
@@ -644,3 +647,4 @@ class _ReferencePlan(DecodePlan):
             sum_field=self.sum_field,
             square_field=self.square_field,
         )
+        return self.backend.hadamard(out, self.rows.layout.rotation_block) if self.rotates_values else out

@@ -422,6 +422,11 @@ class Recipe:
         """
         return not self.evicts and any(0 < TIERS[name][0] <= 4 for name in self.tiers)
 
+    @property
+    def rotates_values(self) -> bool:
+        """`bool`: Whether values are kept Hadamard-rotated: where some are of 2 bits."""
+        return any(TIERS[name][1] == 2 for name in self.tiers)
+
     def with_overrides(self, **overrides: Any) -> "Recipe":
         """A copy with some parts replaced.
 

@@ -18,6 +18,7 @@ struct NewTokens {
   const uint8_t* valid;  // [batch, n] or null
   int32_t batch, kv_heads, n, head_dim, dtype, n_fields, position;
   const char* key_shift;  // [batch, kv_heads, head_dim], or null
+  int32_t rotation;       // block of the transform of values; 0 = none
 };
 
 KVC_INLINE int count_valid(const NewTokens& x, int b) {
@@ -61,6 +62,17 @@ void write_key(char* to, const char* key, int64_t row, const NewTokens& x) {
   else write_shifted<KVC_BF16>(to, key, shift, x.head_dim);
 }
 
+void write_value(char* to, const char* value, const NewTokens& x) {
+  if (!x.rotation) {
+    memcpy(to, value, x.head_dim * element_bytes(x.dtype));
+    return;
+  }
+  alignas(64) float v[KVC_MAX_HEAD_DIM];
+  load_floats(v, value, 0, x.head_dim, x.dtype);
+  rotate_value(v, x.head_dim, x.rotation);
+  store_floats(to, 0, v, x.head_dim, x.dtype);
+}
+
 // Writes the tokens; tail_status() has been asked before.
 void append_tokens(const KvcTail& tail, const NewTokens& x) {
   if (tail.capacity == 0) return;
@@ -73,7 +85,7 @@ void append_tokens(const KvcTail& tail, const NewTokens& x) {
       for (int h = 0; h < x.kv_heads; ++h) {
         const int64_t row = (int64_t)b * x.kv_heads + h, at = row * tail.capacity + slot;
         write_key(static_cast<char*>(tail.k) + at * bytes, x.k + (b * x.k_b + h * x.k_h + t * x.k_t) * elt, row, x);
-        memcpy(static_cast<char*>(tail.v) + at * bytes, x.v + (b * x.v_b + h * x.v_h + t * x.v_t) * elt, bytes);
+        write_value(static_cast<char*>(tail.v) + at * bytes, x.v + (b * x.v_b + h * x.v_h + t * x.v_t) * elt, x);
         for (int f = 0; f < x.n_fields; ++f)
           static_cast<int32_t*>(tail.fields)[f * rows * tail.capacity + at] = 0;
       }
@@ -283,6 +295,7 @@ struct Decode {
         float norm = finish_row(s[c], i, layout->head_dim, a->sinks ? a->sinks + h : nullptr);
         if (!(norm > kFloor)) norm = norm != norm ? norm : 0.f;  // nothing seen: every logit is masked
         lse[(int64_t)row * a->group + c * kHeads + i] = norm;
+        if (a->rotates_values) rotate_value(s[c].o[i], layout->head_dim, layout->rotation_block);
         store_floats(a->out, b * a->out_b + h * a->out_h, s[c].o[i], layout->head_dim, layout->dtype);
       }
   }
@@ -350,7 +363,7 @@ thread_local Arena arena;
 int append(KvcAppend* a) {
   const NewTokens fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, a->k_t,
                            a->v_b, a->v_h, a->v_t, a->valid, a->batch, a->kv_heads, a->n_k, a->head_dim, a->dtype,
-                           a->n_fields, a->position, nullptr};
+                           a->n_fields, a->position, nullptr, 0};
   const int status = tail_status(a->tail, fresh);
   if (status == KVC_OK) append_tokens(a->tail, fresh);
   return status;
@@ -361,7 +374,8 @@ int decode(KvcDecode* a) {
   const NewTokens fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, 0,
                            a->v_b, a->v_h, 0, a->valid, a->batch, a->kv_heads, 1, layout.head_dim, layout.dtype,
                            a->tail.fields ? layout.n_fields : 0, a->position,
-                           static_cast<const char*>(a->key_shift)};
+                           static_cast<const char*>(a->key_shift),
+                           a->rotates_values ? layout.rotation_block : 0};
   // Everything that may fail comes before the token is appended: it must not be there twice when it is tried again.
   if (!all_known(a->rows)) return KVC_BAD_PAGE;
   if (!positions_fit(a->position, 1)) return KVC_BAD_ARGUMENT;

@@ -164,6 +164,15 @@ class CpuBackend(Backend):
         self._call("dense", c)
         return k, v
 
+    def hadamard(self, x: Tensor, block: int) -> Tensor:
+        checks.check_hadamard(x, block, CPU)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        batch, outer, inner, head_dim = x.shape
+        x_b, x_h, x_t, _ = x.stride()
+        address, to, dtype = x.data_ptr(), out.data_ptr(), DTYPES[x.dtype]
+        self._call("hadamard", abi.KvcHadamard(address, x_b, x_h, x_t, to, batch, outer, inner, head_dim, block, dtype))
+        return out
+
     def _convert(self, layout: PageLayout, tier: int, pages: Tensor, to_canonical: bool) -> Tensor:
         checks.check_pages(layout, tier, pages, CPU)
         pages = pages.contiguous()
@@ -191,6 +200,7 @@ class CpuBackend(Backend):
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
+        rotates_values: bool = False,
     ) -> DecodePlan:
         layout = rows.layout
         batch, kv_heads = tail.k.shape[:2]
@@ -208,6 +218,7 @@ class CpuBackend(Backend):
             group=q_heads // kv_heads,
             sum_field=-1 if sum_field is None else layout.field_index(sum_field),
             square_field=-1 if square_field is None else layout.field_index(square_field),
+            rotates_values=rotates_values,
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)

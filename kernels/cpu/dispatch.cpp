@@ -78,6 +78,7 @@ KVC_OPERATION(move, KvcMove)
 KVC_OPERATION(retier, KvcRetier)
 KVC_OPERATION(fields, KvcFields)
 KVC_OPERATION(dense, KvcDense)
+KVC_OPERATION(hadamard, KvcHadamard)
 KVC_OPERATION(convert, KvcConvert)
 KVC_OPERATION(decode, KvcDecode)
 KVC_OPERATION(chunk, KvcChunk)
@@ -93,7 +94,8 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
   } sizes[] = {
       {"layout", sizeof(KvcLayout)}, {"append", sizeof(KvcAppend)}, {"pack", sizeof(KvcPack)},
       {"move", sizeof(KvcMove)},     {"retier", sizeof(KvcRetier)}, {"fields", sizeof(KvcFields)},
-      {"dense", sizeof(KvcDense)},   {"convert", sizeof(KvcConvert)},
+      {"dense", sizeof(KvcDense)},   {"hadamard", sizeof(KvcHadamard)},
+      {"convert", sizeof(KvcConvert)},
       {"decode", sizeof(KvcDecode)}, {"chunk", sizeof(KvcChunk)},   {"scores", sizeof(KvcScores)},
       {"non_causal", sizeof(KvcNonCausal)},  {"linear", sizeof(KvcLinear)},
   };

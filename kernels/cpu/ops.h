@@ -20,6 +20,7 @@
   int retier(KvcRetier*);         \
   int fields(KvcFields*);         \
   int dense(KvcDense*);           \
+  int hadamard(KvcHadamard*);     \
   int convert(KvcConvert*);       \
   int decode(KvcDecode*);         \
   int chunk(KvcChunk*);           \

@@ -1,4 +1,4 @@
-// Storing and moving slots: pack, move, retier, fields, dense, copy, convert. Compiled once per instruction set.
+// Storing and moving slots: pack, move, retier, fields, dense, hadamard, convert. Compiled once per instruction set.
 //
 // The unit of work is an aligned block of 16 slots of one page: keys are handled transposed, [dim][16 slots], which
 // is how pages hold them, so that rotation, range and codes of 16 slots are computed side by side. Inner loops have
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kBlock = KVC_SLOT_MULTIPLE;  // slots in a block
 constexpr float kHalfMax = 65504.f;
-constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.9f, kTwoBitSearch = 0.9375f;  // quantize.py
+constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.8f, kTwoBitSearch = 0.9375f;  // quantize.py
 constexpr int64_t kSerialElements = 1 << 14;  // smaller jobs are not worth waking threads for
 
 #define KVC_LANES _Pragma("omp simd") for (int l = 0; l < kBlock; l++)
@@ -678,6 +678,22 @@ int dense(KvcDense* args) {
         for (int d = 0; d < t.head_dim; d++) k[lane * t.head_dim + d] = scratch.keys[d * kBlock + lane];
       }
     }
+  }
+  return KVC_OK;
+}
+
+int hadamard(KvcHadamard* args) {
+  const KvcHadamard& a = *args;
+  const int element = a.dtype == KVC_F32 ? 4 : 2;
+  const int64_t vectors = static_cast<int64_t>(a.batch) * a.outer * a.inner;
+#pragma omp parallel for schedule(static) if (vectors * a.head_dim > kSerialElements)
+  for (int64_t i = 0; i < vectors; i++) {
+    alignas(64) float x[KVC_MAX_HEAD_DIM];
+    const int64_t b = i / a.inner / a.outer, h = i / a.inner % a.outer, t = i % a.inner;
+    const char* from = static_cast<const char*>(a.x) + (b * a.x_b + h * a.x_h + t * a.x_t) * element;
+    to_floats(from, a.dtype, a.head_dim, x);
+    rotate_value(x, a.head_dim, a.block);
+    from_floats(x, a.dtype, a.head_dim, static_cast<char*>(a.out) + i * a.head_dim * element);
   }
   return KVC_OK;
 }

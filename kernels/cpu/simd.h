@@ -227,10 +227,8 @@ KVC_INLINE vf butterfly(vf x) {
 #undef KVC_SHUFFLE
 }
 
-// Orthonormal transform of consecutive blocks of x[n]; block is a power of two, at least 16.
-KVC_INLINE void hadamard(float* x, int n, int block) {
-  float norm = 1.f;
-  for (int b = block; b > 1; b >>= 1) norm *= 0.70710678118654752f;
+// Sums and differences of consecutive blocks of x[n], times a factor; block is a power of two, at least 16.
+KVC_INLINE void butterflies(float* x, int n, int block, float factor) {
   for (int i = 0; i < n; i += kLanes) {
     vf v = load(x + i);
     v = butterfly<1>(v);
@@ -241,7 +239,7 @@ KVC_INLINE void hadamard(float* x, int n, int block) {
 #if KVC_WIDTH >= 64
     v = butterfly<8>(v);
 #endif
-    store(x + i, v * all(norm));
+    store(x + i, v * all(factor));
   }
   for (int step = kLanes; step < block; step *= 2)
     for (int i = 0; i < n; i += 2 * step)
@@ -250,6 +248,21 @@ KVC_INLINE void hadamard(float* x, int n, int block) {
         store(x + j, a + b);
         store(x + j + step, a - b);
       }
+}
+
+// Orthonormal transform of consecutive blocks of x[n], of queries.
+KVC_INLINE void hadamard(float* x, int n, int block) {
+  float norm = 1.f;
+  for (int b = block; b > 1; b >>= 1) norm *= 0.70710678118654752f;
+  butterflies(x, n, block, norm);
+}
+
+// The same for values and attention's output, to the bit as in quantize.py: the norm comes last, rounded once.
+KVC_INLINE void rotate_value(float* x, int n, int block) {
+  float norm = 1.f;
+  for (int b = block; b > 1; b /= 4) norm *= b == 2 ? 0.70710678118654752f : 0.5f;
+  butterflies(x, n, block, 1.f);
+  for (int i = 0; i < n; i += kLanes) store(x + i, load(x + i) * all(norm));
 }
 
 // ---- integer dots ----------------------------------------------------------------------------------------------

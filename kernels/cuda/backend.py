@@ -18,6 +18,7 @@ from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
 from ..types import Logits, Rows, Tail
 from .chunk import aligned, launch_chunk, launch_scores, takes_chunks
+from .hadamard import launch_hadamard
 from .launch import Launcher
 from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
 
@@ -163,6 +164,11 @@ class CudaBackend(Backend):
         self._launch("kvc_dense", rows.count * blocks_for(width, WARPS), device, rows.layout.c, c)
         return k, v
 
+    def hadamard(self, x: Tensor, block: int) -> Tensor:
+        device = self._device(x)
+        checks.check_hadamard(x, block, device)
+        return launch_hadamard(self.launcher, x, block)
+
     def to_canonical(self, layout: PageLayout, tier: int, pages: Tensor) -> Tensor:
         checks.check_pages(layout, tier, pages, self._device(pages))
         return pages.clone()  # pages are in that order already (pages.cuh says why)
@@ -181,6 +187,7 @@ class CudaBackend(Backend):
         sum_field: str | None = None,
         square_field: str | None = None,
         key_shift: Tensor | None = None,
+        rotates_values: bool = False,
     ) -> DecodePlan:
         layout = rows.layout
         batch, kv_heads = tail.k.shape[:2]
@@ -197,6 +204,7 @@ class CudaBackend(Backend):
             group=q_heads // kv_heads,
             sum_field=-1 if sum_field is None else layout.field_index(sum_field),
             square_field=-1 if square_field is None else layout.field_index(square_field),
+            rotates_values=rotates_values,
         )
         fill_rows(c, rows)
         fill_tail(c.tail, tail)

@@ -40,6 +40,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "kvc_retier",
         "kvc_fields",
         "kvc_dense",
+        "kvc_hadamard",
         "kvc_append",
         "kvc_advance",
     ),

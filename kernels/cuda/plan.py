@@ -13,6 +13,7 @@ from ..arguments import fill_strides
 from ..backend import DecodePlan
 from ..layout import DTYPES, PageLayout
 from ..types import Logits, Rows, Tail
+from .hadamard import launch_hadamard
 from .launch import KvcWidths, KvcWorkspace, Launcher
 from .nvrtc import ALONE, RESIDENT
 
@@ -104,7 +105,11 @@ class CudaDecodePlan(DecodePlan):
         if k is not None and self._key_shift is not None:
             k = k - self._key_shift
         self._prepare(q, k, v, position, valid, append)
-        return self._run(q, k, v, valid, append)
+        if not self._c.rotates_values:
+            return self._run(q, k, v, valid, append)
+        block = self._layout.rotation_block
+        v = None if v is None else launch_hadamard(self._launcher, v, block)
+        return launch_hadamard(self._launcher, self._run(q, k, v, valid, append), block)
 
     @abc.abstractmethod
     def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:

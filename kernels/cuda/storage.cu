@@ -1,4 +1,4 @@
-// Storing and moving slots: append, pack, move, retier, fields, dense. One warp works on one slot; in canonical
+// Storing and moving slots: append, pack, move, retier, fields, dense, hadamard. One warp works on one slot; in canonical
 // order no two slots share a byte, so no order among warps matters. Compiled without fusing multiply and add: the
 // codes must be those of quantize.py, bit for bit.
 #include "pages.cuh"
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr float kHalfMax = 65504.f;
-constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.9f, kTwoBitSearch = 0.9375f;  // quantize.py
+constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.8f, kTwoBitSearch = 0.9375f;  // quantize.py
 
 struct Scratch {  // of one warp
   float x[KVC_MAX_HEAD_DIM];
@@ -245,6 +245,19 @@ KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_dense(KVC_PARAMETER KvcLayout l
     for (int d = thread_lane(); d < layout.head_dim; d += 32) to[d] = scratch.x[d];
     __syncwarp();
   }
+}
+
+// Orthonormal Walsh-Hadamard transform of vectors, one warp each.
+KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_hadamard(KVC_PARAMETER KvcHadamard a) {
+  __shared__ Scratch scratches[kWarps];
+  float* x = scratches[thread_warp()].x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + thread_warp();
+  if (i >= static_cast<int64_t>(a.batch) * a.outer * a.inner) return;
+  const int64_t at = i / a.inner / a.outer * a.x_b + i / a.inner % a.outer * a.x_h + i % a.inner * a.x_t;
+  for (int d = thread_lane(); d < a.head_dim; d += 32) x[d] = load_element(a.x, at + d, a.dtype);
+  __syncwarp();
+  rotate(x, a.head_dim, a.block);
+  for (int d = thread_lane(); d < a.head_dim; d += 32) store_element(a.out, i * a.head_dim + d, a.dtype, x[d]);
 }
 
 // One block per new token of a sequence. Lengths stay as they are: other blocks read them; kvc_advance follows.

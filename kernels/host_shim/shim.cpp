@@ -91,6 +91,7 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(storage, kvc_retier)
   KVC_LAUNCH(storage, kvc_fields)
   KVC_LAUNCH(storage, kvc_dense)
+  KVC_LAUNCH(storage, kvc_hadamard)
   KVC_LAUNCH(storage, kvc_append)
   KVC_LAUNCH(storage, kvc_advance)
   KVC_LAUNCH(attention, kvc_chunk)

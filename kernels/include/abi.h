@@ -58,6 +58,7 @@ typedef struct {  // one new token per sequence: append to the tail, attend to e
   int32_t batch, kv_heads, group;
   int32_t append;                         // 1: write k, v at tail.length[b] first and increment it
   int32_t sum_field, square_field;        // += sum over the group of p, of p^2, per slot; -1 = do not
+  int32_t rotates_values;                 // 1: v is rotated as it is written, and the output back (CPU)
 } KvcDecode;
 
 typedef struct {  // n_q queries over the packed past, the tail, and a dense block of n_k new keys
@@ -164,6 +165,13 @@ typedef struct {  // dequantised, un-rotated slots as float [rows, stride, D]
   float *k, *v;
   int64_t stride;
 } KvcDense;
+
+typedef struct {  // orthonormal Walsh-Hadamard transform of blocks of vectors; sums in float32, rounded once
+  const void* x;                          // [batch, outer, inner, D] native dtype
+  int64_t x_b, x_h, x_t;
+  void* out;                              // likewise, contiguous
+  int32_t batch, outer, inner, head_dim, block, dtype;  // block: a power of two, at least 16, that divides head_dim
+} KvcHadamard;
 
 typedef struct {  // pages in CPU order <-> canonical order (page_layout.h); bytes outside the sections are copied
   const KvcLayout* layout;

@@ -11,7 +11,7 @@ import torch
 
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import DTYPES, StoredFile, parse_bounded
-from kvcompress_hf.io.form import FORMAT, FORMAT_VERSION, ORDERS
+from kvcompress_hf.io.form import FORMAT, FORMAT_VERSIONS, ORDERS
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.paging.store import Geometry
 from kvcompress_hf.presets import resolve_rows
@@ -41,6 +41,7 @@ class StoreValues:
         page_bytes (`int`): Size of a page.
         order (`str`): Inner order of its pages.
         tail_capacity (`int`): Tokens its tail had room for.
+        rotates_values (`bool`): Whether its values are rotated.
     """
 
     layers: list[int]
@@ -49,6 +50,7 @@ class StoreValues:
     page_bytes: int
     order: str
     tail_capacity: int
+    rotates_values: bool
 
 
 class Header:
@@ -68,11 +70,13 @@ class Header:
         metadata = file.metadata
         if metadata.get("format") != FORMAT:
             raise file.error(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        if metadata.get("format_version") != str(FORMAT_VERSION):
+        known = [str(each) for each in FORMAT_VERSIONS]
+        if metadata.get("format_version") not in known:
             raise file.error(
-                f"its format version is {metadata.get('format_version')!r}, but this package reads {FORMAT_VERSION}; "
-                "make the cache again, or use the package version that wrote it"
+                f"its format version is {metadata.get('format_version')!r}, but this package reads "
+                f"{' and '.join(known)}; make the cache again, or use the package version that wrote it"
             )
+        self._says_rotation = metadata["format_version"] != known[0]
         text = metadata.get("state", "")
         try:
             values = parse_bounded(text)
@@ -265,7 +269,8 @@ class Header:
             raise self.file.error(f"pages in the order {order!r}, not one of {', '.join(ORDERS)}")
         capacity = self._int(values, "tail_capacity", 0, most_capacity)
         page_bytes = self._int(values, "page_bytes", 1, _MOST_PAGE_BYTES)
-        return StoreValues(mine, counts, self._bool(values, "evicted"), page_bytes, order, capacity)
+        rotates = self._says_rotation and self._bool(values, "rotates_values")
+        return StoreValues(mine, counts, self._bool(values, "evicted"), page_bytes, order, capacity, rotates)
 
     def _int(self, values: Mapping[str, Any], name: str, low: int, high: int) -> int:
         value = values.get(name)

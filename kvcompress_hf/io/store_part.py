@@ -56,6 +56,9 @@ class StorePart:
         tiers = self.layout.tiers
         values = header.store(index, len(tiers), most_capacity(max(state.tail_used), recipe.when.every))
         self.layers, counts, self._evicted, self.order = values.layers, values.pages, values.evicted, values.order
+        self._rotates_values = values.rotates_values
+        if values.rotates_values and not recipe.rotates_values:
+            raise file.error("rotated values, where the recipe keeps them as they are")
         if values.page_bytes != self.layout.page_bytes:
             raise file.error(f"pages of {values.page_bytes} bytes, where the recipe makes {self.layout.page_bytes}")
         self.pages = file.expect(f"{self._name}.pages", torch.uint8, (sum(counts), values.page_bytes))
@@ -200,7 +203,8 @@ class StorePart:
         for tier in range(0 if same else len(self.layout.tiers)):
             for entries, live in self._live_blocks(tensors, tier):
                 entries[live] = new_id[entries[live].long()]
-        store = PagedStore(geometry, len(layers), self._batch, self.layout, arena, backend)
+        made_of = (self.layout, arena, backend, self._rotates_values)
+        store = PagedStore(geometry, len(layers), self._batch, *made_of)
         store.load_state({name: tensor.to(device) for name, tensor in tensors.items()}, self._evicted)
         # Sums over a tail round by its capacity, so to go on with the same bits it must be what it was. But nothing in
         # the file answers for more than is used, so a large tail gets its room when the next token arrives.

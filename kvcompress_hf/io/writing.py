@@ -20,7 +20,7 @@ import torch
 
 from kvcompress_hf.errors import CacheFormatError
 from kvcompress_hf.io.container import Section, tensor_bytes, write
-from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSION, ORDERS, live_entries, most_capacity
+from kvcompress_hf.io.form import BLOCK, FORMAT, FORMAT_VERSIONS, ORDERS, live_entries, most_capacity
 from kvcompress_hf.io.identity import ModelIdentity
 from kvcompress_hf.io.reading import check_file
 from kvcompress_hf.paging.sequence_tensors import shape_of
@@ -79,7 +79,7 @@ def _write(
         sections[name] = Section(small[name].dtype, tuple(small[name].shape), [blocks[name]])
     crcs = contents.crcs
     sections["checksums"] = Section(torch.int64, (len(crcs) + 1,), _checksums(crcs, rest))
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "tokens": str(state.seen), "state": text}
+    metadata = {"format": FORMAT, "format_version": str(contents.version), "tokens": str(state.seen), "state": text}
 
     def read_over(unfinished: Path) -> None:
         try:
@@ -132,6 +132,8 @@ class _Contents:
         self.pages: dict[str, Section] = {}
         self.small: dict[str, torch.Tensor] = {}
         self.described: list[dict[str, Any]] = []
+        # Only what the first version cannot say asks for the second.
+        self.version = FORMAT_VERSIONS[any(store.rotates_values for store in attention.stores)]
         self.crcs: list[int] = []  # of each store's pages, known once they have been written
         if state.padding is not None:
             self.small["padding"] = state.padding
@@ -169,6 +171,8 @@ class _Contents:
                 "order": store.backend.page_order if store.backend.page_order in ORDERS else "canonical",
             }
         )
+        if self.version > FORMAT_VERSIONS[0]:
+            self.described[-1]["rotates_values"] = store.rotates_values
 
 
 def _fill_tail(store: PagedStore, tensors: dict[str, torch.Tensor], used: int) -> None:

@@ -84,6 +84,22 @@ class PagedStore(StoredRows):
         """
         return self._keys.whole(layer, keys)
 
+    # -- how values are stored -------------------------------------------------------------------------------------
+
+    def rotated(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Takes values to the basis that the store keeps them in, or from there; and attention's output back.
+
+        The transform is its own inverse, and lengths and sums of products stay what they are. Attention is linear in
+        values, so it has to be undone once per query and not once per slot.
+
+        Args:
+            vectors (`torch.Tensor`): `[batch, outer, inner, head_dim]`, values or output, in their dtype.
+
+        Returns:
+            `torch.Tensor`: The transformed vectors; `vectors` themselves where values are kept as they are.
+        """
+        return self.backend.hadamard(vectors, self.layout.rotation_block) if self.rotates_values else vectors
+
     # -- the tail --------------------------------------------------------------------------------------------------
 
     def reserve_tail(self, capacity: int) -> None:
@@ -146,7 +162,7 @@ class PagedStore(StoredRows):
                 fields[name] = self.tail_fields[part, i, ..., :used].flatten(0, 1).view(torch.float32)
         if describe is not None:
             real = torch.arange(used, device=keys.device) < lengths[:, None]
-            fields.update(self.describe(describe, keys, values, real, layer))
+            fields.update(self.describe(describe, keys, self.rotated(values), real, layer))
         self.enter(tier, keys, values, counts, None, fields, layer, sinks)
         self._tail.empty(part)
 
@@ -162,10 +178,11 @@ class PagedStore(StoredRows):
 
         Args:
             describe (`Callable`): From keys, values `[batch, kv_heads, tokens, head_dim]` and the means of both
-                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees whole keys.
+                `[batch, kv_heads, 1, head_dim]` to fields by name, `[batch, kv_heads, tokens]`. It sees keys and values
+                as the model made them.
             keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, centred; with all layers, `batch` is
                 `layers * batch`.
-            values (`torch.Tensor`): Values, of the same shape.
+            values (`torch.Tensor`): Values as the model made them, of the same shape.
             real (`torch.Tensor`): `bool` `[batch, tokens]`, which tokens count.
             layer (`int`, *optional*): Index of the layer; all layers when left out.
 
@@ -246,7 +263,7 @@ class PagedStore(StoredRows):
             tier (`int`): Index of the tier.
             key (`torch.Tensor`): Keys as they are to be stored, `[batch, kv_heads, tokens, head_dim]`; with all layers,
                 `batch` is `layers * batch`.
-            value (`torch.Tensor`): Values, of the same shape.
+            value (`torch.Tensor`): Values as they are to be stored, of the same shape.
             counts (`torch.Tensor`): `int32` `[batch, kv_heads]`, slots to add to each row.
             index (`torch.Tensor`, *optional*): `int32` `[batch, kv_heads, tokens]`, which tokens; the first ones
                 when left out.

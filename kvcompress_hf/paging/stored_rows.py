@@ -75,12 +75,20 @@ class StoredRows:
         layout (`PageLayout`): What a page looks like.
         arena (`Arena`): Where pages come from; shared by forks of a cache.
         backend (`Backend`): The operations on pages for `geometry.device`.
+        rotates_values (`bool`): Whether values are kept rotated, in pages and tail alike.
     """
 
     def __init__(
-        self, geometry: Geometry, layers: int, batch: int, layout: PageLayout, arena: Arena, backend: Backend
+        self,
+        geometry: Geometry,
+        layers: int,
+        batch: int,
+        layout: PageLayout,
+        arena: Arena,
+        backend: Backend,
+        rotates_values: bool = False,
     ) -> None:
-        self.geometry, self.layers = geometry, layers
+        self.geometry, self.layers, self.rotates_values = geometry, layers, rotates_values
         self.layout, self.arena, self.backend = layout, arena, backend
         self.evicted = False  # once slots have been dropped or moved, their order no longer tells their age
         self._clamped: torch.Tensor | None = None  # int32 [] on a device: slots clamped that nobody has been told of
@@ -378,7 +386,8 @@ class StoredRows:
         Returns:
             `PagedStore`: The other owner, a store of the same class.
         """
-        other = type(self)(self.geometry, self.layers, self.batch, self.layout, self.arena, self.backend)
+        made_of = (self.layout, self.arena, self.backend, self.rotates_values)
+        other = type(self)(self.geometry, self.layers, self.batch, *made_of)
         try:
             copies = self.tensors.copies_for_fork()
             self._tail.shared = other._tail.shared = self.tail_keys is not None

@@ -30,7 +30,7 @@ def measure_distortion(
     Args:
         query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`.
         keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
-        values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        values (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`, as they will be stored.
         scale (`float`): Factor on the logits.
         tiers (`Sequence[tuple[int, int]]`): Key and value bits of each tier, (0, 0) for native.
         padding (`torch.Tensor`, *optional*): `int64` `[batch]`, padding tokens at the front of each sequence; best if

@@ -86,11 +86,13 @@ class AttentionCall(NewTokens):
             batch = self.query.shape[0]
             allowed = allowed.expand(batch, -1, -1).contiguous()
             bias = None if bias is None else bias.expand(batch, -1, -1).contiguous()
+        past = tail is not None  # whose values may be rotated
+        value = store.rotated(self.value) if past else self.value
         with store.reading:  # pages and tables stay where they are
-            return store.backend.chunk_attention(
+            output = store.backend.chunk_attention(
                 self.query,
                 self.key,
-                self.value,
+                value,
                 store.rows(layer),
                 tail,
                 position=position,
@@ -99,6 +101,7 @@ class AttentionCall(NewTokens):
                 allowed=allowed,
                 bias=bias,
             )
+        return store.rotated(output) if past else output
 
 
 def centred(key: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:

@@ -160,7 +160,8 @@ class Compression:
             return  # every sequence had tokens before
         padding = None if real_on_host is None else (~real_on_host).sum(1)
         tiers = [TIERS[name] for name in self.state.recipe.tiers]
-        measured = measure_distortion(new.query, new.key, new.value, new.logits.scale, tiers, padding)
+        value = new.value if layer.store is None else layer.store.rotated(new.value)
+        measured = measure_distortion(new.query, new.key, value, new.logits.scale, tiers, padding)
         if before is not None:
             before = to_device(before, measured.device)
             measured = torch.where(before.isnan(), measured, before)

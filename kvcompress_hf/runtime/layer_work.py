@@ -58,6 +58,7 @@ class LayerWork(Past):
                     sum_field=sum_field,
                     square_field=square_field,
                     key_shift=None if centred else store.key_shift_of(layer.index),
+                    rotates_values=store.rotates_values,
                 )
                 layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
                 if layer.index == store.layers - 1:

@@ -54,7 +54,7 @@ def append(
     store.reserve_tail(max(state.recipe.when.every, layer.tail_used + new.tokens))
     tail = store.tail(layer.index)
     before = tail.lengths.clone()
-    store.backend.append(tail, new.key, new.value, new.position, new.valid)
+    store.backend.append(tail, new.key, store.rotated(new.value), new.position, new.valid)
     if fields:
         write_tail_fields(store, layer, before, new.valid, fields)
     layer.grows(new.tokens, new.valid)
@@ -119,6 +119,7 @@ def pack_chunk(
     if describe is not None:
         real = torch.ones((batch, tokens), dtype=torch.bool, device=key.device) if valid is None else valid
         fields = {**fields, **store.describe(describe, key, value, real, layer.index)}
+    value = store.rotated(value)
     first = 0 if layer.window is None else max(0, tokens - layer.window + 1)
     if first:
         store.evicted = True  # rows hold fewer tokens than were seen

@@ -280,7 +280,8 @@ class CacheState:
                 (other.window is None) == (layer.window is None) for other in self.layers if other.sharing != "reuse"
             )
             backend = kernels.get_backend(key.device)
-            owned = StoreLayers(PagedStore(geometry, alike, batch, layout, self.pools[place], backend))
+            pool, rotates = self.pools[place], self.recipe.rotates_values
+            owned = StoreLayers(PagedStore(geometry, alike, batch, layout, pool, backend, rotates))
             self.owned[geometry] = owned
         layer.store, layer.index = owned.store, len(owned.layers)
         owned.layers.append(layer_idx)

@@ -164,6 +164,20 @@ def test_a_plan_takes_the_shift_off_new_keys(make_twins, shim, exact, close, hea
     twins.assert_same_tail()
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_plan_rotates_new_values_and_its_output(make_twins, shim, exact, close, head_dim):
+    twins = make_twins(head_dim=head_dim)
+    options = dict(logits=Logits(0.1), q_heads=8, rotates_values=True)
+    plan = shim.plan_decode(twins.rows, twins.tail, **options)
+    expected = exact.plan_decode(twins.expected_rows, twins.expected_tail, **options)
+    for position in (7, 8):
+        q, k, v = twins.randn(8, 1), twins.randn(2, 1), twins.randn(2, 1)
+        close(plan.run(q, k, v, position), expected.run(q, k, v, position), F16)
+        assert torch.equal(twins.tail.v[0, :, position - 2], exact.hadamard(v, head_dim & -head_dim)[0, :, 0])
+    close(plan.run(q, None, None, 9, append=False), expected.run(q, None, None, 9, append=False), F16)
+    twins.assert_same_tail()
+
+
 def test_a_plan_says_what_is_wrong(make_twins, shim):
     twins = make_twins()
     plan = shim.plan_decode(twins.rows, twins.tail, logits=Logits(0.1), q_heads=8)

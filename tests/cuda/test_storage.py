@@ -88,6 +88,16 @@ def test_rotated_keys_are_rounded_with_feedback(make_twins, backend, exact, head
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 128, 256])
+def test_hadamard(backend, exact, head_dim, dtype):
+    x = torch.randn(2, 5, 3, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype).transpose(1, 2)
+    for each in (x, x[:, :1], x[:0]):
+        assert torch.equal(backend.hadamard(each, head_dim & -head_dim), exact.hadamard(each, head_dim & -head_dim))
+    with pytest.raises(ValueError, match="got 7 for"):
+        backend.hadamard(x, 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 def test_append(make_twins, backend, exact, dtype):
     twins = make_twins(dtype=dtype, head_dim=48)
     k, v = twins.randn(2, 5), twins.randn(2, 5)

@@ -211,6 +211,28 @@ def test_keys_are_shifted_on_their_way_into_the_tail(build_cache, backend, dtype
         backend.plan_decode(cache.rows, cache.tail, key_shift=shift[:, :1], **options)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_values_are_rotated_on_their_way_into_the_tail_and_outputs_back(build_cache, backend, exact, dtype, head_dim):
+    """To the bit as if the caller had rotated new values; the output is what these values' output stands for."""
+    block = head_dim & -head_dim
+    cache, other = (build_cache(backend, dtype=dtype, head_dim=head_dim, seed=3) for _ in range(2))
+    options = dict(logits=Logits(0.1), q_heads=cache.q_heads)
+    rotating = backend.plan_decode(cache.rows, cache.tail, rotates_values=True, **options)
+    plain = backend.plan_decode(other.rows, other.tail, **options)
+    valid = torch.tensor([True, False])
+    for step in range(3):
+        q, k, v = cache.hf(cache.q_heads, 1), cache.hf(cache.kv_heads, 1), cache.hf(cache.kv_heads, 1)
+        padding = valid if step == 1 else None
+        output = plain.run(q, k, exact.hadamard(v, block), 500 + step, padding)
+        got = rotating.run(q, k, v, 500 + step, padding)
+        close = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got.float(), exact.hadamard(output.float(), block), rtol=close, atol=8 * close)
+        torch.testing.assert_close(cache.tail.v, other.tail.v, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(cache.tail.k, other.tail.k, rtol=0, atol=0, equal_nan=True)
+    assert not rotating.run(q, k, v, 503, torch.tensor([True, False]))[1].any()
+
+
 @pytest.mark.parametrize("outliers", [0, 1, 2, 40])
 def test_outliers_in_the_query(build_cache, backend, exact, relative_error, outliers):
     """Dims far larger than the rest, more than fit into the quads that get two bytes, and a query of zeros."""
