@@ -1,7 +1,7 @@
 """From stored slots and a recipe to what a plan looks at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,22 @@ class Limits:
     dense_bytes: torch.Tensor
     held_bytes: torch.Tensor
     allowed_bytes: torch.Tensor | None
+
+    def of(self, sequences: torch.Tensor | slice) -> "Limits":
+        """Picks sequences of the batch.
+
+        Args:
+            sequences (`torch.Tensor` or `slice`): Their indices, `int64` `[n]`, or a range of them.
+
+        Returns:
+            `Limits`: The limits of these alone.
+        """
+        return replace(
+            self,
+            dense_bytes=self.dense_bytes[sequences],
+            held_bytes=self.held_bytes[sequences],
+            allowed_bytes=None if self.allowed_bytes is None else self.allowed_bytes[sequences],
+        )
 
     @property
     def fits(self) -> torch.Tensor:
@@ -164,7 +180,7 @@ def make_view(
         padding (`torch.Tensor`): `int64` `[batch]`, padding tokens before each sequence.
         distortion (`Sequence[torch.Tensor]`): Measured losses, each float32 `[batch, heads, tiers]`, NaN where nothing
             was measured; may be empty.
-        headroom (`float`): Share of the budget to leave free.
+        headroom (`float`): Share of the budget to leave free; as room in pages, if the plan does that.
         guesses (`bool`): Whether the observer could not look as far as it wanted to.
 
     Returns:
@@ -178,9 +194,12 @@ def make_view(
     if recipe.protect.prompt:
         protected = protected | (slots.filled & (slots.positions < slots.prompt))
     allowed, page_bytes = limits.allowed_bytes, limits.page_bytes
-    share = None
+    share = room = None
     if recipe.budget is not None and allowed is not None:
-        allowed = (allowed * (1 - headroom)).long()
+        if headroom and recipe.plan is not None and recipe.plan.leaves_room:
+            room = _room_for_packings(recipe, slots, limits, allowed * headroom)
+        else:
+            allowed = (allowed * (1 - headroom)).long()
         if isinstance(recipe.budget.amount, int):
             share = (recipe.budget.amount + of_prompt)[:, None].expand(-1, page_bytes.numel())
         else:
@@ -209,4 +228,18 @@ def make_view(
         counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
         guesses=guesses,
         sinks_apart=recipe.sinks_apart > 0,
+        room=room,
     )
+
+
+def _room_for_packings(recipe: Recipe, slots: Slots, limits: Limits, worth: torch.Tensor) -> torch.Tensor:
+    """Slots of the first tier that so many bytes are worth in every row, in whole packings; `int64` `[batch]`.
+
+    Sequences of a batch would all use up their room at the same step, so each gets up to half as much more or less, by
+    what it alone decides: how many slots it holds.
+    """
+    slot_of_each_row = (limits.page_bytes / limits.slots_per_page[:, 0]).sum()
+    packings = (worth / slot_of_each_row / recipe.when.every).long()
+    spread = packings // 2
+    held = on_host(slots.filled.flatten(1).sum(1))
+    return (packings - spread + held % (2 * spread + 1)) * recipe.when.every
