@@ -72,13 +72,23 @@ class RateDistortion(Plan):
 
     def targets(self, view: PlanView) -> torch.Tensor:
         """Solves for the multiplier; see [`Plan.targets`]."""
-        slot_bytes = (on_host(view.page_bytes)[:, None] / on_host(view.slots_per_page)).median(0).values  # of each tier
-        losses = (self.kappa * on_host(view.distortion)).clamp(max=_WORST)
-        hulls = [lower_hull(slot_bytes.tolist(), of_tiers) for of_tiers in losses.tolist()]
         native = native_for(view.importance)
         if native is not None:
-            return self._natively(native, view, hulls)
-        return self.in_torch(view, hulls)
+            return self._natively(native, view, self.hulls(view))
+        return self.in_torch(view, self.hulls(view))
+
+    def hulls(self, view: PlanView) -> list[Hull]:
+        """The tiers worth using in each sequence.
+
+        Args:
+            view (`PlanView`): What slots take in each tier, and what each tier loses.
+
+        Returns:
+            `list[list[tuple[int, float]]]`: Per sequence as from [`lower_hull`].
+        """
+        slot_bytes = (on_host(view.page_bytes)[:, None] / on_host(view.slots_per_page)).median(0).values  # of each tier
+        losses = (self.kappa * on_host(view.distortion)).clamp(max=_WORST)
+        return [lower_hull(slot_bytes.tolist(), of_tiers) for of_tiers in losses.tolist()]
 
     def _natively(self, native: PlanOperations, view: PlanView, hulls: list[Hull]) -> torch.Tensor:
         tight = (view.bytes_allowed() < self.small * view.dense_bytes).tolist()
