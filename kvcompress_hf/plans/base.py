@@ -150,7 +150,7 @@ class PlanView:
         return self.bytes_with_tables(targets)[0]
 
     def bytes_with_tables(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`PlanView.bytes_of`], and bytes of page tables beyond an entry per page: each is as wide as its longest row.
+        """[`PlanView.bytes_of`] and [`PlanView.ragged_bytes`], for the price of one.
 
         Args:
             targets (`torch.Tensor`): `[batch, rows, slots]`, tier of each slot or `EVICT`.
@@ -160,6 +160,17 @@ class PlanView:
         """
         pages = self.pages_of(targets)
         return (pages.sum(2) * self.page_bytes).sum(1), ragged_entries(pages).sum(1) * ENTRY_BYTES
+
+    def ragged_bytes(self, targets: torch.Tensor) -> torch.Tensor:
+        """Bytes of page tables beyond an entry per page: a table is as wide as its longest row.
+
+        Args:
+            targets (`torch.Tensor`): `[batch, rows, slots]`, tier of each slot or `EVICT`.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch]`.
+        """
+        return self.bytes_with_tables(targets)[1]
 
     def pages_of(self, targets: torch.Tensor) -> torch.Tensor:
         """Pages that each row would have.
