@@ -25,6 +25,7 @@ class Limits:
         page_bytes (`torch.Tensor`): `int64` `[rows]`, a page and its entries in tables.
         dense_bytes (`torch.Tensor`): `int64` `[batch]`, what a dense cache of each sequence would take.
         held_bytes (`torch.Tensor`): `int64` `[batch]`, pages held now.
+        held_slots (`torch.Tensor`): `int64` `[batch]`, slots held now, over all rows.
         allowed_bytes (`torch.Tensor`, *optional*): `int64` `[batch]`, pages allowed; `None` without a budget.
     """
 
@@ -32,6 +33,7 @@ class Limits:
     page_bytes: torch.Tensor
     dense_bytes: torch.Tensor
     held_bytes: torch.Tensor
+    held_slots: torch.Tensor
     allowed_bytes: torch.Tensor | None
 
     def of(self, sequences: torch.Tensor | slice) -> "Limits":
@@ -47,6 +49,7 @@ class Limits:
             self,
             dense_bytes=self.dense_bytes[sequences],
             held_bytes=self.held_bytes[sequences],
+            held_slots=self.held_slots[sequences],
             allowed_bytes=None if self.allowed_bytes is None else self.allowed_bytes[sequences],
         )
 
@@ -84,6 +87,19 @@ def bytes_held(store: PagedStore) -> torch.Tensor:
     return pages.sum((0, 2)) * cost_of_page(store) + entries.sum(0) * ENTRY_BYTES
 
 
+def slots_held(store: PagedStore) -> torch.Tensor:
+    """Slots of each sequence in pages, over all its rows.
+
+    Args:
+        store (`PagedStore`): The store.
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch]`, on the host.
+    """
+    lengths = store.lengths_on_host().view(-1, store.layers, store.batch, store.geometry.kv_heads)
+    return lengths.sum((0, 1, 3))
+
+
 def make_limits(
     recipe: Recipe,
     parts: Sequence[StorePart],
@@ -91,7 +107,7 @@ def make_limits(
     aside: Sequence[int],
     *,
     expected: torch.Tensor,
-    held: torch.Tensor,
+    held: tuple[torch.Tensor, torch.Tensor],
     on_top: torch.Tensor,
 ) -> Limits:
     """Works out what the sequences of a recipe may hold.
@@ -102,7 +118,7 @@ def make_limits(
         windows (`Sequence[int | None]`): Sliding window of each store's layers.
         aside (`Sequence[int]`): Bytes of each store per sequence that are not pages; they come out of byte budgets.
         expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
-        held (`torch.Tensor`): `int64` `[batch]`, bytes of pages held now.
+        held (`tuple[torch.Tensor, torch.Tensor]`): `int64` `[batch]` each, bytes of pages and slots held now.
         on_top (`torch.Tensor`): `int64` `[batch]`, tokens that come on top of the budget, see [`prompt_on_top`]; they
             are allowed what they take in the first tier, or in the second where the first is for sinks.
 
@@ -137,7 +153,7 @@ def make_limits(
             allowed += (tokens + group.slots_per_page - 1) // group.slots_per_page * group.page_bytes * group.rows
             if entry and group.window is None and isinstance(recipe.budget.amount, int):  # sinks start their own page
                 allowed += group.page_bytes * group.rows
-    return Limits(per_page, page_bytes, dense, held, allowed)
+    return Limits(per_page, page_bytes, dense, *held, allowed)
 
 
 def prompt_on_top(recipe: Recipe, prompt: int, padding: torch.Tensor) -> torch.Tensor:
@@ -197,7 +213,7 @@ def make_view(
     share = room = None
     if recipe.budget is not None and allowed is not None:
         if headroom and recipe.plan is not None and recipe.plan.leaves_room:
-            room = _room_for_packings(recipe, slots, limits, allowed * headroom)
+            room = _room_for_packings(recipe, limits, allowed * headroom)
         else:
             allowed = (allowed * (1 - headroom)).long()
         if isinstance(recipe.budget.amount, int):
@@ -232,7 +248,7 @@ def make_view(
     )
 
 
-def _room_for_packings(recipe: Recipe, slots: Slots, limits: Limits, worth: torch.Tensor) -> torch.Tensor:
+def _room_for_packings(recipe: Recipe, limits: Limits, worth: torch.Tensor) -> torch.Tensor:
     """Slots of the first tier that so many bytes are worth in every row, in whole packings; `int64` `[batch]`.
 
     Sequences of a batch would all use up their room at the same step, so each gets up to half as much more or less, by
@@ -241,5 +257,5 @@ def _room_for_packings(recipe: Recipe, slots: Slots, limits: Limits, worth: torc
     slot_of_each_row = (limits.page_bytes / limits.slots_per_page[:, 0]).sum()
     packings = (worth / slot_of_each_row / recipe.when.every).long()
     spread = packings // 2
-    held = on_host(slots.filled.flatten(1).sum(1))
-    return (packings - spread + held % (2 * spread + 1)) * recipe.when.every
+    turn = limits.held_slots % (2 * spread + 1)
+    return (packings - spread + turn) * recipe.when.every

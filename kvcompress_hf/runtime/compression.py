@@ -23,7 +23,7 @@ from kvcompress_hf.plans.base import Plan, PlanView
 from kvcompress_hf.plans.decide import Ruling, decide
 from kvcompress_hf.plans.distortion import measure_distortion
 from kvcompress_hf.plans.pressure import under_pressure
-from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
+from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top, slots_held
 from kvcompress_hf.recipe import TIERS, Recipe
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.looking import look
@@ -286,13 +286,16 @@ class Compression:
         expected = max(state.seen, state.prompt_tokens or 0) - padding
         windows = [state.layers[part.layers[0]].window for part in parts]
         aside = [self._bytes_aside(part.store) for part in parts]
+        stored = torch.stack([slots_held(part.store) for part in parts]).sum(0)
         ruled = []
         for recipe, rows in self._sequences_by_recipe():
             plan: Plan | None = recipe.plan
             if plan is None:
                 return None
             on_top = prompt_on_top(recipe, state.counters.prompt, padding[rows])
-            limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows], on_top=on_top)
+            limits = make_limits(
+                recipe, parts, windows, aside, expected=expected[rows], held=(held[rows], stored[rows]), on_top=on_top
+            )
             ruled.append(_Ruled(recipe, plan, rows, limits))
         return ruled
 

@@ -69,7 +69,7 @@ def test_the_room_that_is_left_saves_plans_and_keeps_the_budget(stock):
         plan = kvc.RateDistortion(small=0.0, headroom=headroom)
         recipe = kvc.get_preset("auto").with_overrides(plan=plan, budget=0.15)
         sizes = []
-        _, plans, cache = run(model, recipe, ids, 200, lambda cache, sizes=sizes: sizes.append(cache.memory()))
+        _, plans, _ = run(model, recipe, ids, 200, lambda cache, sizes=sizes: sizes.append(cache.memory()))
         made[headroom] = sum(plans)
         assert all(report.total <= 0.15 * report.dense * 1.02 for report in sizes[32:])
     assert 0 < made[1 / 8] < made[1 / 256] / 2
