@@ -8,6 +8,7 @@ from .cpu import CpuBackend
 from .dispatch import get_backend
 from .layout import PageLayout, TierLayout, page_layout
 from .linear import MOST_ROWS, LinearPlan
+from .plan_operations import Hulls, PlanOperations
 from .reference import ReferenceBackend, page_section
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
@@ -17,9 +18,11 @@ __all__ = [
     "Backend",
     "CpuBackend",
     "DecodePlan",
+    "Hulls",
     "LinearPlan",
     "Logits",
     "PageLayout",
+    "PlanOperations",
     "ReferenceBackend",
     "Rotation",
     "Rows",

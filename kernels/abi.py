@@ -9,7 +9,7 @@ MAX_TIERS = 4
 MAX_FIELDS = 4
 FEEDBACK_RANK = 4
 
-KVC_OK, KVC_BAD_ARGUMENT, KVC_TAIL_FULL, KVC_NO_ISA, KVC_BAD_PAGE = range(5)
+KVC_OK, KVC_BAD_ARGUMENT, KVC_TAIL_FULL, KVC_NO_ISA, KVC_BAD_PAGE, KVC_NO_MEMORY = range(6)
 LARGEST = 5  # in KvcScores.powers: the sums take the largest probability instead
 
 
@@ -169,6 +169,41 @@ class KvcConvert(Structure):
     _fields_ = _fields(ptr="layout from_pages to_pages", i32="tier n to_canonical reserved")
 
 
+class KvcGather(Structure):
+    _fields_ = [
+        ("rows", KvcRows),
+        *_fields(ptr="values wanted", i64="width values_l values_b values_h", i32="tier field batch kv_heads"),
+    ]
+
+
+class KvcLowest(Structure):
+    _fields_ = _fields(ptr="scores positions candidates count chosen", i64="rows slots")
+
+
+class KvcPrices(Structure):
+    _fields_ = _fields(ptr="scores candidates first step price", i64="rows slots pages")
+
+
+class KvcHoles(Structure):
+    _fields_ = _fields(ptr="keep before kept row hole mover", i64="rows slots room found")
+
+
+class KvcPlaces(Structure):
+    _fields_ = _fields(ptr="chosen count row slot rank", i64="rows slots room found")
+
+
+class KvcTally(Structure):
+    _fields_ = _fields(ptr="targets filled begin out counts", i64="rows slots", i32="batch tiers")
+
+
+class KvcShares(Structure):
+    _fields_ = _fields(
+        ptr="importance filled protects tier_of slots_per_page page_bytes allowed room steps hull_tier offset targets",
+        i64="batch rows slots",
+        i32="tiers shift guesses reserved",
+    )
+
+
 OPERATIONS: dict[str, type[Structure]] = {
     "append": KvcAppend,
     "pack": KvcPack,
@@ -183,6 +218,13 @@ OPERATIONS: dict[str, type[Structure]] = {
     "scores": KvcScores,
     "non_causal": KvcNonCausal,
     "linear": KvcLinear,
+    "gather": KvcGather,
+    "lowest": KvcLowest,
+    "prices": KvcPrices,
+    "holes": KvcHoles,
+    "places": KvcPlaces,
+    "tally": KvcTally,
+    "shares": KvcShares,
 }
 
 

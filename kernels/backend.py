@@ -19,6 +19,7 @@ from . import checks
 from .layout import PageLayout
 from .linear import LinearPlan
 from .non_causal import non_causal_scores
+from .plan_operations import PlanOperations
 from .quantize import hadamard
 from .rotation import Rotation
 from .types import Logits, Rows, Tail
@@ -86,11 +87,16 @@ class Backend(abc.ABC):
         reason: Why this backend was picked, in a few words.
         page_order: Inner order of its pages: `"canonical"`, `"cpu"` (`include/page_layout.h`), or `"private"` for an
             order that does not go to files.
+        plans: The arithmetic of plans in native code; `None` where plans do it in torch.
+        decodes_on: Whether a decode plan goes on to be right when slots are packed or dropped, as long as tables, slabs
+            and tail stay where they are.
     """
 
     name: str
     reason: str
     page_order: str = "private"
+    plans: PlanOperations | None = None
+    decodes_on: bool = False
 
     @abc.abstractmethod
     def append(self, tail: Tail, k: Tensor, v: Tensor, position: int, valid: Tensor | None = None) -> None:

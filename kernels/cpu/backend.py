@@ -22,6 +22,7 @@ from ..linear import LinearPlan
 from ..rotation import Rotation
 from ..types import Logits, Rows, Tail
 from .linear import CpuLinearPlan
+from .plans import CpuPlanOperations
 
 __all__ = ["CpuBackend"]
 
@@ -36,9 +37,11 @@ def instruction_sets() -> tuple[str, ...]:
     )
 
 
-def _refusal(operation: str, status: int) -> ValueError:
+def _refusal(operation: str, status: int) -> ValueError | MemoryError:
     if status == abi.KVC_BAD_PAGE:
         return ValueError(f"{operation}: a table names a page that is in none of the slabs, or a row is longer than it")
+    if status == abi.KVC_NO_MEMORY:
+        return MemoryError(f"{operation}: the machine has no memory left")
     return ValueError(f"the native {operation} refused its arguments (status {status})")
 
 
@@ -54,6 +57,7 @@ class CpuBackend(Backend):
     """
 
     page_order = "cpu"
+    decodes_on = True  # lengths are read, and tables checked, at each step
 
     def __init__(self, isa: str | None = None) -> None:
         library = load_library()
@@ -66,6 +70,7 @@ class CpuBackend(Backend):
         self.reason = "asked for" if isa else f"best instruction set here of {', '.join(names)}"
         self._isa = names.index(self.isa)
         self._library = library
+        self.plans = CpuPlanOperations(self._call)
 
     def _call(self, operation: str, args: ctypes.Structure) -> None:
         status = getattr(self._library, f"kvc_{operation}")(self._isa, ctypes.addressof(args))

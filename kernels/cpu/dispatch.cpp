@@ -85,6 +85,13 @@ KVC_OPERATION(chunk, KvcChunk)
 KVC_OPERATION(scores, KvcScores)
 KVC_OPERATION(non_causal, KvcNonCausal)
 KVC_OPERATION(linear, KvcLinear)
+KVC_OPERATION(gather, KvcGather)
+KVC_OPERATION(lowest, KvcLowest)
+KVC_OPERATION(prices, KvcPrices)
+KVC_OPERATION(holes, KvcHoles)
+KVC_OPERATION(places, KvcPlaces)
+KVC_OPERATION(tally, KvcTally)
+KVC_OPERATION(shares, KvcShares)
 
 // Bytes of the argument struct of an operation (or of "layout"), for Python to check its mirror; -1 = unknown.
 KVC_EXPORT int64_t kvc_sizeof(const char* name) {
@@ -98,6 +105,9 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
       {"convert", sizeof(KvcConvert)},
       {"decode", sizeof(KvcDecode)}, {"chunk", sizeof(KvcChunk)},   {"scores", sizeof(KvcScores)},
       {"non_causal", sizeof(KvcNonCausal)},  {"linear", sizeof(KvcLinear)},
+      {"gather", sizeof(KvcGather)}, {"lowest", sizeof(KvcLowest)}, {"prices", sizeof(KvcPrices)},
+      {"holes", sizeof(KvcHoles)},   {"places", sizeof(KvcPlaces)}, {"tally", sizeof(KvcTally)},
+      {"shares", sizeof(KvcShares)},
   };
   for (const auto& entry : sizes) {
     if (strcmp(entry.name, name) == 0) return static_cast<int64_t>(entry.bytes);

@@ -9,7 +9,7 @@
 // sources of tokens are the caller's responsibility.
 #ifndef KVC_OPS_H
 #define KVC_OPS_H
-#include "abi.h"
+#include "plan_abi.h"
 
 #define KVC_DECLARE_OPS(isa)      \
   namespace kvc {                 \
@@ -27,6 +27,13 @@
   int scores(KvcScores*);         \
   int non_causal(KvcNonCausal*);  \
   int linear(KvcLinear*);         \
+  int gather(KvcGather*);         \
+  int lowest(KvcLowest*);         \
+  int prices(KvcPrices*);         \
+  int holes(KvcHoles*);           \
+  int places(KvcPlaces*);         \
+  int tally(KvcTally*);           \
+  int shares(KvcShares*);         \
   }                               \
   }
 KVC_DECLARE_OPS(avx512)

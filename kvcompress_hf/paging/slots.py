@@ -1,5 +1,6 @@
 """All slots of all stores seen by sequence: gathered for observers and plans, and changed as a plan decides."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kvcompress_hf.errors import CacheMemoryError
+from kvcompress_hf.kernels import get_backend
 from kvcompress_hf.paging.key_turn import newer_evicted
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import derive, known_as, on_host, pick, to_device
@@ -91,7 +93,9 @@ class Slots:
         )
 
 
-def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, prompt: int) -> Slots:
+def gather_slots(
+    parts: Sequence[StorePart], fields: Sequence[str], seen: int, prompt: int, wanted: torch.Tensor | None = None
+) -> Slots:
     """Reads the fields of every slot.
 
     Args:
@@ -99,6 +103,8 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
         fields (`Sequence[str]`): Names of the float32 fields to read.
         seen (`int`): Tokens seen.
         prompt (`int`): Tokens that came in chunks.
+        wanted (`torch.Tensor`, *optional*): `bool` `[batch]` on the host, sequences that will be looked at; positions
+            and fields of the others may be left out.
 
     Returns:
         `Slots`: Every slot, with the fields asked for.
@@ -107,18 +113,7 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
     tiers = len(parts[0].store.layout.tiers)
     longest = [part.store.lengths_on_host().amax(1).tolist() for part in parts]
     widths = [max(row[t] for row in longest) for t in range(tiers)]
-    read: dict[str, list[torch.Tensor]] = {name: [] for name in ("position", "filled", *fields)}
-    for part, own in zip(parts, longest, strict=True):
-        columns: dict[str, list[torch.Tensor]] = {name: [] for name in read}
-        for tier, width in enumerate(widths):
-            lengths = part.store.lengths[tier]
-            columns["filled"].append(torch.arange(width, device=lengths.device) < lengths[:, None])
-            for name in ("position", *fields):
-                values = part.store.read_field(tier, name, own[tier])
-                columns[name].append(F.pad(values, (0, width - values.shape[1])))
-        for name, pieces in columns.items():
-            read[name].append(to_device(_by_sequence(torch.cat(pieces, dim=1), part), device))
-    joined = {name: torch.cat(pieces, dim=1) for name, pieces in read.items()}
+    joined = _gather(parts, ("position", *fields), widths, longest, wanted)
     heads = [part.store.geometry.kv_heads for part in parts]
     layers = [layer for part, h in zip(parts, heads, strict=True) for layer in part.layers for _ in range(h)]
     groups = [group for part, h in zip(parts, heads, strict=True) for group in part.groups for _ in range(h)]
@@ -133,6 +128,33 @@ def gather_slots(parts: Sequence[StorePart], fields: Sequence[str], seen: int, p
         seen=seen,
         prompt=prompt,
     )
+
+
+def _gather(
+    parts: Sequence[StorePart],
+    names: Sequence[str],
+    widths: Sequence[int],
+    longest: Sequence[Sequence[int]],
+    wanted: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The named fields and `filled`, `[batch, rows, slots]`, where the first part lies."""
+    store = parts[0].store
+    device, layout = store.geometry.device, store.layout
+    shape = (store.batch, sum(part.rows for part in parts), sum(widths))
+    joined = {name: torch.zeros(shape, dtype=layout.field_dtype(name), device=device) for name in names}
+    filled = joined["filled"] = torch.empty(shape, dtype=torch.bool, device=device)
+    start = 0
+    for part, own in zip(parts, longest, strict=True):
+        rows, begin = slice(start, start + part.rows), 0
+        start += part.rows
+        for tier, width in enumerate(widths):
+            lengths = to_device(_by_sequence(part.store.lengths[tier][:, None], part), device)
+            column = torch.arange(width, dtype=torch.int32, device=device)
+            torch.lt(column, lengths, out=filled[:, rows, begin : begin + width])
+            for name in names if own[tier] else ():
+                part.store.read_field_to(tier, name, joined[name][:, rows, begin : begin + own[tier]], wanted)
+            begin += width
+    return joined
 
 
 @dataclass(frozen=True)
@@ -165,24 +187,47 @@ class Decision:
         Returns:
             `Decision`: What has to be done; nothing of it has been done yet.
         """
-        # Narrow, as every step reads all of them.
-        targets = targets.to(torch.int8)
-        lowered = torch.maximum(targets, slots.tier.to(torch.int8))
-        targets = torch.where((targets < 0) | ~slots.filled, -1, lowered)
+        tiers = len(parts[0].store.layout.tiers)
+        targets, table = count_targets(targets, slots.filled, slots.tier, tiers)
         rows, counts, stays, start = [], [], [], 0
         for part in parts:
             own, device = slice(start, start + part.rows), part.store.geometry.device
             start += part.rows
             rows.append(_by_row(to_device(targets[:, own], device), part))
             stays.append(_by_row(to_device(protected[:, own], device), part, False))
-            tiers = range(len(part.store.layout.tiers))
-            none = torch.zeros(rows[-1].shape[0], dtype=torch.int32, device=rows[-1].device)
-            table = []
-            for tier in tiers:
-                of_tier = rows[-1][:, slots.columns(tier)]
-                table += [none if to < tier else (of_tier == to).sum(1, dtype=torch.int32) for to in tiers]
-            counts.append(torch.stack(table).unflatten(0, (len(tiers), len(tiers))))
+            of_rows = _by_row(to_device(table[:, own].flatten(2), device), part, 0)
+            counts.append(of_rows.t().contiguous().unflatten(0, (tiers, tiers)))
         return cls(tuple(rows), tuple(counts), tuple(stays))
+
+
+def count_targets(
+    targets: torch.Tensor, filled: torch.Tensor, tier: torch.Tensor, tiers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Brings targets into order, and counts how many slots of each tier are to be in each tier.
+
+    Args:
+        targets (`torch.Tensor`): Integers `[batch, rows, slots]`: a tier, or below zero for what goes.
+        filled (`torch.Tensor`): `bool` `[batch, rows, slots]`, false where there is no slot.
+        tier (`torch.Tensor`): `int64` `[slots]`, the tier of each column; columns are grouped by tier.
+        tiers (`int`): Number of tiers.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: `int8` `[batch, rows, slots]`, none above its slot's tier, and -1 where a
+        slot goes or there is none; and `int32` `[batch, rows, tiers, tiers]`.
+    """
+    narrow = targets.to(torch.int8)  # as every step reads all of them
+    at = on_host(tier)
+    columns = [int((at < t).sum()) for t in range(tiers + 1)]
+    native = get_backend(targets.device).plans
+    if native is not None:
+        return native.tally(narrow, filled, columns)
+    narrow = torch.where((narrow < 0) | ~filled, -1, torch.maximum(narrow, tier.to(torch.int8)))
+    none = torch.zeros(narrow.shape[:2], dtype=torch.int32, device=narrow.device)
+    table = []
+    for from_tier, (begin, end) in enumerate(itertools.pairwise(columns)):
+        moved = narrow[..., begin:end]
+        table += [none if to < from_tier else (moved == to).sum(-1, dtype=torch.int32) for to in range(tiers)]
+    return narrow, torch.stack(table, dim=-1).unflatten(-1, (tiers, tiers))
 
 
 def apply_targets(

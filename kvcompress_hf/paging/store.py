@@ -456,16 +456,13 @@ class PagedStore(StoredRows):
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]` or `None`: The rows, old slots and new slots of what has
             moved, `int64` `[n]` each; a move may be named twice. `None` if nothing has.
         """
-        column = torch.arange(keep.shape[1], device=keep.device)
-        keep = keep & (column < self.lengths[tier][:, None])
         if kept is None:
-            kept = keep.sum(1, dtype=torch.int32)
+            kept = self._filled(tier, keep).sum(1, dtype=torch.int32)
         here, before = on_host(kept), self.lengths_on_host()[tier]
         moves = torch.minimum(here, before - here)  # of each row at most
         moved = None
         if bool(moves.any()):
-            holes, movers = ~keep & (column < kept[:, None]), keep & (column >= kept[:, None])
-            row, target, source = moves_into_holes(holes, movers, int(moves.sum()), int(moves.argmax()))
+            row, target, source = self._moves(tier, keep, kept, moves)
             if row.numel():
                 if self.arena.shared:
                     pages = torch.unique(torch.stack([row, target // self.layout.tiers[tier].slots]), dim=1)
@@ -477,6 +474,22 @@ class PagedStore(StoredRows):
             self.evicted = True
             self.truncate(tier, kept)
         return moved
+
+    def _filled(self, tier: int, mask: torch.Tensor) -> torch.Tensor:
+        """A mask over slots, `[rows, slots]`, false beyond each row's length."""
+        return mask & (torch.arange(mask.shape[1], device=mask.device) < self.lengths[tier][:, None])
+
+    def _moves(
+        self, tier: int, keep: torch.Tensor, kept: torch.Tensor, most: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The moves that fill the holes of rows, at most so many of each: row, hole and mover, `int64` `[n]` each."""
+        if self.backend.plans is not None:
+            found = self.backend.plans.holes(keep, self.lengths[tier], kept, int(most.sum()))
+            row, target, source = (each.long() for each in found)
+            return row, target, source
+        keep, column = self._filled(tier, keep), torch.arange(keep.shape[1], device=keep.device)
+        holes, movers = ~keep & (column < kept[:, None]), keep & (column >= kept[:, None])
+        return moves_into_holes(holes, movers, int(most.sum()), int(most.argmax()))
 
     @changes_pages
     def own_before_evicting(self, tier: int, kept: torch.Tensor, changing: torch.Tensor) -> None:
@@ -553,10 +566,13 @@ class PagedStore(StoredRows):
         if not total:
             return
         self._tables.reserve(lower, slice(0, chosen.shape[0]), here)
-        row, source = places(chosen, total)
-        rank = chosen.cumsum(1, dtype=torch.int32)[row, source] - 1
-        target = self.lengths[lower][row] + rank
-        self.backend.retier(self.rows(), row.to(torch.int32), tier, source.to(torch.int32), lower, target)
+        if self.backend.plans is not None:
+            row, source, rank = self.backend.plans.places(chosen, here)
+        else:
+            at, slot = places(chosen, total)
+            rank = chosen.cumsum(1, dtype=torch.int32)[at, slot] - 1
+            row, source = at.to(torch.int32), slot.to(torch.int32)
+        self.backend.retier(self.rows(), row, tier, source, lower, self.lengths[lower][row.long()] + rank)
         self._tables.add(lower, slice(None), counts, here)
         self.evicted = True
 

@@ -279,6 +279,25 @@ class StoredRows:
         return self.backend.read_field(self.rows(), tier, field, width)
 
     @changes_pages
+    def read_field_to(self, tier: int, field: str, out: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+        """Reads a field of every packed slot to where it is wanted, by sequence.
+
+        Args:
+            tier (`int`): Index of the tier.
+            field (`str`): Name of the field.
+            out (`torch.Tensor`): `[batch, rows of a sequence, slots]`, zeros, on any device; as many slots as the
+                longest row has.
+            wanted (`torch.Tensor`, *optional*): `bool` `[batch]` on the host, sequences whose fields are wanted.
+        """
+        by_layer = out.unflatten(1, (-1, self.geometry.kv_heads)).transpose(0, 1)
+        if self.backend.plans is not None and out.device == self.geometry.device:
+            self.backend.plans.gather(self.rows(), tier, field, by_layer, wanted)
+            return
+        values = self.backend.read_field(self.rows(), tier, field, out.shape[-1])
+        values = values.view(self.layers, self.batch, self.geometry.kv_heads, -1)[: by_layer.shape[0]]
+        by_layer.copy_(values, non_blocking=True)
+
+    @changes_pages
     def positions(self) -> list[torch.Tensor] | None:
         """Logical positions of what each row keeps, packed or in the tail.
 

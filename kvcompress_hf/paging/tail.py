@@ -127,4 +127,5 @@ class TailSlots:
         if self.shared:
             with torch.inference_mode(False):
                 self.tensors.values["tail_lengths"] = self.lengths.clone()
+            self.tensors.moved()
         self.lengths[part] = 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcompress_hf.paging.waiting import on_host
+from kvcompress_hf.paging.waiting import derive, on_host
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
 from kvcompress_hf.plans.checked import targets_of
 
@@ -49,7 +49,7 @@ def _without_sinks(view: PlanView, sinks: int) -> PlanView:
         positions=view.positions[..., sinks:],
         filled=view.filled[..., sinks:],
         protected=view.protected[..., sinks:],
-        tier=torch.zeros_like(view.tier[sinks:]),
+        tier=derive(view.tier, lambda tier: torch.zeros_like(tier[sinks:])),
         slots_per_page=of_others,
         allowed_bytes=allowed,
         allowed_slots=share,

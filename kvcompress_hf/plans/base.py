@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvcompress_hf.paging.waiting import derive, pick
+from kvcompress_hf.paging.slots import count_targets
+from kvcompress_hf.paging.waiting import derive, on_host, pick
 from kvcompress_hf.recipe import Part
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class PlanView:
             importance may be of much.
         sinks_apart (`bool`): Whether the first tier holds the sinks alone, and all else the second; a plan is then
             shown the second only.
+        room (`torch.Tensor`, *optional*): `int64` `[batch]`, slots that the next packings add to each row, for plans
+            that leave room for them ([`Plan.leaves_room`]); `None` for none.
     """
 
     importance: torch.Tensor
@@ -63,6 +66,7 @@ class PlanView:
     counts_slots: bool = False
     guesses: bool = False
     sinks_apart: bool = False
+    room: torch.Tensor | None = None
 
     @property
     def tiers(self) -> int:
@@ -89,6 +93,7 @@ class PlanView:
             "tokens",
             "dense_bytes",
             "distortion",
+            "room",
         )
         present = {name: getattr(self, name) for name in per_sequence}
         picked: dict[str, Any] = {name: pick(x, sequences) for name, x in present.items() if x is not None}
@@ -98,6 +103,14 @@ class PlanView:
     def slots_per_best_page(self) -> torch.Tensor:
         """`torch.Tensor`: `int64` `[rows]`, slots of a page of the first tier."""
         return derive(self.slots_per_page, lambda slots: slots[:, 0])
+
+    def room_left(self) -> torch.Tensor:
+        """The slots that the next packings add to each row, as far as room is to be left for them.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch]`, on the host.
+        """
+        return torch.zeros(self.filled.shape[0], dtype=torch.int64) if self.room is None else on_host(self.room)
 
     def slots_allowed(self) -> torch.Tensor:
         """The even share of the budget; a recipe's plan is checked to have one.
@@ -134,12 +147,19 @@ class PlanView:
         Returns:
             `torch.Tensor`: `int64` `[batch]`.
         """
-        total = torch.zeros(targets.shape[0], dtype=torch.int64, device=targets.device)
-        for tier in range(self.tiers):
-            counts = (targets == tier).sum(-1)
-            per_page = self.slots_per_page[:, tier]
-            total += ((counts + per_page - 1) // per_page * self.page_bytes).sum(1)
-        return total
+        return self.bytes_with_tables(targets)[0]
+
+    def bytes_with_tables(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`PlanView.bytes_of`] and [`PlanView.ragged_bytes`], for the price of one.
+
+        Args:
+            targets (`torch.Tensor`): `[batch, rows, slots]`, tier of each slot or `EVICT`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: `int64` `[batch]` each.
+        """
+        pages = self.pages_of(targets)
+        return (pages.sum(2) * self.page_bytes).sum(1), ragged_entries(pages).sum(1) * ENTRY_BYTES
 
     def ragged_bytes(self, targets: torch.Tensor) -> torch.Tensor:
         """Bytes of page tables beyond an entry per page: a table is as wide as its longest row.
@@ -150,21 +170,29 @@ class PlanView:
         Returns:
             `torch.Tensor`: `int64` `[batch]`.
         """
-        total = torch.zeros(targets.shape[0], dtype=torch.int64, device=targets.device)
-        for tier in range(self.tiers):
-            per_page = self.slots_per_page[:, tier]
-            total += ragged_entries(((targets == tier).sum(-1) + per_page - 1) // per_page) * ENTRY_BYTES
-        return total
+        return self.bytes_with_tables(targets)[1]
+
+    def pages_of(self, targets: torch.Tensor) -> torch.Tensor:
+        """Pages that each row would have.
+
+        Args:
+            targets (`torch.Tensor`): `[batch, rows, slots]`, tier of each slot or `EVICT`; none above its slot's tier.
+
+        Returns:
+            `torch.Tensor`: `int64` `[batch, rows, tiers]`.
+        """
+        _, counts = count_targets(targets, self.filled, self.tier, self.tiers)
+        return (counts.sum(2) + self.slots_per_page - 1) // self.slots_per_page
 
 
 def ragged_entries(pages: torch.Tensor) -> torch.Tensor:
     """Entries of a table as wide as its longest row that have no page.
 
     Args:
-        pages (`torch.Tensor`): `int64` `[batch, rows]`, pages of each row.
+        pages (`torch.Tensor`): `int64` `[batch, rows, ...]`, pages of each row.
 
     Returns:
-        `torch.Tensor`: `int64` `[batch]`.
+        `torch.Tensor`: `int64` `[batch, ...]`.
     """
     return pages.amax(1) * pages.shape[1] - pages.sum(1)
 
@@ -195,6 +223,12 @@ class Plan(Part, abc.ABC):
         """
         return 0.0
 
+    @property
+    def leaves_room(self) -> bool:
+        """`bool`: Whether it leaves its headroom as room in the pages that rows hold ([`PlanView.room`]); if not, it is
+        allowed so many bytes less."""
+        return False
+
     def check(self, recipe: "Recipe") -> None:
         """Refuses recipes that this plan cannot work with; called when the recipe is made.
 
@@ -215,8 +249,8 @@ class Plan(Part, abc.ABC):
             view (`PlanView`): Every slot of the batch.
 
         Returns:
-            `torch.Tensor`: `int64` `[batch, rows, slots]`: the tier to keep each slot in, or `EVICT`; anything where
-            `view.filled` is false.
+            `torch.Tensor`: `int64` or `int8` `[batch, rows, slots]`: the tier to keep each slot in, or `EVICT`;
+            anything where `view.filled` is false.
         """
 
 

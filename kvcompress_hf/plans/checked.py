@@ -16,7 +16,7 @@ def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
         view (`PlanView`): Every slot.
 
     Returns:
-        `torch.Tensor`: The tier to keep each slot in, or `EVICT`, `int64` `[batch, rows, slots]`.
+        `torch.Tensor`: The tier to keep each slot in, or `EVICT`, `int64` or `int8` `[batch, rows, slots]`.
 
     Raises:
         TypeError: If it returned something else.
@@ -25,9 +25,12 @@ def targets_of(plan: Plan, view: PlanView) -> torch.Tensor:
     """
     with naming(plan, "targets"):
         targets: Any = plan.targets(view)
-    check_returned(plan, "targets", targets, torch.int64, tuple(view.filled.shape), "[batch, rows, slots]")
+    narrow = getattr(targets, "dtype", None) is torch.int8
+    dtype = torch.int8 if narrow else torch.int64
+    check_returned(plan, "targets", targets, dtype, tuple(view.filled.shape), "[batch, rows, slots]")
     if targets.device.type == "cpu":
-        beyond = targets.numel() and (int(targets.amin()) < EVICT or int(targets.amax()) >= view.tiers)
+        least, most = (int(each) for each in targets.aminmax()) if targets.numel() else (0, 0)
+        beyond = least < EVICT or most >= view.tiers
         if beyond and bool((unknown := view.filled & ((targets < EVICT) | (targets >= view.tiers))).any()):
             raise ValueError(
                 f"{type(plan).__name__}.targets returned the tier {int(targets[unknown][0])}; tiers are 0 to "

@@ -8,7 +8,7 @@ import torch
 from kvcompress_hf.paging.slots import Decision, Slots, StorePart
 from kvcompress_hf.paging.waiting import ask, known, known_as, to_device
 from kvcompress_hf.plans.apart import plan_targets
-from kvcompress_hf.plans.base import EVICT, Plan, PlanView
+from kvcompress_hf.plans.base import Plan, PlanView
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,11 @@ class Ruling:
         plan (`Plan`): The plan.
         view (`PlanView`): Every slot of the sequences it rules.
         sequences (`torch.Tensor` or `slice`): Which these are, `int64` `[n]` on the host.
-        unchanged (`torch.Tensor`, *optional*): `bool` `[n]` on the host: sequences whose slots stay as they are.
     """
 
     plan: Plan
     view: PlanView
     sequences: torch.Tensor | slice
-    unchanged: torch.Tensor | None
 
 
 def decide(
@@ -38,7 +36,7 @@ def decide(
     Args:
         parts (`Sequence[StorePart]`): The stores, as they were gathered.
         slots (`Slots`): The slots, as they were gathered.
-        rulings (`Sequence[Ruling]`): The plans; together they rule every sequence.
+        rulings (`Sequence[Ruling]`): The plans; the slots of sequences that none of them rules stay as they are.
         others (`Sequence[torch.Tensor]`): Integers on devices that are to be asked for along with it.
 
     Returns:
@@ -46,16 +44,11 @@ def decide(
     """
     tried = [_attempt(ruling.plan, ruling.view) for ruling in rulings]
     while True:
-        targets = torch.empty(slots.filled.shape, dtype=torch.int8, device=slots.filled.device)
-        protected = torch.empty_like(slots.filled)
+        targets, protected = _as_they_are(slots), torch.zeros_like(slots.filled)
         for ruling, trial in zip(rulings, tried, strict=True):
-            planned = trial.targets
-            if ruling.unchanged is not None and bool(ruling.unchanged.any()):
-                as_is = torch.where(ruling.view.filled, ruling.view.tier, EVICT)
-                planned = torch.where(to_device(ruling.unchanged, planned.device)[:, None, None], as_is, planned)
             rows = ruling.sequences
             at = rows if isinstance(rows, slice) else to_device(rows, targets.device)
-            targets[at], protected[at] = planned.to(torch.int8), ruling.view.protected
+            targets[at], protected[at] = trial.targets.to(torch.int8), ruling.view.protected
         decision = Decision.of(parts, slots, targets, protected)
         answers = ask([*decision.counts, *(trial.excess for trial in tried), *others])
         counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
@@ -67,6 +60,11 @@ def decide(
     return decision, answers[len(parts) + len(tried) :]
 
 
+def _as_they_are(slots: Slots) -> torch.Tensor:
+    """Targets that change nothing, `int8` `[batch, rows, slots]`."""
+    return slots.tier.to(torch.int8).expand(slots.filled.shape).contiguous()
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """Targets of a plan, and what page tables alone take beyond the budget with them.
@@ -76,7 +74,7 @@ class _Attempt:
     Args:
         plan (`Plan`): The plan.
         view (`PlanView`): Every slot.
-        targets (`torch.Tensor`): `int64` `[batch, rows, slots]`, see [`Plan.targets`].
+        targets (`torch.Tensor`): `[batch, rows, slots]`, see [`Plan.targets`].
         excess (`torch.Tensor`): `int64` `[batch]`, bytes beyond the budget; zero, or where the device would have to be
             waited for to see it.
         left (`int`): How often it may be tried again for less.
@@ -113,8 +111,8 @@ def _attempt(plan: Plan, view: PlanView, excess: torch.Tensor | None = None, lef
     targets = plan_targets(plan, view_left)
     if view.allowed_bytes is None or view.counts_slots or not left:
         return _Attempt(plan, view, targets, torch.zeros(targets.shape[0], dtype=torch.int64), 0)
-    tables = view.ragged_bytes(targets)
-    excess = view.bytes_of(targets) + tables - view.bytes_allowed()
+    held, tables = view.bytes_with_tables(targets)
+    excess = held + tables - view.bytes_allowed()
     excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
     tried = _Attempt(plan, view, targets, excess, left)
     here = known(excess)

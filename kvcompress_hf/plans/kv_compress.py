@@ -6,7 +6,7 @@ import torch
 
 from kvcompress_hf.paging.waiting import to_device
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView, require_single_tier
-from kvcompress_hf.plans.lowest import FlatRows, lowest
+from kvcompress_hf.plans.order import FlatRows, lowest
 from kvcompress_hf.plans.pages import plan_pages
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.validation import check_flags, check_numbers, finite, shown

@@ -6,6 +6,7 @@ import torch
 
 from kvcompress_hf.paging.waiting import on_host, to_device
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView, require_single_tier
+from kvcompress_hf.plans.order import FlatRows, lowest, view_of
 from kvcompress_hf.plans.pages import plan_pages
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.validation import check_choice, check_numbers, require_int
@@ -102,61 +103,5 @@ class LowestPlan(Plan):
             return torch.zeros_like(candidates)
         most = (candidates.sum(-1) - excess).clamp(min=0, max=self.protect_unsettled)
         # Largest spread first; of equal spreads the newer slot is protected, the older stays in scope.
-        spread = torch.where(candidates, view.spread, -torch.inf)
-        order = (-view.positions.long()).argsort(dim=-1, stable=True)
-        order = order.gather(-1, spread.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
-        return first_of(order, most) & candidates
-
-
-def view_of(view: PlanView, rows: torch.Tensor) -> "FlatRows":
-    """The slots of several rows as if they were one row.
-
-    Args:
-        view (`PlanView`): Every slot.
-        rows (`torch.Tensor`): Indices of the rows, `int64` `[n]`.
-
-    Returns:
-        `FlatRows`: Importance, positions and filled, each `[batch, 1, rows * slots]`.
-    """
-    parts = (view.importance, view.positions, view.filled)
-    return FlatRows(*(part[:, rows].flatten(1)[:, None] for part in parts))
-
-
-@dataclass(frozen=True)
-class FlatRows:
-    """Slots of several rows in one; see [`view_of`]."""
-
-    importance: torch.Tensor
-    positions: torch.Tensor
-    filled: torch.Tensor
-
-
-def lowest(view: "PlanView | FlatRows", candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The least important candidates of every row; of equal ones the older.
-
-    Args:
-        view (`PlanView` or `FlatRows`): Importance and positions.
-        candidates (`torch.Tensor`): `bool` `[batch, rows, slots]`.
-        count (`torch.Tensor`): `int64` `[batch, rows]`, how many.
-
-    Returns:
-        `torch.Tensor`: `bool` `[batch, rows, slots]`.
-    """
-    score = torch.where(candidates, view.importance, torch.inf)
-    order = view.positions.argsort(dim=-1, stable=True)
-    order = order.gather(-1, score.gather(-1, order).argsort(dim=-1, stable=True))
-    return first_of(order, count) & candidates
-
-
-def first_of(order: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """The slots that come first in an order.
-
-    Args:
-        order (`torch.Tensor`): `int64` `[batch, rows, slots]`, a permutation of each row.
-        count (`torch.Tensor`): `int64` `[batch, rows]`.
-
-    Returns:
-        `torch.Tensor`: `bool` `[batch, rows, slots]`.
-    """
-    place = torch.arange(order.shape[-1], device=order.device)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, (place < count[..., None]))
+        spread = view.spread.nan_to_num(nan=torch.inf)
+        return lowest(FlatRows(-spread, -view.positions, view.filled), candidates, most)

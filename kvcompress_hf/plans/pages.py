@@ -9,6 +9,8 @@ takes a prefix of each row. Ties go by position, then by row, so plans are deter
 import torch
 
 from kvcompress_hf.paging.waiting import on_host
+from kvcompress_hf.plans.native import native_for
+from kvcompress_hf.plans.order import FlatRows, lowest
 
 
 def plan_pages(
@@ -39,18 +41,20 @@ def plan_pages(
     batch, rows, slots = scores.shape
     if not slots:
         return filled
-    price_of = torch.where(filled & ~protected, scores.float(), torch.inf)
-    by_position = positions.argsort(dim=-1, stable=True)
-    order = by_position.gather(-1, price_of.gather(-1, by_position).argsort(dim=-1, stable=True))
-    ascending = price_of.gather(-1, order)
-
     lengths = filled.sum(-1)
     last_page = (lengths - 1) % slots_per_page + 1  # slots in the last page, b when it is full
     pages = int((slots // on_host(slots_per_page)).max()) + 1
     number = torch.arange(pages, device=scores.device)
     dropped = last_page[..., None] + number * slots_per_page[:, None]  # [batch, rows, pages]: slots gone with page e
     exists = (dropped <= lengths[..., None]) & (lengths[..., None] > 0)
-    price = ascending.gather(-1, (dropped - 1).clamp(0, slots - 1)).masked_fill(~exists, torch.inf)
+    may_go = filled & ~protected
+    native = native_for(scores)
+    if native is None:
+        ascending = torch.where(may_go, scores.float(), torch.inf).sort(dim=-1).values
+        prices = ascending.gather(-1, (dropped - 1).clamp(0, slots - 1))
+    else:
+        prices = native.prices(scores, may_go, last_page, slots_per_page.expand(batch, rows), pages)
+    price = prices.masked_fill(~exists, torch.inf)
 
     # Cheapest pages first until enough bytes are free. Page 1 of a row comes before its page 2 at equal prices,
     # because a stable sort keeps the order [pages, rows].
@@ -63,5 +67,4 @@ def plan_pages(
     freed = taken.sum(1)  # [batch, rows]: pages freed per row
 
     drop = torch.where(freed > 0, last_page + (freed - 1) * slots_per_page, 0)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(slots, device=scores.device).expand_as(order))
-    return filled & (place >= drop[..., None])
+    return filled & ~lowest(FlatRows(scores.float(), positions, filled), may_go, drop)

@@ -30,7 +30,7 @@ def _lowered(view: PlanView, allowed: torch.Tensor) -> PlanView:
     share = (allowed[:, None] // view.page_bytes.numel() // view.page_bytes) * view.slots_per_page[:, 0]
     if view.allowed_slots is not None:
         share = torch.minimum(share, view.allowed_slots)
-    return replace(view, allowed_bytes=allowed, allowed_slots=share, counts_slots=False)
+    return replace(view, allowed_bytes=allowed, allowed_slots=share, counts_slots=False, room=None)
 
 
 def _water_level(held: list[int], room: int) -> int:

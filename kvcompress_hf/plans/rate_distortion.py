@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcompress_hf.kernels import Hulls, PlanOperations
 from kvcompress_hf.paging.waiting import known, on_host, to_device
 from kvcompress_hf.plans.base import EVICT, Plan, PlanView
 from kvcompress_hf.plans.histogram import BINS, BINS_PER_OCTAVE, SlotCounts, bins_below_top
+from kvcompress_hf.plans.native import native_for
 from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.validation import check_numbers, require_int
+
+Hull = list[tuple[int, float]]  # tiers from the cheapest to the best, and the slope of the step to each
 
 _WORST = 0.99  # storing a slot is never worse than evicting it, so there is always a tier to store it in
 
@@ -34,8 +38,9 @@ class RateDistortion(Plan):
         small (`float`): Below this many bytes per dense byte only `small_tiers` stored tiers are used: every further
             tier costs half a page per head.
         small_tiers (`int`): Stored tiers at small budgets, the cheapest of the hull.
-        headroom (`float`): Share of the budget that a plan made during decoding leaves free, so that the next is only
-            due when it is used up.
+        headroom (`float`): Share of the budget, in slots of the first tier, that a plan made during decoding leaves
+            free in the pages that rows hold anyway, in whole packings; the next plan is due when that is used up and
+            rows need new pages. Where nothing is stored in the first tier, as at small budgets, no room is left there.
     """
 
     kind = "rate-distortion"
@@ -43,7 +48,7 @@ class RateDistortion(Plan):
     kappa: float = 1 / 64
     small: float = 0.15
     small_tiers: int = 2
-    headroom: float = 1 / 32
+    headroom: float = 1 / 16
 
     def __post_init__(self) -> None:
         check_numbers(self, "kappa", low=0, high=1, without=(0,))
@@ -56,15 +61,60 @@ class RateDistortion(Plan):
         """`bool`: Always."""
         return True
 
+    @property
+    def leaves_room(self) -> bool:
+        """`bool`: Always."""
+        return True
+
     def check(self, recipe: Recipe) -> None:
         """Needs a budget; see [`Plan.check`]."""
         super().check(recipe)
 
     def targets(self, view: PlanView) -> torch.Tensor:
         """Solves for the multiplier; see [`Plan.targets`]."""
+        native = native_for(view.importance)
+        if native is not None:
+            return self._natively(native, view, self.hulls(view))
+        return self.in_torch(view, self.hulls(view))
+
+    def hulls(self, view: PlanView) -> list[Hull]:
+        """The tiers worth using in each sequence.
+
+        Args:
+            view (`PlanView`): What slots take in each tier, and what each tier loses.
+
+        Returns:
+            `list[list[tuple[int, float]]]`: Per sequence as from [`lower_hull`].
+        """
         slot_bytes = (on_host(view.page_bytes)[:, None] / on_host(view.slots_per_page)).median(0).values  # of each tier
         losses = (self.kappa * on_host(view.distortion)).clamp(max=_WORST)
-        hulls = [lower_hull(slot_bytes.tolist(), of_tiers) for of_tiers in losses.tolist()]
+        return [lower_hull(slot_bytes.tolist(), of_tiers) for of_tiers in losses.tolist()]
+
+    def _natively(self, native: PlanOperations, view: PlanView, hulls: list[Hull]) -> torch.Tensor:
+        tight = (view.bytes_allowed() < self.small * view.dense_bytes).tolist()
+        used = [hull[: self.small_tiers] if small else hull for hull, small in zip(hulls, tight, strict=True)]
+        room = torch.stack([_room_in(hull, mine) for hull, mine in zip(used, view.room_left(), strict=True)])
+        return native.shares(
+            view.importance,
+            view.filled,
+            view.protected,
+            view.tier,
+            (view.slots_per_page, view.page_bytes),
+            (view.bytes_allowed(), room),
+            Hulls([[tier for tier, _ in hull] for hull in used], [offsets(hull) for hull in used]),
+            view.guesses,
+        )
+
+    def in_torch(self, view: PlanView, hulls: list[Hull]) -> torch.Tensor:
+        """[`RateDistortion.targets`] in torch, for every device.
+
+        Args:
+            view (`PlanView`): Every slot.
+            hulls (`list[list[tuple[int, float]]]`): Of each sequence, as from [`lower_hull`].
+
+        Returns:
+            `torch.Tensor`: As of [`Plan.targets`].
+        """
         depth = bins_below_top(torch.where(view.filled, view.importance, 0.0))
         counts = SlotCounts.of(view, depth)
         if all(hull == hulls[0] for hull in hulls):
@@ -77,9 +127,7 @@ class RateDistortion(Plan):
             ]
         )
 
-    def _with_hull(
-        self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
-    ) -> torch.Tensor:
+    def _with_hull(self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: Hull) -> torch.Tensor:
         few = hull[: self.small_tiers]  # the hull's first vertices are its cheapest tiers; it stays convex
         allowed, dense = known(view.bytes_allowed()), known(view.dense_bytes)
         sure = None if allowed is None or dense is None else allowed < self.small * dense
@@ -91,9 +139,7 @@ class RateDistortion(Plan):
             result = torch.where(tight[:, None, None], self._targets(view, depth, counts, few), result)
         return result
 
-    def _targets(
-        self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: list[tuple[int, float]]
-    ) -> torch.Tensor:
+    def _targets(self, view: PlanView, depth: torch.Tensor, counts: SlotCounts, hull: Hull) -> torch.Tensor:
         thresholds = solve(view, counts, hull)
         # Narrow until the end, as every step reads all slots.
         result = torch.full(depth.shape, EVICT, dtype=torch.int8, device=depth.device)
@@ -101,10 +147,10 @@ class RateDistortion(Plan):
             result.masked_fill_(depth < thresholds[:, :, step, None], tier)
         result.masked_fill_(view.protected & (result == EVICT), hull[0][0])
         lowered = torch.maximum(result, view.tier.to(torch.int8))  # slots only move down
-        return torch.where((result == EVICT) | ~view.filled, EVICT, lowered).long()
+        return torch.where((result == EVICT) | ~view.filled, EVICT, lowered)
 
 
-def solve(view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> torch.Tensor:
+def solve(view: PlanView, counts: SlotCounts, hull: Hull) -> torch.Tensor:
     """The thresholds of one multiplier per sequence, chosen such that whole pages fit the budget.
 
     Every multiplier down to a bin of importance is tried at once. What it leaves of the budget buys one more page for
@@ -147,12 +193,13 @@ class _Ladder:
     already stays there if it is wanted in a better one.
     """
 
-    def __init__(self, view: PlanView, counts: SlotCounts, hull: list[tuple[int, float]]) -> None:
+    def __init__(self, view: PlanView, counts: SlotCounts, hull: Hull) -> None:
         self._view = view
         self._tiers = [tier for tier, _ in hull]
         self._stored, self._above = counts.stored(), counts.above()
-        #: Bins between the threshold of the cheapest tier and that of each.
-        self.offsets = [round(math.log2(slope / hull[0][1]) * BINS_PER_OCTAVE) for _, slope in hull]
+        self.offsets = offsets(hull)
+        #: Slots of the first tier to leave free in started pages, `int32` `[batch, 1, 1]`.
+        self._room = to_device(_room_in(hull, view.room_left()), self._stored.device).to(torch.int32)[:, None, None]
         #: Sequences of which every slot is stored, `bool` `[batch]`; `None` if there is none.
         self._whole: torch.Tensor | None = None
         if view.guesses:
@@ -192,8 +239,11 @@ class _Ladder:
         return torch.stack(result, dim=2)
 
     def _pages(self, slots: torch.Tensor) -> torch.Tensor:
+        """Pages of each row in each tier, those counted in which room is left: as `slots`."""
         per_page = self._view.slots_per_page.to(torch.int32)[:, :, None]
-        return (slots + (per_page - 1)).div_(per_page, rounding_mode="floor")
+        slots = slots + (per_page - 1)
+        slots[:, :, 0] += self._room
+        return slots.div_(per_page, rounding_mode="floor")
 
     def row_bytes(self, thresholds: torch.Tensor) -> torch.Tensor:
         """Bytes of each row, every started page counted whole: `int64` `[batch, rows, n]`."""
@@ -202,6 +252,7 @@ class _Ladder:
     def fill_pages(self, thresholds: torch.Tensor) -> torch.Tensor:
         """Lowers thresholds as far as the pages that are started anyway have room, from the best tier down."""
         room = self._pages(self.occupancy(thresholds)) * self._view.slots_per_page[:, :, None]  # slots
+        room[:, :, 0] -= self._room
         steps = list(thresholds.unbind(2))
         for step in reversed(range(len(steps))):
             tier = self._tiers[step]
@@ -216,7 +267,7 @@ class _Ladder:
         return torch.stack(steps, dim=2)
 
 
-def lower_hull(slot_bytes: list[float], distortion: list[float]) -> list[tuple[int, float]]:
+def lower_hull(slot_bytes: list[float], distortion: list[float]) -> Hull:
     """The tiers worth using and what each step up costs.
 
     Args:
@@ -236,6 +287,23 @@ def lower_hull(slot_bytes: list[float], distortion: list[float]) -> list[tuple[i
             hull.pop()
         hull.append((size, loss, tier))
     return [(point[2], _slope(before, point)) for before, point in itertools.pairwise(hull)]
+
+
+def offsets(hull: Hull) -> list[int]:
+    """How much more important a slot must be than for the cheapest tier.
+
+    Args:
+        hull (`list[tuple[int, float]]`): As from [`lower_hull`].
+
+    Returns:
+        `list[int]`: Bins between the threshold of the cheapest tier and that of each.
+    """
+    return [round(math.log2(slope / hull[0][1]) * BINS_PER_OCTAVE) for _, slope in hull]
+
+
+def _room_in(hull: Hull, room: torch.Tensor) -> torch.Tensor:
+    """The room to leave in the first tier: none where nothing is stored there, as it would cost every row a page."""
+    return room if any(tier == 0 for tier, _ in hull) else torch.zeros_like(room)
 
 
 def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:

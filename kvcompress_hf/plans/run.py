@@ -1,7 +1,7 @@
 """From stored slots and a recipe to what a plan looks at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,7 @@ class Limits:
         page_bytes (`torch.Tensor`): `int64` `[rows]`, a page and its entries in tables.
         dense_bytes (`torch.Tensor`): `int64` `[batch]`, what a dense cache of each sequence would take.
         held_bytes (`torch.Tensor`): `int64` `[batch]`, pages held now.
+        held_slots (`torch.Tensor`): `int64` `[batch]`, slots held now, over all rows.
         allowed_bytes (`torch.Tensor`, *optional*): `int64` `[batch]`, pages allowed; `None` without a budget.
     """
 
@@ -32,7 +33,25 @@ class Limits:
     page_bytes: torch.Tensor
     dense_bytes: torch.Tensor
     held_bytes: torch.Tensor
+    held_slots: torch.Tensor
     allowed_bytes: torch.Tensor | None
+
+    def of(self, sequences: torch.Tensor | slice) -> "Limits":
+        """Picks sequences of the batch.
+
+        Args:
+            sequences (`torch.Tensor` or `slice`): Their indices, `int64` `[n]`, or a range of them.
+
+        Returns:
+            `Limits`: The limits of these alone.
+        """
+        return replace(
+            self,
+            dense_bytes=self.dense_bytes[sequences],
+            held_bytes=self.held_bytes[sequences],
+            held_slots=self.held_slots[sequences],
+            allowed_bytes=None if self.allowed_bytes is None else self.allowed_bytes[sequences],
+        )
 
     @property
     def fits(self) -> torch.Tensor:
@@ -68,6 +87,19 @@ def bytes_held(store: PagedStore) -> torch.Tensor:
     return pages.sum((0, 2)) * cost_of_page(store) + entries.sum(0) * ENTRY_BYTES
 
 
+def slots_held(store: PagedStore) -> torch.Tensor:
+    """Slots of each sequence in pages, over all its rows.
+
+    Args:
+        store (`PagedStore`): The store.
+
+    Returns:
+        `torch.Tensor`: `int64` `[batch]`, on the host.
+    """
+    lengths = store.lengths_on_host().view(-1, store.layers, store.batch, store.geometry.kv_heads)
+    return lengths.sum((0, 1, 3))
+
+
 def make_limits(
     recipe: Recipe,
     parts: Sequence[StorePart],
@@ -75,7 +107,7 @@ def make_limits(
     aside: Sequence[int],
     *,
     expected: torch.Tensor,
-    held: torch.Tensor,
+    held: tuple[torch.Tensor, torch.Tensor],
     on_top: torch.Tensor,
 ) -> Limits:
     """Works out what the sequences of a recipe may hold.
@@ -86,7 +118,7 @@ def make_limits(
         windows (`Sequence[int | None]`): Sliding window of each store's layers.
         aside (`Sequence[int]`): Bytes of each store per sequence that are not pages; they come out of byte budgets.
         expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
-        held (`torch.Tensor`): `int64` `[batch]`, bytes of pages held now.
+        held (`tuple[torch.Tensor, torch.Tensor]`): `int64` `[batch]` each, bytes of pages and slots held now.
         on_top (`torch.Tensor`): `int64` `[batch]`, tokens that come on top of the budget, see [`prompt_on_top`]; they
             are allowed what they take in the first tier, or in the second where the first is for sinks.
 
@@ -121,7 +153,7 @@ def make_limits(
             allowed += (tokens + group.slots_per_page - 1) // group.slots_per_page * group.page_bytes * group.rows
             if entry and group.window is None and isinstance(recipe.budget.amount, int):  # sinks start their own page
                 allowed += group.page_bytes * group.rows
-    return Limits(per_page, page_bytes, dense, held, allowed)
+    return Limits(per_page, page_bytes, dense, *held, allowed)
 
 
 def prompt_on_top(recipe: Recipe, prompt: int, padding: torch.Tensor) -> torch.Tensor:
@@ -164,7 +196,7 @@ def make_view(
         padding (`torch.Tensor`): `int64` `[batch]`, padding tokens before each sequence.
         distortion (`Sequence[torch.Tensor]`): Measured losses, each float32 `[batch, heads, tiers]`, NaN where nothing
             was measured; may be empty.
-        headroom (`float`): Share of the budget to leave free.
+        headroom (`float`): Share of the budget to leave free; as room in pages, if the plan does that.
         guesses (`bool`): Whether the observer could not look as far as it wanted to.
 
     Returns:
@@ -178,9 +210,12 @@ def make_view(
     if recipe.protect.prompt:
         protected = protected | (slots.filled & (slots.positions < slots.prompt))
     allowed, page_bytes = limits.allowed_bytes, limits.page_bytes
-    share = None
+    share = room = None
     if recipe.budget is not None and allowed is not None:
-        allowed = (allowed * (1 - headroom)).long()
+        if headroom and recipe.plan is not None and recipe.plan.leaves_room:
+            room = _room_for_packings(recipe, limits, allowed * headroom)
+        else:
+            allowed = (allowed * (1 - headroom)).long()
         if isinstance(recipe.budget.amount, int):
             share = (recipe.budget.amount + of_prompt)[:, None].expand(-1, page_bytes.numel())
         else:
@@ -209,4 +244,18 @@ def make_view(
         counts_slots=recipe.budget is not None and isinstance(recipe.budget.amount, int),
         guesses=guesses,
         sinks_apart=recipe.sinks_apart > 0,
+        room=room,
     )
+
+
+def _room_for_packings(recipe: Recipe, limits: Limits, worth: torch.Tensor) -> torch.Tensor:
+    """Slots of the first tier that so many bytes are worth in every row, in whole packings; `int64` `[batch]`.
+
+    Sequences of a batch would all use up their room at the same step, so each gets up to half as much more or less, by
+    what it alone decides: how many slots it holds.
+    """
+    slot_of_each_row = (limits.page_bytes / limits.slots_per_page[:, 0]).sum()
+    packings = (worth / slot_of_each_row / recipe.when.every).long()
+    spread = packings // 2
+    turn = limits.held_slots % (2 * spread + 1)
+    return (packings - spread + turn) * recipe.when.every

@@ -18,12 +18,12 @@ from kvcompress_hf.paging.slots import (
     own_before_applying,
 )
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.paging.waiting import ask, known_as, on_host, pick, to_device
-from kvcompress_hf.plans.base import Plan
+from kvcompress_hf.paging.waiting import ask, known_as, on_host, to_device
+from kvcompress_hf.plans.base import Plan, PlanView
 from kvcompress_hf.plans.decide import Ruling, decide
 from kvcompress_hf.plans.distortion import measure_distortion
 from kvcompress_hf.plans.pressure import under_pressure
-from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top
+from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top, slots_held
 from kvcompress_hf.recipe import TIERS, Recipe
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.looking import look
@@ -31,6 +31,8 @@ from kvcompress_hf.runtime.packing import describe_of, entry_of, packs_next
 from kvcompress_hf.runtime.padding import padding_first
 from kvcompress_hf.runtime.rollback import Rollback
 from kvcompress_hf.runtime.state import CacheState, LayerState
+
+_CACHED_SLOTS = 1 << 18  # what is looked at several times over takes 4 bytes for each
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,34 @@ class _Ruled:
     rows: torch.Tensor | slice
     limits: Limits
 
+    def of(self, sequences: torch.Tensor | slice) -> "_Ruled":
+        """The same for some of the sequences that it rules, by their place among these."""
+        if isinstance(self.rows, slice):
+            rows = torch.arange(self.limits.held_bytes.numel())[sequences]
+        else:
+            rows = self.rows[sequences]
+        return replace(self, rows=rows, limits=self.limits.of(sequences))
+
+    def due(self, freeing: int) -> "_Ruled | None":
+        """The same for the sequences that are to be planned for; `None` if there is none.
+
+        A plan that leaves headroom has nothing to do for those that are within their budget. Each sequence is planned
+        for when it would be if it were alone.
+        """
+        waits = self.limits.fits if self.plan.headroom and not freeing else torch.zeros_like(self.limits.fits)
+        if not bool(waits.any()):
+            return self
+        return None if bool(waits.all()) else self.of(torch.nonzero(~waits).flatten())
+
+    def split(self, most: int) -> "list[_Ruled]":
+        """The same for at most so many sequences at a time."""
+        count = self.limits.held_bytes.numel()
+        parts = [slice(first, min(first + most, count)) for first in range(0, count, most)]
+        if len(parts) == 1:
+            return [self]
+        every = isinstance(self.rows, slice)
+        return [replace(self.of(part), rows=part) if every else self.of(part) for part in parts]
+
 
 @dataclass(frozen=True)
 class _Decided:
@@ -51,6 +81,12 @@ class _Decided:
     slots: Slots
     decision: Decision
     ruled: list[_Ruled]
+
+
+def _together(slots: Slots) -> int:
+    """How many sequences are planned at a time: on a CPU as many as its caches hold, on a device all."""
+    batch, rows, width = slots.filled.shape
+    return max(1, _CACHED_SLOTS // (rows * width)) if slots.filled.device.type == "cpu" else batch
 
 
 class Compression:
@@ -197,44 +233,53 @@ class Compression:
         if ruled is None:
             return None
         counters.planned = state.seen
-        waits = [each.limits.fits if each.plan.headroom and not freeing else None for each in ruled]
-        if all(fits is not None and bool(fits.all()) for fits in waits):
+        due = [part for each in ruled if (part := each.due(freeing)) is not None]
+        if not due:
             self._note_room(ruled, held)
             return None
-        slots = gather_slots(parts, observer.fields, state.seen, counters.prompt)
+        wanted = torch.zeros(state.batch, dtype=torch.bool)
+        for each in due:
+            wanted[each.rows] = True
+        if state.recipe.positions == "reindexed":  # all slots may be turned
+            wanted[:] = True
+        slots = gather_slots(parts, observer.fields, state.seen, counters.prompt, wanted)
         slots = replace(slots, positions=padding_first(slots.positions, counters.gaps), padding=padding)
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
         if observer.looks:
             slots = replace(slots, fields={**slots.fields, **look(state, observer, parts, slots)})
-        importance, spread = checked.rank(observer, slots)
+        recent = slots.seen
         if freeing and self.rollback.note is not None:
             # If room is not made, the token under way is taken back, and what was recent then must still be there.
-            slots = replace(slots, seen=min(slots.seen, self.rollback.note.counters.seen))
-        views = [
-            make_view(
-                each.recipe,
-                slots.of(each.rows),
-                each.limits,
-                importance=pick(importance, each.rows),
-                spread=None if spread is None else pick(spread, each.rows),
-                tokens=(state.seen - padding)[each.rows],
-                padding=padding[each.rows],
-                distortion=state.losses(),
-                headroom=0.0 if counters.unfinished else each.plan.headroom,
-                guesses=state.guesses,
-            )
-            for each in ruled
-        ]
+            recent = min(recent, self.rollback.note.counters.seen)
+        due = [part for each in due for part in each.split(_together(slots))]
+        losses = state.losses()
+        views = [self._view(each, slots.of(each.rows), losses, recent) for each in due]
         if freeing:
             views = under_pressure(views, freeing)
-        # Each sequence is planned when it would be if it were alone, so some may have to stay as they are.
-        rulings = [
-            Ruling(each.plan, view, each.rows, fits) for each, view, fits in zip(ruled, views, waits, strict=True)
-        ]
+        rulings = [Ruling(each.plan, view, each.rows) for each, view in zip(due, views, strict=True)]
         decision, clamped = decide(parts, slots, rulings, self._clamped)
         self._tell_clamped(clamped)
         return _Decided(parts, slots, decision, ruled)
+
+    def _view(self, ruled: _Ruled, slots: Slots, losses: Sequence[torch.Tensor], recent: int) -> PlanView:
+        """What a plan decides on; slots are recent by their distance from a position."""
+        state, observer, padding = self.state, self.state.recipe.observer, slots.padding
+        if observer is None or padding is None:
+            raise ValueError("A plan needs an observer, and slots whose padding is known.")
+        importance, spread = checked.rank(observer, slots)
+        return make_view(
+            ruled.recipe,
+            replace(slots, seen=recent),
+            ruled.limits,
+            importance=importance,
+            spread=spread,
+            tokens=state.seen - padding,
+            padding=padding,
+            distortion=[of_layer[ruled.rows] for of_layer in losses],
+            headroom=0.0 if state.counters.unfinished else ruled.plan.headroom,
+            guesses=state.guesses,
+        )
 
     def _rule(self, parts: Sequence[StorePart], padding: torch.Tensor, held: torch.Tensor) -> list[_Ruled] | None:
         """Each recipe's plan and limits; `None` if one has no plan."""
@@ -242,13 +287,16 @@ class Compression:
         expected = max(state.seen, state.prompt_tokens or 0) - padding
         windows = [state.layers[part.layers[0]].window for part in parts]
         aside = [self._bytes_aside(part.store) for part in parts]
+        stored = torch.stack([slots_held(part.store) for part in parts]).sum(0)
         ruled = []
         for recipe, rows in self._sequences_by_recipe():
             plan: Plan | None = recipe.plan
             if plan is None:
                 return None
             on_top = prompt_on_top(recipe, state.counters.prompt, padding[rows])
-            limits = make_limits(recipe, parts, windows, aside, expected=expected[rows], held=held[rows], on_top=on_top)
+            limits = make_limits(
+                recipe, parts, windows, aside, expected=expected[rows], held=(held[rows], stored[rows]), on_top=on_top
+            )
             ruled.append(_Ruled(recipe, plan, rows, limits))
         return ruled
 

@@ -244,11 +244,19 @@ class CacheState:
 
     def give_back(self) -> None:
         """Lets arenas return what is free beyond what comes next."""
-        for owned in self.owned.values():
-            owned.store.tensors.plans.clear()  # a plan holds on to the tables and slabs it was made for
+        self._drop_decode_plans()
         room = self.counters.room
         for arena in self.pools.values():
             arena.trim(None if room is None else room // len(self.pools))
+        self._drop_decode_plans()
+
+    def _drop_decode_plans(self) -> None:
+        """Drops decode plans that are not right any more: each holds on to the tables and slabs it was made for."""
+        for owned in self.owned.values():
+            tensors = owned.store.tensors
+            made_for = {self.layers[index].plan_key[0] for index in owned.layers}
+            if not owned.store.backend.decodes_on or made_for != {tensors.version}:
+                tensors.plans.clear()
 
     # -- places ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,152 @@
+"""`PlanOperations` by `libkvc_cpu.so`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import abi, checks
+from ..arguments import fill_rows, pointer
+from ..plan_operations import Hulls, PlanOperations
+from ..types import Rows
+
+__all__ = ["CpuPlanOperations"]
+
+CPU = torch.device("cpu")
+_SHIFT = 19  # 16 bins per octave: a float32 has 23 bits below its exponent
+
+
+class CpuPlanOperations(PlanOperations):
+    """See [`PlanOperations`].
+
+    Args:
+        call: Calls an operation by its name with its arguments, and raises if it refuses them.
+    """
+
+    def __init__(self, call: Callable[[str, ctypes.Structure], None]) -> None:
+        self._call = call
+
+    def gather(self, rows: Rows, tier: int, field: str, out: Tensor, wanted: Tensor | None = None) -> None:
+        checks.check_rows(rows, CPU)
+        checks.check_tensor("out", out, (None, None, None, None), rows.layout.field_dtype(field), CPU)
+        layers, batch, kv_heads, width = out.shape
+        checks.check_width(rows, tier, width)
+        used = layers * batch * kv_heads
+        if used > rows.count or not batch or not kv_heads:
+            raise ValueError(f"out is for {layers} layers x {batch} x {kv_heads} rows, and there are {rows.count}")
+        c = abi.KvcGather(tier=tier, field=rows.layout.field_index(field), width=width, batch=batch, kv_heads=kv_heads)
+        fill_rows(c, rows)
+        c.rows.rows = used
+        if wanted is not None:
+            checks.check_tensor("wanted", wanted, (batch,), torch.bool, CPU)
+        c.values, c.wanted = out.data_ptr(), pointer(wanted)
+        c.values_l, c.values_b, c.values_h, _ = out.stride()
+        self._call("gather", c)
+
+    def lowest(self, scores: Tensor, positions: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
+        shape = scores.shape
+        checks.check_tensor("scores", scores, shape, torch.float32, CPU, contiguous=False)
+        checks.check_tensor("positions", positions, shape, torch.int32, CPU, contiguous=False)
+        checks.check_tensor("candidates", candidates, shape, torch.bool, CPU, contiguous=False)
+        checks.check_tensor("count", count, shape[:-1], torch.int64, CPU, contiguous=False)
+        kept = [each.contiguous() for each in (scores, positions, candidates, count)]
+        chosen = torch.empty(shape, dtype=torch.bool)
+        c = abi.KvcLowest(rows=count.numel(), slots=shape[-1], chosen=chosen.data_ptr())
+        c.scores, c.positions, c.candidates, c.count = (each.data_ptr() for each in kept)
+        self._call("lowest", c)
+        return chosen
+
+    def prices(self, scores: Tensor, candidates: Tensor, first: Tensor, step: Tensor, pages: int) -> Tensor:
+        shape = scores.shape
+        checks.check_tensor("scores", scores, shape, torch.float32, CPU, contiguous=False)
+        checks.check_tensor("candidates", candidates, shape, torch.bool, CPU, contiguous=False)
+        for name, each in (("first", first), ("step", step)):
+            checks.check_tensor(name, each, shape[:-1], torch.int64, CPU, contiguous=False)
+        kept = [each.contiguous() for each in (scores, candidates, first, step)]
+        price = torch.empty(*shape[:-1], pages)
+        c = abi.KvcPrices(rows=first.numel(), slots=shape[-1], pages=pages, price=price.data_ptr())
+        c.scores, c.candidates, c.first, c.step = (each.data_ptr() for each in kept)
+        self._call("prices", c)
+        return price
+
+    def holes(self, keep: Tensor, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        checks.check_tensor("keep", keep, (None, None), torch.bool, CPU, contiguous=False)
+        for name, each in (("before", before), ("kept", kept)):
+            checks.check_tensor(name, each, keep.shape[:1], torch.int32, CPU, contiguous=False)
+        inputs = [each.contiguous() for each in (keep, before, kept)]
+        found = [torch.empty(room, dtype=torch.int32) for _ in range(3)]
+        c = abi.KvcHoles(rows=keep.shape[0], slots=keep.shape[1], room=room)
+        c.keep, c.before, c.kept, c.row, c.hole, c.mover = (each.data_ptr() for each in (*inputs, *found))
+        self._call("holes", c)
+        row, hole, mover = (each[: c.found] for each in found)
+        return row, hole, mover
+
+    def places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        checks.check_tensor("chosen", chosen, (None, None), torch.bool, CPU, contiguous=False)
+        checks.check_tensor("counts", counts, chosen.shape[:1], torch.int32, CPU, contiguous=False)
+        inputs = [each.contiguous() for each in (chosen, counts)]
+        found = [torch.empty(int(counts.sum()), dtype=torch.int32) for _ in range(3)]
+        c = abi.KvcPlaces(rows=chosen.shape[0], slots=chosen.shape[1], room=found[0].numel())
+        c.chosen, c.count, c.row, c.slot, c.rank = (each.data_ptr() for each in (*inputs, *found))
+        self._call("places", c)
+        row, slot, rank = (each[: c.found] for each in found)
+        return row, slot, rank
+
+    def tally(self, targets: Tensor, filled: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+        shape, tiers = targets.shape, len(columns) - 1
+        checks.check_tensor("targets", targets, (None, None, None), torch.int8, CPU, contiguous=False)
+        checks.check_tensor("filled", filled, shape, torch.bool, CPU, contiguous=False)
+        _check_tiers(tiers)
+        begin = torch.tensor(columns)
+        if columns[0] or columns[-1] != shape[2] or list(columns) != sorted(columns):
+            raise ValueError(f"columns must go from 0 to {shape[2]}, got {list(columns)}")
+        kept = [each.contiguous() for each in (targets, filled)]
+        out = torch.empty(shape, dtype=torch.int8)
+        counts = torch.empty(*shape[:2], tiers, tiers, dtype=torch.int32)
+        c = abi.KvcTally(rows=shape[1], slots=shape[2], batch=shape[0], tiers=tiers, begin=begin.data_ptr())
+        c.targets, c.filled, c.out, c.counts = (each.data_ptr() for each in (*kept, out, counts))
+        self._call("tally", c)
+        return out, counts
+
+    def shares(
+        self,
+        importance: Tensor,
+        filled: Tensor,
+        protected: Tensor,
+        tier: Tensor,
+        pages: tuple[Tensor, Tensor],
+        limits: tuple[Tensor, Tensor],
+        hulls: Hulls,
+        guesses: bool,
+    ) -> Tensor:
+        checks.check_tensor("importance", importance, (None, None, None), torch.float32, CPU, contiguous=False)
+        batch, rows, slots = importance.shape
+        tiers = pages[0].shape[1]
+        _check_tiers(tiers)
+        for name, mask in (("filled", filled), ("protected", protected)):
+            checks.check_tensor(name, mask, importance.shape, torch.bool, CPU, contiguous=False)
+        checks.check_tensor("pages", pages[0], (rows, tiers), torch.int64, CPU, contiguous=False)
+        most = checks.bounds(tier) if slots else (0, 0)
+        if most[0] < 0 or most[1] >= tiers or len(hulls.tiers) != batch or int(pages[0].min()) < 1:
+            raise ValueError(f"tier must be of {tiers} tiers, pages have slots, and each of {batch} sequences a hull")
+        wide = [[*each, *[0] * (abi.MAX_TIERS - len(each))] for each in (*hulls.tiers, *hulls.offsets)]
+        hull = torch.tensor(wide, dtype=torch.int32)
+        steps = torch.tensor([len(each) for each in hulls.tiers], dtype=torch.int32)
+        narrow = [each.to(torch.int32).contiguous() for each in (tier, pages[0], limits[1])]
+        kept = [each.contiguous() for each in (importance, filled, protected, pages[1], limits[0])]
+        targets = torch.empty(importance.shape, dtype=torch.int8)
+        c = abi.KvcShares(batch=batch, rows=rows, slots=slots, tiers=tiers, shift=_SHIFT, guesses=guesses)
+        c.importance, c.filled, c.protects, c.page_bytes, c.allowed = (each.data_ptr() for each in kept)
+        c.tier_of, c.slots_per_page, c.room = (each.data_ptr() for each in narrow)
+        c.hull_tier, c.offset, c.steps = hull.data_ptr(), hull[batch:].data_ptr(), steps.data_ptr()
+        c.targets = targets.data_ptr()
+        self._call("shares", c)
+        return targets
+
+
+def _check_tiers(tiers: int) -> None:
+    if not 1 <= tiers <= abi.MAX_TIERS:
+        raise ValueError(f"there must be 1 to {abi.MAX_TIERS} tiers, got {tiers}")

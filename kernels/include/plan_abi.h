@@ -1,0 +1,77 @@
+// The C ABI of the operations for plans (kernels/cpu/plan.cpp), as abi.h is that of the operations on pages. Only CPU
+// backends have them. Arrays are contiguous.
+#ifndef KVC_PLAN_ABI_H
+#define KVC_PLAN_ABI_H
+#include "abi.h"
+
+#define KVC_PLAN_BINS 640  // of importance: 16 per octave, 40 octaves (plans/histogram.py)
+
+enum { KVC_NO_MEMORY = 5 };  // besides those of abi.h
+
+typedef struct {  // a 4-byte field of every slot -> [layers, batch, kv_heads, width] by strides; the rest is left as it is
+  KvcRows rows;                           // those of layers, one after the other
+  uint32_t* values;
+  const uint8_t* wanted;                  // [batch] 0 = nothing is read of this sequence; null = all are
+  int64_t width, values_l, values_b, values_h;
+  int32_t tier, field, batch, kv_heads;
+} KvcGather;
+
+typedef struct {  // the count[row] lowest candidates of each row; of equal scores the lower position, then the first
+  const float* scores;                    // [rows, slots]; NaN comes last
+  const int32_t* positions;               // [rows, slots]
+  const uint8_t* candidates;              // [rows, slots]
+  const int64_t* count;                   // [rows]
+  uint8_t* chosen;                        // [rows, slots]
+  int64_t rows, slots;
+} KvcLowest;
+
+typedef struct {  // the score of the (first + page * step)-th lowest candidate of each row, counted from 1
+  const float* scores;                    // [rows, slots]; NaN comes last
+  const uint8_t* candidates;              // [rows, slots]
+  const int64_t *first, *step;            // [rows]
+  float* price;                           // [rows, pages], infinite where there are not as many
+  int64_t rows, slots, pages;
+} KvcPrices;
+
+typedef struct {  // slots that stay and lie behind the first kept[row], from the last down, and holes among those, from 0 up
+  const uint8_t* keep;                    // [rows, slots]
+  const int32_t *before, *kept;           // [rows] slots held, and how many of them stay; rows that lose none are left out
+  int32_t *row, *hole, *mover;            // [room]
+  int64_t rows, slots, room;
+  int64_t found;                          // out
+} KvcHoles;
+
+typedef struct {  // where chosen is set, row after row, and how many of the row come before
+  const uint8_t* chosen;                  // [rows, slots]
+  const int32_t* count;                   // [rows] how many are chosen; rows with 0 are not looked at
+  int32_t *row, *slot, *rank;             // [room]
+  int64_t rows, slots, room;
+  int64_t found;                          // out
+} KvcPlaces;
+
+typedef struct {  // targets brought into order, and how many slots of each tier go to each tier
+  const int8_t* targets;                  // [batch, rows, slots] a tier, or below 0
+  const uint8_t* filled;                  // [batch, rows, slots]
+  const int64_t* begin;                   // [tiers + 1] columns of each tier: from begin[t] to begin[t + 1]
+  int8_t* out;                            // [batch, rows, slots] never above a slot's tier; -1 = goes, or no slot
+  int32_t* counts;                        // [batch, rows, tiers from, tiers to]
+  int64_t rows, slots;                    // rows of a sequence
+  int32_t batch, tiers;
+} KvcTally;
+
+typedef struct {  // the rate-distortion plan (plans/rate_distortion.py)
+  const float* importance;                // [batch, rows, slots]
+  const uint8_t *filled, *protects;       // [batch, rows, slots]
+  const int32_t* tier_of;                 // [slots] the tier of each column
+  const int32_t* slots_per_page;          // [rows, tiers]
+  const int64_t* page_bytes;              // [rows]
+  const int64_t* allowed;                 // [batch]
+  const int32_t* room;                    // [batch] slots to leave free in each row's started pages of the first tier
+  const int32_t* steps;                   // [batch] steps of the hull
+  const int32_t *hull_tier, *offset;      // [batch, KVC_MAX_TIERS] tier of each, and bins above the first
+  int8_t* targets;                        // [batch, rows, slots] a tier, or -1
+  int64_t batch, rows, slots;
+  int32_t tiers, shift;                   // bins are bits of a score >> shift, counted from the top
+  int32_t guesses, reserved;
+} KvcShares;
+#endif

@@ -1,0 +1,146 @@
+"""The arithmetic of plans that a backend may do natively; `kvcompress_hf/plans` has the same in torch."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .types import Rows
+
+__all__ = ["Hulls", "PlanOperations"]
+
+
+@dataclass(frozen=True)
+class Hulls:
+    """The tiers worth using in each sequence, from the cheapest to the best.
+
+    Args:
+        tiers: Per sequence the tiers.
+        offsets: Per sequence how many bins a slot must be more important than for the cheapest one, for each.
+    """
+
+    tiers: Sequence[Sequence[int]]
+    offsets: Sequence[Sequence[int]]
+
+
+class PlanOperations(abc.ABC):
+    """What plans ask of a backend that has native code for it. Nothing that is stored changes."""
+
+    @abc.abstractmethod
+    def gather(self, rows: Rows, tier: int, field: str, out: Tensor, wanted: Tensor | None = None) -> None:
+        """Reads a slot field of every row to where it is wanted.
+
+        Args:
+            rows: The rows of layers, one after the other.
+            tier: The tier.
+            field: The field's name.
+            out: `[layers, batch, kv_heads, width]` of the field's dtype, contiguous in its last dimension; what lies
+                beyond a row's length is left as it is.
+            wanted: bool `[batch]`, the sequences that are read; `None` = all.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or the tier or field does not exist.
+        """
+
+    @abc.abstractmethod
+    def lowest(self, scores: Tensor, positions: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
+        """The candidates with the lowest scores; of equal ones those with the lowest positions, then the first.
+
+        Args:
+            scores: float32 `[..., slots]`; NaN comes last.
+            positions: int32 `[..., slots]`.
+            candidates: bool `[..., slots]`.
+            count: int64 `[...]`, how many of each row.
+
+        Returns:
+            bool `[..., slots]`.
+        """
+
+    @abc.abstractmethod
+    def prices(self, scores: Tensor, candidates: Tensor, first: Tensor, step: Tensor, pages: int) -> Tensor:
+        """The score of the `first + page * step`-th lowest candidate of each row, counted from 1.
+
+        Args:
+            scores: float32 `[..., slots]`; NaN comes last.
+            candidates: bool `[..., slots]`.
+            first: int64 `[...]`.
+            step: int64 `[...]`.
+            pages: How many are wanted of each row.
+
+        Returns:
+            float32 `[..., pages]`, infinite where a row has not as many candidates.
+        """
+
+    @abc.abstractmethod
+    def holes(self, keep: Tensor, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The moves that bring the slots of each row that stay to its front: the last ones fill the holes.
+
+        Args:
+            keep: bool `[rows, slots]`; what lies beyond a row's length is not looked at.
+            before: int32 `[rows]`, the lengths.
+            kept: int32 `[rows]`, how many slots stay.
+            room: As many moves as there may be.
+
+        Returns:
+            Row, hole and slot that moves there, int32 `[n]` each.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or `kept` is not how many slots stay.
+        """
+
+    @abc.abstractmethod
+    def places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots that are chosen, row after row.
+
+        Args:
+            chosen: bool `[rows, slots]`.
+            counts: int32 `[rows]`, how many of each row.
+
+        Returns:
+            Row, slot, and how many chosen slots of the row come before, int32 `[n]` each.
+        """
+
+    @abc.abstractmethod
+    def tally(self, targets: Tensor, filled: Tensor, columns: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Brings targets into order, and counts how many slots of each tier go to each tier.
+
+        Args:
+            targets: int8 `[batch, rows, slots]`: a tier, or below zero for what goes.
+            filled: bool `[batch, rows, slots]`, false where there is no slot.
+            columns: Columns are grouped by tier; where each tier begins, and where the last one ends.
+
+        Returns:
+            int8 `[batch, rows, slots]`, where no target lies above its slot's tier, and -1 where a slot goes or there
+            is none; and int32 `[batch, rows, tiers, tiers]`.
+        """
+
+    @abc.abstractmethod
+    def shares(
+        self,
+        importance: Tensor,
+        filled: Tensor,
+        protected: Tensor,
+        tier: Tensor,
+        pages: tuple[Tensor, Tensor],
+        limits: tuple[Tensor, Tensor],
+        hulls: Hulls,
+        guesses: bool,
+    ) -> Tensor:
+        """The rate-distortion plan: a tier for every slot under one multiplier per sequence.
+
+        Args:
+            importance: float32 `[batch, rows, slots]`.
+            filled: bool `[batch, rows, slots]`.
+            protected: bool `[batch, rows, slots]`.
+            tier: int64 `[slots]`.
+            pages: Slots of a page in each tier, int64 `[rows, tiers]`, and its bytes, int64 `[rows]`.
+            limits: Bytes allowed, int64 `[batch]`, and slots of the first tier to leave room for, int64 `[batch]`.
+            hulls: The tiers to use.
+            guesses: Whether to evict nothing where every slot fits into the cheapest tier.
+
+        Returns:
+            int8 `[batch, rows, slots]`, -1 for what goes.
+        """
