@@ -4,7 +4,8 @@
 // A warp takes 16 slots at a time, and these are the 16 rows of m16n8k16, both times: logits are keys x queries (16
 // slots, 8 heads), outputs are values x probabilities (16 dimensions, 8 heads). Codes become operands in registers
 // (fragments.cuh); a key's scale and offset are applied to the logit, a value's to the probability. Queries are put in
-// the order of the keys once per tier (`stage_queries`), outputs are put back at the end.
+// the order of the keys once per tier (`stage_queries`), outputs are put back at the end. Each warp has slots that
+// follow each other, so that where they lie is found once per page.
 //
 // Work is a flat list of blocks of 16 slots over all rows; every thread block takes an equal part of it, wherever rows
 // begin and end. Rows that several thread blocks share are merged by whichever of them finishes last.
@@ -38,10 +39,12 @@ constexpr int kLeastBlocks = 8;               // of 16 slots, per thread block: 
 constexpr int kSlabsInLine = 16;              // addresses of slabs that come with one line of memory
 constexpr int kTail = KVC_MAX_TIERS;          // the section after the tiers
 constexpr float kLowest = -1e30f;
-// Powers of two that a logit may lie above the reference point before that is moved. None in native sections, so that
-// the largest probability is 1 and rounded to itself; with codes it is scaled anyway.
+// Powers of two that a logit may lie above the reference point before that is moved, and how far it then lies below.
+// None in native sections, so that the largest probability is 1 and rounded to itself; with codes it is scaled anyway.
 template <int kKeyBits>
-constexpr float kSlack = kKeyBits == kNative ? 0.f : 8.f;
+constexpr float kSlack = kKeyBits == kNative ? 0.f : 1.f;
+template <int kKeyBits>
+constexpr float kRoom = kKeyBits == kNative ? 0.f : 7.f;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLeastScale = 5.9604644775390625e-8f;  // 2^-24, the least fp16 above zero
 
@@ -91,16 +94,8 @@ KVC_DEVICE int blocks_before(const Row& r, int tier) {
   return n;
 }
 
-struct Block {  // 16 slots of a section, as one lane sees them
-  const uint8_t *k, *v;   // its words of the first slot
-  const uint8_t* params;  // its two of a section's parameters: of slots 2g and 2g + 1
-  int n;                  // slots in use, 1 to 16
-  int id, inside;         // the page, and the first slot there
-};
-
-// The way of a warp over a tier or the tail, every kWalks-th block. The id of a block's page is asked for as soon as
-// the block before is found (`advance`), and the slab's address as soon as that has come (`find_base`), so that neither
-// is waited for.
+// The way of a warp over its blocks of a tier or the tail, one after the other. A page's id is asked for two pages
+// before it is needed and the slab's address one, so that neither is waited for.
 template <int kKeyBits, int kValueBits>
 struct Walk {
   using Key = KeyRow<kDim, kKeyBits>;
@@ -109,85 +104,88 @@ struct Walk {
 
   const Task& task;
   const Row& r;
-  int tier;
-  const int32_t* ids;             // of the row's pages
+  const int tier;
+  int left;                       // slots from the block at hand to the end of the way
+  const uint8_t *k, *v;           // the lane's words of the first slot of the block that is asked for next
+  const uint8_t* params;          // its two of that section's parameters: of slots 2g and 2g + 1
+  int on_page;                    // slots from there to the end of the page
   int slots;                      // of a page
-  int pages_on, slots_on;         // a step: pages, and slots beyond
-  uint32_t keys, values, params;  // from a page to the lane's words of its first slot
-  int page, inside, left;         // of the block: its page, its first slot there, slots from there to the end
-  int32_t id;                     // of that page
-  const uint8_t* base;            // its first byte, once it is found
+  uint32_t keys, values, offset;  // from a page to the lane's words and parameters of its first slot
+  const int32_t* ids;             // of the row's pages
+  int page, last_page;            // of `later`; of the way
+  const uint8_t* slab;            // of the next page
+  uint32_t in_slab;               // its number there
+  int32_t later;                  // the id of the page after that
 
-  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int block) : task(task), r(r), tier(tier) {
+  // Blocks first .. until, one at least.
+  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int first, int until)
+      : task(task), r(r), tier(tier), left(least(r.lengths[tier], until * kBlock) - first * kBlock) {
     const int g = thread_lane() >> 2, t = thread_lane() & 3;
-    const KvcRows& rows = task.a.rows;
-    ids = nullptr;
-    slots = 0x7fffffff;
     // Coded slots are read in pairs, 2g and 2g + 1, native ones one by one: see load_keys.
     keys = Key::kPiece * t + (kCoded ? 2 * g * Key::kBytes : 0);
     values = (g * kShare + thread_warp() % kShare) * Value::kPiece + (kCoded ? 4 * t * Value::kBytes : 0);
-    params = 0;
-    if (kCoded || tier != kTail) {
-      const KvcTier& its = task.layout.tier[tier];
-      ids = rows.table[tier] + r.row * rows.table_stride[tier];
-      slots = its.slots;
-      keys += static_cast<uint32_t>(its.keys);
-      values += static_cast<uint32_t>(its.values);
-      params = static_cast<uint32_t>(t < 2 ? its.key_params : its.value_params) + 2 * (t % 2) * slots + 4 * g;
+    if (!kCoded && tier == kTail) {
+      const KvcTail& tail = task.a.tail;
+      const int64_t from = (r.row * tail.capacity + first * kBlock) * Key::kBytes;
+      k = static_cast<const uint8_t*>(tail.k) + from + keys;
+      v = static_cast<const uint8_t*>(tail.v) + from + values;
+      on_page = 0x7ffffff0;
+      return;
     }
-    pages_on = kWalks * kBlock / slots;
-    slots_on = kWalks * kBlock - pages_on * slots;
-    page = block * kBlock / slots;
-    inside = block * kBlock - page * slots;
-    left = r.lengths[tier] - block * kBlock;
-    find_page();
+    const KvcTier& its = task.layout.tier[tier];
+    slots = its.slots;
+    keys += static_cast<uint32_t>(its.keys);
+    values += static_cast<uint32_t>(its.values);
+    if (kCoded) offset = static_cast<uint32_t>(t < 2 ? its.key_params : its.value_params) + 2 * (t % 2) * slots + 4 * g;
+    page = first * kBlock / slots;
+    const int inside = first * kBlock - page * slots;
+    last_page = page + (inside + left - 1) / slots;
+    ids = task.a.rows.table[tier] + r.row * task.a.rows.table_stride[tier];
+    find_next(ids[page]);
+    later = next_id();
+    open_page();
+    k += inside * Key::kBytes, v += inside * Value::kBytes, params += 2 * inside;
+    on_page -= inside;
   }
-  KVC_DEVICE_METHOD void find_page() {
-    if ((kCoded || tier != kTail) && left > 0) id = ids[page];
+  KVC_DEVICE_METHOD int32_t next_id() {
+    page = least(page + 1, last_page);
+    return ids[page];
   }
-  KVC_DEVICE_METHOD void find_base() {
-    if ((!kCoded && tier == kTail) || left <= 0) return;
-    const KvcRows& rows = task.a.rows;
-    const uint32_t in_slab = static_cast<uint32_t>(id & ((1 << rows.slab_shift) - 1));
-    base = reinterpret_cast<const uint8_t*>(rows.slabs[id >> rows.slab_shift]) +
-           static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes);
+  KVC_DEVICE_METHOD void find_next(int32_t id) {
+    slab = reinterpret_cast<const uint8_t*>(task.a.rows.slabs[id >> task.a.rows.slab_shift]);
+    in_slab = static_cast<uint32_t>(renewed(id & ((1 << task.a.rows.slab_shift) - 1)));
+  }
+  KVC_DEVICE_METHOD void open_page() {
+    const uint8_t* at = renewed(slab + static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes));
+    k = at + keys, v = at + values;
+    if (kCoded) params = at + offset;
+    on_page = slots;
+    find_next(later);
+    later = next_id();
   }
   KVC_DEVICE_METHOD void advance() {
-    left -= kWalks * kBlock;
-    inside += slots_on;
-    page += pages_on;
-    if (inside >= slots) inside -= slots, page++;
-    find_page();
-  }
-  KVC_DEVICE_METHOD Block here() const {
-    const KvcDecode& a = task.a;
-    Block at;
-    at.n = least(kBlock, left);
-    at.id = id, at.inside = inside;
-    at.params = nullptr;
-    if (!kCoded && tier == kTail) {
-      const int64_t first = (r.row * a.tail.capacity + inside) * Key::kBytes;
-      at.k = static_cast<const uint8_t*>(a.tail.k) + first + keys;
-      at.v = static_cast<const uint8_t*>(a.tail.v) + first + values;
-      return at;
+    on_page -= kBlock;
+    if (on_page == 0) {
+      open_page();
+    } else {
+      k += kBlock * Key::kBytes, v += kBlock * Value::kBytes;
+      if (kCoded) params += 2 * kBlock;
     }
-    at.k = base + (inside * Key::kBytes + keys);
-    at.v = base + (inside * Value::kBytes + values);
-    if (kCoded) at.params = base + (2 * inside + params);
-    return at;
   }
-  // Positions of the slots from a block's first on; null where they do not matter.
-  KVC_DEVICE_METHOD const int32_t* positions(const Block& at) const {
+  // Positions of the block at hand; null where they do not matter.
+  KVC_DEVICE_METHOD const int32_t* positions(int block) const {
     const KvcDecode& a = task.a;
-    if (tier == kTail) return a.tail.position + r.b * a.tail.capacity + at.inside;
+    const int slot = block * kBlock;
+    if (tier == kTail) return a.tail.position + r.b * a.tail.capacity + slot;
     if (a.position_field < 0) return nullptr;
-    uint8_t* page = page_address(a.rows.slabs, a.rows.slab_shift, task.layout.page_bytes, at.id);
-    return reinterpret_cast<const int32_t*>(field_of(task.layout.tier[tier], page, a.position_field, at.inside));
+    const KvcTier& its = task.layout.tier[tier];
+    uint8_t* page = page_of(task.layout, a.rows, tier, r.row, slot);
+    return reinterpret_cast<const int32_t*>(field_of(its, page, a.position_field, slot % its.slots));
   }
 };
 
 // The slot that a native row is read from: behind the last in use there may be no memory, so that one is read again.
-KVC_DEVICE int native_slot(const Block& at, int slot) { return least(slot, at.n - 1); }
+KVC_DEVICE int native_slot(int slot, int in_use) { return least(slot, in_use - 1); }
 
 template <int kKeyBits, int kValueBits>
 struct Loaded {
@@ -198,23 +196,24 @@ struct Loaded {
   uint32_t v[4][Value::kWords];  // slots 4t, 4t + 2, 4t + 1, 4t + 3
   uint32_t params;               // fp16 of slots 2g and 2g + 1, by t: key scale, key offset, value scale, value offset
 
-  KVC_DEVICE_METHOD void load_keys(const Block& at) {
+  // `in_use` is how many slots are, from the block's first on.
+  KVC_DEVICE_METHOD void load_keys(const uint8_t* from, int in_use) {
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
-      const uint8_t* row = at.k + (kCoded ? i : native_slot(at, thread_lane() / 4 * 2 + i)) * Key::kBytes;
+      const uint8_t* row = from + (kCoded ? i : native_slot(thread_lane() / 4 * 2 + i, in_use)) * Key::kBytes;
       KVC_UNROLL
       for (int w = 0; w < Key::kWords; w += Key::kPiece / 4) load_bytes<Key::kPiece>(&k[i][w], row + Key::offset(0, w));
     }
   }
-  KVC_DEVICE_METHOD void load_values(const Block& at) {
+  KVC_DEVICE_METHOD void load_values(const uint8_t* from, int in_use) {
     KVC_UNROLL
     for (int i = 0; i < 4; i++) {
-      const int from = i % 2 * 2 + i / 2, row = kCoded ? from : native_slot(at, thread_lane() % 4 * 4 + from);
-      load_bytes<Value::kPiece>(v[i], at.v + row * Value::kBytes);
+      const int slot = i % 2 * 2 + i / 2, row = kCoded ? slot : native_slot(thread_lane() % 4 * 4 + slot, in_use);
+      load_bytes<Value::kPiece>(v[i], from + row * Value::kBytes);
     }
   }
-  KVC_DEVICE_METHOD void load_params(const Block& at) {
-    if (kCoded) load_bytes<4>(&params, at.params);
+  KVC_DEVICE_METHOD void load_params(const uint8_t* from) {
+    if (kCoded) load_bytes<4>(&params, from);
   }
 };
 
@@ -250,15 +249,15 @@ struct Outputs {  // sixteen dimensions of values x probabilities
   const Loaded<kKeyBits, kValueBits>& words;
   const uint32_t (*p)[2];     // [kTiles]
   float (*o)[kTiles][4];
+  uint32_t (&a)[4];           // a tile of values
 
   template <int kTile>
   KVC_DEVICE_METHOD void step() const {
     constexpr int per_word = ValueRow<kDim, kValueBits, kShare>::kPerWord, c = 2 * kTile % per_word;
     constexpr int w = 2 * kTile / per_word;
     const auto& v = words.v;
-    const uint32_t a[4] = {
-        value_pair<kValueBits, c>(v[0][w], v[1][w]), value_pair<kValueBits, c + 1>(v[0][w], v[1][w]),
-        value_pair<kValueBits, c>(v[2][w], v[3][w]), value_pair<kValueBits, c + 1>(v[2][w], v[3][w])};
+    a[0] = value_pair<kValueBits, c>(v[0][w], v[1][w]), a[1] = value_pair<kValueBits, c + 1>(v[0][w], v[1][w]);
+    a[2] = value_pair<kValueBits, c>(v[2][w], v[3][w]), a[3] = value_pair<kValueBits, c + 1>(v[2][w], v[3][w]);
     KVC_UNROLL
     for (int j = 0; j < kTiles; j++) multiply<kBfloat && kValueBits == kNative>(o[kTile][j], a, p[j][0], p[j][1]);
   }
@@ -271,6 +270,9 @@ struct Running {
   float o[kOutputs][kTiles][4];  // dimension, head; dimension, next head; next dimension, head; both next
   float top[kTiles][2], sum[kTiles][2];
   float offset[kTiles][2];       // sum of probability x value offset, the same for every dimension
+  // In a section of codes, where outputs are sums of probability x value scale, rounded, x code x 2^(place - 24): the
+  // sum of the first two, of both heads; the rest is of no use.
+  float weight[kTiles][4];
 
   KVC_DEVICE_METHOD void clear() {
     KVC_UNROLL
@@ -303,9 +305,10 @@ KVC_DEVICE int place_of(int d) { return d % (kDim / 8) * 8 + d / (kDim / 8); }
 struct Shared {
   float q[kHeads][kPitch];                   // queries; outputs, each at its place_of, when the row is finished
   uint4 queries[kSteps * kTiles / 2][32];    // fragments for the tier at hand
-  float2 query[kHeads];                      // sum over the dimensions, as rounded, and what keys' bias takes off
+  float query[kHeads];                       // sum over the dimensions, as rounded, times the factor of the logits
   float top[kWalks][kHeads], sum[kWalks][kHeads];
   int scan[kWarps];
+  int until[kWalks];                         // where the ways of the warps end
   int last;
   bool busy;                                 // there is something for this thread block to do
   bool fresh, rotated;                       // the queries: not in `q` yet; in there, rotated
@@ -323,7 +326,7 @@ KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
       float x = high[j][e];
       KVC_UNROLL
       for (int bit = 4; bit < 32; bit *= 2) x = larger(x, __shfl_xor_sync(kAllLanes, x, bit));
-      x = x > run.top[j][e] + kSlack<kKeyBits> ? x : run.top[j][e];
+      x = x > run.top[j][e] + kSlack<kKeyBits> ? x + kRoom<kKeyBits> : run.top[j][e];
       fade[e] = fast_exp2(run.top[j][e] - x);
       run.top[j][e] = x;
       run.sum[j][e] *= fade[e], run.offset[j][e] *= fade[e];
@@ -333,6 +336,8 @@ KVC_DEVICE void move_top(Running& run, const float (&high)[kTiles][2]) {
       KVC_UNROLL
       for (int e = 0; e < 4; e++) run.o[i][j][e] *= fade[e % 2];
     }
+    KVC_UNROLL
+    for (int e = 0; e < 4 && kKeyBits != kNative; e++) run.weight[j][e] *= fade[e % 2];
   }
 }
 
@@ -341,70 +346,26 @@ KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier, in
   return w.logits + static_cast<int64_t>(at.begin + blocks_before(at.row, tier)) * (kBlock * columns);
 }
 
-// Attends to the block whose words are in `words`. As soon as some of these have served, those of `next` are asked for
-// in their place, where there are `more`, so that loads are always under way. Without room for both keys and values,
-// values take the place of the keys they belong to.
-template <int kKeyBits, int kValueBits, bool kBfloat>
-KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Block& at, const Block& next, bool more,
-                       float factor, const Shared& shared, Walk<kKeyBits, kValueBits>& walk, int block) {
-  constexpr bool coded = kKeyBits != kNative;
+// What few steps need, done to the logits of a block: soft caps, slots that are not seen, logits to be kept.
+template <int kKeyBits, int kValueBits>
+KVC_DEVICE void settle(float (&c)[kSums][4], float (&scale)[2], float (&zero)[2],
+                       const Walk<kKeyBits, kValueBits>& walk, const Shared& shared) {
   const KvcDecode& a = walk.task.a;
   const int lane = renewed(thread_lane()), g = lane >> 2, t = lane & 3;
-  float c[kSums][4];  // slot 2g: heads 2t and 2t + 1; slot 2g + 1: the same
-  float query_sum[kTiles][2];
-  KVC_UNROLL
-  for (int j = 0; j < kTiles; j++) {
-    KVC_UNROLL
-    for (int e = 0; e < 2; e++) {
-      const float2 query = shared.query[8 * j + 2 * t + e];
-      query_sum[j][e] = query.x;
-      c[j][e] = c[j][2 + e] = coded ? query.y : 0.f;
-    }
-  }
-  if (kSums > kTiles) c[kSums - 1][0] = c[kSums - 1][1] = c[kSums - 1][2] = c[kSums - 1][3] = 0.f;
-  const Logits<kKeyBits, kValueBits, kBfloat> logits{words, shared.queries, c};
-  Repeat<0, kSteps * kTiles / 2>::run(logits);
-  KVC_UNROLL
-  for (int e = 0; e < 4 && kSums > kTiles; e++) c[0][e] += c[kSums - 1][e];
-  if (!kBoth<kKeyBits, kValueBits>) words.load_values(at);  // in the registers that the keys leave
-  if (more) words.load_keys(next);
-
-  float scale[2], zero[2];  // of the values of slots 2g and 2g + 1
-  KVC_UNROLL
-  for (int i = 0; i < 2; i++) {
-    float key_scale = factor, key_zero = 0.f;
-    scale[i] = 1.f, zero[i] = 0.f;
-    if (coded) {
-      key_scale *= half_of_pair(__shfl_sync(kAllLanes, words.params, 0, 4), i);
-      key_zero = half_of_pair(__shfl_sync(kAllLanes, words.params, 1, 4), i) * factor;
-      scale[i] = half_of_pair(__shfl_sync(kAllLanes, words.params, 2, 4), i);
-      zero[i] = half_of_pair(__shfl_sync(kAllLanes, words.params, 3, 4), i) + kMiddle<kValueBits> * scale[i];
-    }
-    KVC_UNROLL
-    for (int j = 0; j < kTiles; j++) {
-      KVC_UNROLL
-      for (int e = 0; e < 2; e++) {
-        float& x = c[j][2 * i + e];
-        x = coded ? x * key_scale + query_sum[j][e] * key_zero : x * key_scale;
-      }
-    }
-  }
-  if (more) words.load_params(next);
+  const int block = shared.until[renewed(thread_warp()) / kShare] - (walk.left + kBlock - 1) / kBlock;
   if (a.softcap > 0.f) {
     KVC_UNROLL
     for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] = a.softcap * kLog2E * tanhf(c[i / 4][i % 4]);
   }
-  if (at.n < kBlock || a.window > 0) {
-    const int32_t* position = a.window > 0 ? walk.positions(at) : nullptr;
+  const int32_t* position = a.window > 0 ? walk.positions(block) : nullptr;
+  KVC_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const int slot = 2 * g + i;
+    bool seen = slot < walk.left;
+    if (!seen) scale[i] = zero[i] = 0.f;  // behind the last slot anything may lie in place of these, NaN too
+    if (seen && position) seen = shared.place.position - position[slot] < a.window;
     KVC_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const int slot = 2 * g + i;
-      bool seen = slot < at.n;
-      if (!seen) scale[i] = zero[i] = 0.f;  // behind the last slot anything may lie in place of these, NaN too
-      if (seen && position) seen = shared.place.position - position[slot] < a.window;
-      KVC_UNROLL
-      for (int j = 0; j < kTiles && !seen; j++) c[j][2 * i] = c[j][2 * i + 1] = -infinity();
-    }
+    for (int j = 0; j < kTiles && !seen; j++) c[j][2 * i] = c[j][2 * i + 1] = -infinity();
   }
   if (walk.task.w.logits && thread_warp() % kShare == 0) {
     const int columns = shared.place.columns;
@@ -416,47 +377,128 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
       if (i / 2 * 8 + 2 * t < columns) *there = float2{x[0], x[1]};
     }
   }
-  float high[kTiles][2];
+}
+
+// The logits of a block, as they are made of products with codes.
+struct Affine {
+  const float (*c)[4];            // [kTiles]
+  const float (*query_sum)[2];    // [kTiles]
+  float scale[2], zero[2];        // of the keys of slots 2g and 2g + 1
+
+  // That of slot 2g + i and head e of tile j, less a number.
+  template <bool kCoded>
+  KVC_DEVICE_METHOD float logit(int j, int i, int e, float less) const {
+    return fmaf(c[j][2 * i + e], scale[i], kCoded ? fmaf(query_sum[j][e], zero[i], -less) : -less);
+  }
+};
+
+struct Usual {  // what is the same for all blocks of a section
+  float factor;                // of the products with keys
+  int slots;                   // a block with fewer to come than this needs `settle`
+  float query_sum[kTiles][2];  // of this lane's heads, see Shared
+};
+
+// Attends to the block whose words are in `words`. As soon as some of these have served, those of the next are asked
+// for in their place, where there are `more`, so that loads are always under way. Without room for both keys and
+// values, values take the place of the keys they belong to.
+template <int kKeyBits, int kValueBits, bool kBfloat>
+KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Walk<kKeyBits, kValueBits>& walk,
+                       bool more, const Usual& usual, const Shared& shared) {
+  constexpr bool coded = kKeyBits != kNative;
+  const int to_come = walk.left - kBlock;
+  float c[kSums][4];  // slot 2g: heads 2t and 2t + 1; slot 2g + 1: the same
+  Affine logits{c, usual.query_sum, {usual.factor, usual.factor}, {0.f, 0.f}};
   KVC_UNROLL
-  for (int i = 0; i < 2; i++) {
-    // The reference point includes the value's scale, so that scaled probabilities use the range of fp16 well.
-    const float level = coded ? fast_log2(larger(scale[i], kLeastScale)) : 0.f;
+  for (int i = 0; i < 4 * kSums; i++) c[i / 4][i % 4] = 0.f;
+  const Logits<kKeyBits, kValueBits, kBfloat> products{words, shared.queries, c};
+  Repeat<0, kSteps * kTiles / 2>::run(products);
+  KVC_UNROLL
+  for (int e = 0; e < 4 && kSums > kTiles; e++) c[0][e] += c[kSums - 1][e];
+  if (!kBoth<kKeyBits, kValueBits>) words.load_values(walk.v, walk.left);  // in the registers that the keys leave
+  if (more) words.load_keys(walk.k, to_come);
+
+  float scale[2] = {1.f, 1.f}, zero[2] = {0.f, 0.f};  // of the values of slots 2g and 2g + 1
+  if (coded) {
+    const uint32_t key_scale = __shfl_sync(kAllLanes, words.params, 0, 4);
+    const uint32_t key_zero = __shfl_sync(kAllLanes, words.params, 1, 4);
+    // A slot whose codes are all 0 may have the scale 0. With it a probability could grow beyond all bounds unnoticed.
+    const uint32_t value_scale = half2_larger(__shfl_sync(kAllLanes, words.params, 2, 4), 0x00010001u);
+    const uint32_t value_zero = __shfl_sync(kAllLanes, words.params, 3, 4);
     KVC_UNROLL
-    for (int j = 0; j < kTiles; j++) {
-      KVC_UNROLL
-      for (int e = 0; e < 2; e++) {
-        const float x = c[j][2 * i + e] + level;
-        high[j][e] = i ? larger(x, high[j][e]) : x;
-      }
+    for (int i = 0; i < 2; i++) {
+      logits.scale[i] = usual.factor * half_of_pair(key_scale, i), logits.zero[i] = half_of_pair(key_zero, i);
+      scale[i] = half_of_pair(value_scale, i);
+      zero[i] = half_of_pair(value_zero, i) + kMiddle<kValueBits> * scale[i];
     }
   }
-  bool above = false;
-  KVC_UNROLL
-  for (int j = 0; j < kTiles; j++) {
+  if (more) words.load_params(walk.params);
+  if (walk.left < usual.slots) {
     KVC_UNROLL
-    for (int e = 0; e < 2; e++) above = above || high[j][e] > run.top[j][e] + kSlack<kKeyBits>;
+    for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] = logits.logit<coded>(i / 4, i / 2 % 2, i % 2, 0.f);
+    settle(c, scale, zero, walk, shared);
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) logits.scale[i] = 1.f, logits.zero[i] = 0.f;
   }
-  if (__any_sync(kAllLanes, above)) move_top<kKeyBits>(run, high);
-  uint32_t p[kTiles][2];
+  float x[kTiles][2][2];  // probabilities: [head tile][slot][head]
+  uint32_t p[kTiles][2];  // times the value's scale, of two heads
+  // Makes them, and says whether the reference point is too low for that.
+  const auto weigh = [&]() {
+    uint32_t all = 0;
+    bool above = false;
+    KVC_UNROLL
+    for (int i = 0; i < 2 * kTiles; i++) {
+      const int j = i / 2, slot = i % 2;
+      KVC_UNROLL
+      for (int e = 0; e < 2; e++) {
+        x[j][slot][e] = fast_exp2(logits.logit<coded>(j, slot, e, run.top[j][e]));
+        above = above || !(x[j][slot][e] <= 1.f);
+      }
+      const float a = coded ? x[j][slot][0] * scale[slot] : x[j][slot][0];
+      const float b = coded ? x[j][slot][1] * scale[slot] : x[j][slot][1];
+      p[j][slot] = kBfloat && !coded ? pack_bfloats(a, b) : pack_halves(a, b);
+      all |= p[j][slot];
+    }
+    return coded ? (all & 0x40004000u) != 0 : above;  // 2 and more, infinite, no number
+  };
+  if (__any_sync(kAllLanes, weigh())) {
+    float high[kTiles][2];
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) {
+      // The reference point includes the value's scale, so that scaled probabilities use the range of fp16 well.
+      const float level = coded ? fast_log2(larger(scale[i], kLeastScale)) : 0.f;
+      KVC_UNROLL
+      for (int j = 0; j < kTiles; j++) {
+        KVC_UNROLL
+        for (int e = 0; e < 2; e++) {
+          const float y = logits.logit<coded>(j, i, e, 0.f) + level;
+          high[j][e] = i ? larger(y, high[j][e]) : y;
+        }
+      }
+    }
+    move_top<kKeyBits>(run, high);
+    weigh();
+  }
   KVC_UNROLL
   for (int j = 0; j < kTiles; j++) {
     KVC_UNROLL
     for (int i = 0; i < 2; i++) {
-      float x[2];
       KVC_UNROLL
       for (int e = 0; e < 2; e++) {
-        x[e] = fast_exp2(c[j][2 * i + e] - run.top[j][e]);
-        run.sum[j][e] += x[e];
-        if (coded) run.offset[j][e] += x[e] * zero[i], x[e] *= scale[i];
+        run.sum[j][e] += x[j][i][e];
+        if (coded) run.offset[j][e] += x[j][i][e] * zero[i];
       }
-      // From (slot, heads) of logits to (head, slots) of probabilities.
-      p[j][i] = transpose(kBfloat && !coded ? pack_bfloats(x[0], x[1]) : pack_halves(x[0], x[1]));
+      p[j][i] = transpose(p[j][i]);  // from (slot, heads) of logits to (head, slots)
     }
   }
-  walk.find_base();
-  const Outputs<kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o};
+  uint32_t values[4];
+  const Outputs<kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o, values};
   Repeat<0, kOutputs>::run(outputs);
-  if (more) words.load_values(next);
+  if (coded) {
+    values[0] = values[2] = 0x3c003c00u;  // a row of ones; of the other eight rows' sums nobody takes notice
+    KVC_UNROLL
+    for (int j = 0; j < kTiles; j++) mma_f16(run.weight[j], values, p[j][0], p[j][1]);
+  }
+  if (more) words.load_values(walk.v, to_come);
 }
 
 // Sum of the threads' numbers up to this thread's; in `all` that of all.
@@ -545,7 +587,7 @@ KVC_DEVICE void bring_queries(int heads, bool turn, Shared& shared) {
 
 // Puts the queries in the order of a tier's keys, as operands of the tensor cores.
 template <int kBits, bool kBfloat>
-KVC_DEVICE void stage_queries(Shared& shared) {
+KVC_DEVICE void stage_queries(float factor, Shared& shared) {
   using Key = KeyRow<kDim, kBits>;
   constexpr int other = 16 / kBits;  // from a dimension of a register to the other one
   const int thread = renewed(threadIdx.x), lane = renewed(thread_lane());
@@ -557,50 +599,76 @@ KVC_DEVICE void stage_queries(Shared& shared) {
     for (int n = 0; n < 4; n++) {  // see Logits::step
       const int pair = kTiles == 1 ? 4 * quad + n : 2 * quad + n % 2;
       const float* from = &shared.q[g + (kTiles == 1 ? 0 : n / 2 * 8)][Key::dimension(t, pair)];
-      words[n] = kBfloat && kBits == kNative ? pack_bfloats(from[0], from[other]) : pack_halves(from[0], from[other]);
+      const float by = power_of_two(-key_place<kBits>(pair % Key::kPairs));
+      const float a = from[0] * by, b = from[other] * by;
+      words[n] = kBfloat && kBits == kNative ? pack_bfloats(a, b) : pack_halves(a, b);
     }
     shared.queries[quad][i % 32] = uint4{words[0], words[1], words[2], words[3]};
   }
   KVC_UNROLL_BY(1)
   for (int m = thread / 32; m < kHeads; m += kWarps) {
-    float sum = 0.f, biased = 0.f;
-    for (int d = lane; d < kDim; d += 32) {
-      const float x = half_to_float(float_to_half(shared.q[m][d]));
-      sum += x, biased += x * key_bias<kBits>(d % other);
+    float sum = 0.f;
+    for (int d = lane; d < kDim && kBits != kNative; d += 32) {
+      const int place = key_place<kBits>(d % other);
+      sum += half_to_float(float_to_half(shared.q[m][d] * power_of_two(-place))) * power_of_two(place);
     }
-    for (int bit = 16; bit; bit /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, bit), biased += __shfl_xor_sync(kAllLanes, biased, bit);
-    }
-    if (thread_lane() == 0) shared.query[m] = float2{sum, -biased};
+    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit);
+    if (thread_lane() == 0) shared.query[m] = sum * factor;
   }
   __syncthreads();
 }
 
-// Blocks from .. until of one tier, the warps taking turns.
+// Brings outputs into the scale of a section's codes, or back out of it.
+template <int kBits>
+KVC_DEVICE void scale_outputs(Running& run, bool back) {
+  KVC_UNROLL
+  for (int n = 0; n < kOutputs * kTiles * 4; n++) {
+    const int i = n / (kTiles * 4), j = n / 4 % kTiles, e = n % 4;
+    const int place = value_place<kBits>((2 * i + e / 2) % (32 / kBits));
+    float& o = run.o[i][j][e];
+    o = back ? o * power_of_two(24 - place) - kMiddle<kBits> * run.weight[j][e % 2] : o * power_of_two(place - 24);
+  }
+}
+
+// Blocks from .. until of one tier; each warp takes some of them that follow each other.
 template <int kKeyBits, int kValueBits, bool kBfloat>
 KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, int until, float factor,
                             Shared& shared, Running& run) {
-  constexpr bool both = kBoth<kKeyBits, kValueBits>;
-  int block = from + thread_warp() / kShare;
-  Walk<kKeyBits, kValueBits> walk(task, r, tier, least(block, until - 1));
-  Block at, next;
+  constexpr bool both = kBoth<kKeyBits, kValueBits>, coded = kKeyBits != kNative;
+  const int mine = renewed(thread_warp()) / kShare, first = from + (until - from) * mine / kWalks;
+  const int last = from + (until - from) * (mine + 1) / kWalks;
+  Walk<kKeyBits, kValueBits> walk(task, r, tier, least(first, until - 1), most(last, least(first, until - 1) + 1));
   Loaded<kKeyBits, kValueBits> words;
   if (both) {  // these are under way while the queries are made ready
-    walk.find_base();
-    at = next = walk.here();
-    words.load_keys(at), words.load_params(at), words.load_values(at), walk.advance();
+    words.load_keys(walk.k, walk.left), words.load_params(walk.params), words.load_values(walk.v, walk.left);
   }
-  stage_queries<kKeyBits, kBfloat>(shared);
-  {
-    walk.find_base();
-    for (; block < until; block += kWalks) {
-      const bool more = both && block + kWalks < until;
-      if (!both) at = next = walk.here(), words.load_keys(at), words.load_params(at);
-      if (more) next = walk.here();
-      walk.advance();
-      attend<kKeyBits, kValueBits, kBfloat>(run, words, at, next, more, factor, shared, walk, block);
-      at = next;
+  if (thread_lane() == 0) shared.until[mine] = last;
+  stage_queries<kKeyBits, kBfloat>(factor, shared);
+  if (first < last) {
+    const KvcDecode& a = task.a;
+    const int t = thread_lane() & 3;
+    Usual usual;
+    usual.factor = coded ? bits_float(renewed(float_bits(factor * power_of_two(24)))) : factor;
+    usual.slots = renewed(a.softcap > 0.f || a.window > 0 || task.w.logits ? 0x7fffffff : kBlock);
+    KVC_UNROLL
+    for (int i = 0; i < 2 * kTiles && coded; i++) {
+      usual.query_sum[i / 2][i % 2] = shared.query[i / 2 * 8 + 2 * t + i % 2];
     }
+    if (coded) {
+      scale_outputs<kValueBits>(run, false);
+      KVC_UNROLL
+      for (int i = 0; i < 4 * kTiles; i++) run.weight[i / 4][i % 4] = 0.f;
+    }
+    bool more;
+    do {
+      more = walk.left > kBlock;
+      if (both) walk.advance();
+      if (!both) words.load_keys(walk.k, walk.left), words.load_params(walk.params);
+      attend<kKeyBits, kValueBits, kBfloat>(run, words, walk, both && more, usual, shared);
+      if (!both) walk.advance();
+      walk.left -= kBlock;
+    } while (more);
+    if (coded) scale_outputs<kValueBits>(run, true);
   }
   __syncthreads();  // the staged queries are done with
 }

@@ -8,66 +8,53 @@
 
 constexpr int kNative = 16;  // bits of a native element
 
-// Two fp16 whose mantissas take codes at bit kBit as they are: then they are the codes plus 2^(10 - kBit).
-template <int kBit>
-constexpr uint32_t kHolder = static_cast<uint32_t>(25 - kBit) << 10 | static_cast<uint32_t>(25 - kBit) << 26;
+// A code becomes a number by a mask alone: an fp16 with nothing but a few bits in its mantissa is subnormal, code *
+// 2^(place - 24), exactly, where its lowest bit lies at `place`. Tensor cores multiply such numbers as any others. What
+// is then too small goes where it costs nothing: 2^-place of a key to the query's element, 2^24 to the factor of the
+// logits, and that of values to the sums of a whole section. What aligning products in fp32 loses stays far below what
+// quantising lost: it is as if codes at place 0 had 1024 added to them.
 
-// Codes of kBits bits that lie at bit kBit of both halves -> (code - kMiddle) in fp16, exactly: 1024 + 2^kBit * code,
-// divided and brought down by one instruction.
-template <int kBits, int kBit, int kMiddle>
-KVC_DEVICE uint32_t codes_to_halves(uint32_t word) {
-  constexpr uint32_t both = 0x00010001u;
-  constexpr uint32_t down = (static_cast<uint32_t>(25 - kBit) << 10) + (kMiddle << kBit);
-  const uint32_t biased = masked_or(word, ((1u << kBits) - 1) * both << kBit, kHolder<0>);
-  if (kBit == 0) return half2_subtract(biased, down * both);
-  return half2_fma(biased, (static_cast<uint32_t>(15 - kBit) << 10) * both, (down | 0x8000u) * both);
-}
+KVC_DEVICE float power_of_two(int n) { return bits_float(static_cast<uint32_t>(127 + n) << 23); }
 
-// Keys. Register r of a word holds codes r and r + 16 / kBits, some of them with a bias. A dot product is then too
-// large by the bias times the sum of the other operand; that is taken off where the sum begins, which costs nothing,
-// while taking it off every register would cost an instruction for each. What rounding in fp32 loses by it stays far
-// below what quantising lost: the bias is four times the range of codes of 8 and 4 bits, and about ten times that of 2.
+// Keys. Register r of a word holds codes r and r + 16 / kBits.
 
-// Where a biased code of 2 bits lies when its word has been moved, of those at bits 4, 6 and 8 that need no more.
-KVC_DEVICE constexpr int two_bit_place(int r) { return r < 2 ? 2 * r + 4 : r < 5 ? 2 * r : 2 * r - 6; }
-
+// Where it holds them; of 2 bits those at 0 to 8 as they lie, the others when the word has been moved.
 template <int kBits>
-KVC_DEVICE constexpr float key_bias(int r) {
-  if (kBits == 8) return 1024.f;
-  if (kBits == 4) return r % 2 ? 64.f : 0.f;
-  return kBits == 2 ? static_cast<float>(1 << (10 - two_bit_place(r))) : 0.f;
+KVC_DEVICE constexpr int key_place(int r) {
+  if (kBits == 4) return r % 2 * 4;
+  return kBits == 2 ? r % 5 * 2 : 0;
 }
 
 // Register r of a word; a native word is one already.
 template <int kBits, int r>
 KVC_DEVICE uint32_t key_pair(uint32_t word) {
   if (kBits == kNative) return word;
-  if (kBits == 8) return select_bytes(word, kHolder<0>, r ? 0x7371 : 0x7270);
-  if (kBits == 4) {
-    const uint32_t there = r < 2 ? word : word >> 8;
-    return r % 2 ? masked_or(there, 0x00f000f0u, kHolder<4>) : codes_to_halves<4, 0, 0>(there);
-  }
-  constexpr int place = kBits == 2 ? two_bit_place(r) : 0;
-  return masked_or(r < 2 ? word << 4 : r < 5 ? word : word >> 6, 0x00030003u << place, kHolder<place>);
+  if (kBits == 8) return r ? select_bytes(word, 0, 0x4341) : word & 0x00ff00ffu;
+  constexpr int bits = kBits % 16, in_word = bits == 4 ? 2 : 5;  // registers before the word is moved
+  constexpr uint32_t mask = ((1u << bits) - 1) * 0x00010001u << key_place<bits>(r);
+  return (r < in_word ? word : word >> in_word * bits) & mask;
 }
 
 // Values. What is taken off their codes, so that rounding a probability costs no more than it would with the values
-// themselves, and sums over many slots stay small.
+// themselves. It is taken off a section's sums: this, times the sum of the probabilities as they were rounded.
 template <int kBits>
 constexpr int kMiddle = kBits == 8 ? 128 : kBits == 4 ? 8 : kBits == 2 ? 2 : 0;
 
-// Code c of two words of different slots, less the middle, as a register of two fp16 (native: element c).
+// Where code c of a word lies in its register.
+template <int kBits>
+KVC_DEVICE constexpr int value_place(int c) { return kBits < 8 ? c * kBits % 8 : 0; }
+
+// Code c of two words of different slots as a register of two fp16 (native: element c).
 template <int kBits, int c>
 KVC_DEVICE uint32_t value_pair(uint32_t a, uint32_t b) {
   if (kBits == kNative) return select_bytes(a, b, c ? 0x7632 : 0x5410);
   if (kBits == 8) {  // the bytes of two codes at once, then one more step for each
     const uint32_t both = select_bytes(a, b, c < 2 ? 0x5140 : 0x7362);
-    const uint32_t biased = select_bytes(both, kHolder<0>, c % 2 ? 0x7372 : 0x7170);
-    return half2_subtract(biased, kHolder<0> + kMiddle<kBits> * 0x10001u);
+    return c % 2 ? select_bytes(both, 0, 0x4342) : select_bytes(both, 0, 0x4140);
   }
-  constexpr int byte = c * kBits / 8 % 4, bit = c * kBits % 8;
+  constexpr int bits = kBits % 16, byte = c * bits / 8 % 4;
   const uint32_t both = select_bytes(a, b, byte | (byte + 4) << 8);  // code bytes in bits 0..7 and 16..23
-  return codes_to_halves<kBits % 16, bit, kMiddle<kBits>>(both);
+  return both & ((1u << bits) - 1) * 0x00010001u << value_place<bits>(c);
 }
 
 template <int kBytes>

@@ -18,7 +18,7 @@ INCLUDE_DIR = FOLDER.parent / "include"
 RESIDENT: dict[tuple[int, int], int] = {(64, 8): 3, (64, 16): 2, (128, 8): 3, (128, 16): 2, (256, 8): 2, (256, 16): 2}
 #: Tiers whose codes alone have kernels of their own, at 128 dimensions and up to 8 heads, and their thread blocks of a
 #: multiprocessor. Of others, more blocks would need more registers than there are.
-ALONE: dict[tuple[int, int], int] = {(4, 4): 4, (4, 2): 4, (2, 2): 4}
+ALONE: dict[tuple[int, int], int] = {(8, 4): 4, (4, 4): 4, (4, 2): 4, (2, 2): 4}
 #: Query rows that a thread block of `chunk.cu` may take, by head_dim; `scores.cu` takes the same head_dims.
 CHUNK_ROWS = {64: (16, 32, 64), 128: (16, 32, 64), 256: (32,)}
 #: Translation units: the file of each, and the options it needs beyond the common ones.

@@ -47,10 +47,9 @@ KVC_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
   return r;
 }
-// (a & mask) | bits, as one instruction: the compiler makes two of it where both are constants.
-KVC_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+KVC_DEVICE uint32_t half2_larger(uint32_t a, uint32_t b) {
   uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
@@ -122,6 +121,10 @@ KVC_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 // The same number, of which the compiler knows no more: what follows from it is computed again, not kept in registers.
 KVC_DEVICE int renewed(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+KVC_DEVICE const uint8_t* renewed(const uint8_t* x) {
+  asm volatile("" : "+l"(x));
   return x;
 }
 KVC_DEVICE float infinity() { return __uint_as_float(0x7f800000u); }

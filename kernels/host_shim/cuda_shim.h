@@ -287,7 +287,8 @@ static inline T atomicAdd(T* at, T add) {
 
 KVC_DEVICE uint32_t float_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 KVC_DEVICE float bits_float(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
-KVC_DEVICE int renewed(int x) { return x; }
+template <class T>
+KVC_DEVICE T renewed(T x) { return x; }
 KVC_DEVICE float infinity() { return bits_float(0x7f800000u); }
 
 // IEEE half in plain integers: the compiler's own type needs newer processors than the shim does.
@@ -321,7 +322,10 @@ KVC_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
   return pack_halves(half_to_float(a & 0xffffu) * half_to_float(b & 0xffffu) + half_to_float(c & 0xffffu),
                      half_to_float(a >> 16) * half_to_float(b >> 16) + half_to_float(c >> 16));
 }
-KVC_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+KVC_DEVICE uint32_t half2_larger(uint32_t a, uint32_t b) {
+  return pack_halves(fmaxf(half_to_float(a & 0xffffu), half_to_float(b & 0xffffu)),
+                     fmaxf(half_to_float(a >> 16), half_to_float(b >> 16)));
+}
 KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;

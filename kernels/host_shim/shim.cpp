@@ -33,6 +33,13 @@ namespace scores128 {
 }
 #undef KVC_CODED
 #undef KVC_SUFFIX
+#define KVC_CODED 84
+#define KVC_SUFFIX _k8v4
+namespace decode128_8_k8v4 {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
 #define KVC_CODED 44
 #define KVC_SUFFIX _k4v4
 namespace decode128_8_k4v4 {
@@ -103,6 +110,8 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(decode64_16, kvc_decode_64_bf16_16)
   KVC_LAUNCH(decode128_8, kvc_decode_128_f16_8)
   KVC_LAUNCH(decode128_8, kvc_decode_128_bf16_8)
+  KVC_LAUNCH(decode128_8_k8v4, kvc_decode_128_f16_8_k8v4)
+  KVC_LAUNCH(decode128_8_k8v4, kvc_decode_128_bf16_8_k8v4)
   KVC_LAUNCH(decode128_8_k4v4, kvc_decode_128_f16_8_k4v4)
   KVC_LAUNCH(decode128_8_k4v4, kvc_decode_128_bf16_8_k4v4)
   KVC_LAUNCH(decode128_8_k4v2, kvc_decode_128_f16_8_k4v2)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.cuda import CudaBackend
 from kvcompress_hf.kernels.host_shim import ShimLauncher
+from kvcompress_hf.kernels.reference import page_section
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TIERS = [(0, 0), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2)]
@@ -36,6 +39,24 @@ def test_logits_that_rise_all_along(make_twins, backend, exact, close):
     # The reference point of the softmax moves many times, and far: by more than exp can hold.
     twins = make_twins(tiers=[(8, 8)], head_dim=64, group=3, lengths=[[900, 0, 64, 300]], tail_lengths=(3, 20))
     decode(twins, backend, exact, close, scale=40.0)
+
+
+@pytest.mark.parametrize("tier", [(8, 8), (8, 4)])
+def test_values_without_a_scale(make_twins, shim, exact, close, tier):
+    # The reference point follows probabilities times that scale, 0 here. The logits of a page's first 16 slots are 0,
+    # those of the others so high that sums leave the range of float32, if nothing moves.
+    twins = make_twins(tiers=[tier], head_dim=128, lengths=[[900, 20, 64, 300]], tail_lengths=(0, 0))
+    for rows in (twins.rows, twins.expected_rows):
+        for slab in rows.slabs:
+            for name in ("keys", "values"):
+                page_section(slab, rows.layout, 0, name).zero_()
+            page_section(slab, rows.layout, 0, "value_params")[..., 0] = 0
+            page_section(slab, rows.layout, 0, "key_params")[:, :16] = 0
+            page_section(slab, rows.layout, 0, "key_params")[:, 16:] = torch.tensor([0.0, 1.0]).half()
+    options = twins.asked(109 * math.log(2) / 128, position=1000, append=False)
+    q = torch.ones(2, 8, 1, 128).half()
+    actual = shim.decode_attention(q, None, None, twins.rows, twins.tail, **options)
+    close(actual, exact.decode_attention(q, None, None, twins.expected_rows, twins.expected_tail, **options), F16)
 
 
 @pytest.mark.parametrize(

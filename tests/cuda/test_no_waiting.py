@@ -174,6 +174,12 @@ def test_a_device_that_is_not_asked_holds_the_same(shim_library):
 
 
 @FAR
+def test_a_device_without_kernels_does_the_same_in_plain_torch():
+    """No host tensor among its own, no memory read behind its back: pages, plans and outputs as on the CPU."""
+    far("waits.py", "--same", "--reference", "kv-compress", "k8v4", "leankv", "roco", "auto", "events")
+
+
+@FAR
 def test_lists_as_long_as_they_may_get_say_the_same():
     assert far("far_lists.py").endswith("right\n")
 

@@ -22,7 +22,7 @@ from far_device import FAR, FarDevice, taken
 
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
-from kvcompress_hf.kernels import Logits
+from kvcompress_hf.kernels import Backend, Logits, ReferenceBackend, get_backend
 from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
 from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.waiting import to_device
@@ -100,11 +100,14 @@ def steps_of(
         x = (x * torch.rand((1, tokens, 1, 1), generator=generator)).half()
         return to_device(x, device).transpose(1, 2)
 
+    outputs: list[torch.Tensor] = []  # of the last step, of each layer
+
     def forward(tokens: int, mask: torch.Tensor | None) -> None:
+        outputs.clear()
         for layer, width in enumerate(windows):
             out = torch.zeros((BATCH, tokens, Q_HEADS, HEAD_DIM), dtype=torch.float16, device=device)
             new = randn(Q_HEADS, tokens), randn(KV_HEADS, tokens), randn(KV_HEADS, tokens)
-            attention.attend(layer, AttentionCall(*new, logits[width]), mask, lambda out=out: out)
+            outputs.append(attention.attend(layer, AttentionCall(*new, logits[width]), mask, lambda out=out: out))
 
     mask = None
     if padding:
@@ -118,7 +121,7 @@ def steps_of(
             lengths = store.lengths.near if device == FAR else store.lengths
             if not torch.equal(store.lengths_on_host(), lengths):
                 raise AssertionError("the host believes in other lengths than the device has")
-        return slots, attention.nbytes, attention.statistics.evicted_slots
+        return slots, attention.nbytes, attention.statistics.evicted_slots, [out.tolist() for out in outputs]
 
     taken()
     forward(PROMPT, mask)
@@ -141,22 +144,33 @@ def steps_of(
         yield ("plan" if plans else "packing" if packings else "quiet"), taken(), stored
 
 
-def count(names: list[str], order: str = "ascending", same: bool = False) -> dict[str, dict[str, list[dict[str, int]]]]:
+def backend_for(device: torch.device, order: str, reference: bool) -> Backend:
+    """The CUDA kernels on the CPU for a device, or plain torch: what a device without kernels gets."""
+    if reference:
+        return get_backend(device) if device == FAR else ReferenceBackend()
+    backend = shim_backend(build_shim(Path(__file__).parents[2] / "build" / "host_shim"), order)
+    backend.launcher.device_type = device.type
+    return backend
+
+
+def count(
+    names: list[str], order: str = "ascending", same: bool = False, reference: bool = False
+) -> dict[str, dict[str, list[dict[str, int]]]]:
     """All steps of some cases: waits by place, by case and kind of step.
 
     Args:
         names: Which of [`CASES`].
         order: Schedule of the threads.
-        same: Check against the same kernels on host tensors, where all asking is done: the same slots and bytes.
+        same: Check against the same kernels on host tensors, where all asking is done: the same slots, bytes and
+            outputs.
+        reference: Plain torch instead of the kernels.
     """
-    folder = Path(__file__).parents[2] / "build" / "host_shim"
     result: dict[str, dict[str, list[dict[str, int]]]] = {}
     for name in names:
         result[name] = {}
         ends: dict[torch.device, list[tuple[object, ...]]] = {}
         for device in (FAR, torch.device("cpu")) if same else (FAR,):
-            backend = shim_backend(build_shim(folder), order)
-            backend.launcher.device_type = device.type
+            backend = backend_for(device, order, reference)
             kernels.get_backend = lambda device, backend=backend: backend
             with torch.no_grad(), FarDevice():
                 for kind, waits, stored in steps_of(device, **CASES[name]):
@@ -176,8 +190,9 @@ def main() -> None:
     parser.add_argument("--places", action="store_true", help="who asks what, in the step with the most waits")
     parser.add_argument("--json", action="store_true", help="print all that was counted")
     parser.add_argument("--same", action="store_true", help="check that a device holds what the host does")
+    parser.add_argument("--reference", action="store_true", help="plain torch in place of the kernels")
     options = parser.parse_args()
-    result = count(options.cases or list(CASES), same=options.same)
+    result = count(options.cases or list(CASES), same=options.same, reference=options.reference)
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
