@@ -110,12 +110,17 @@ def test_bytes_of_a_press_count_its_masks(peers):
 
 def test_tables_come_from_the_figures(peers):
     tables = peers("tables")
+    found = 0
     page = {name: (FOLDER.parents[1] / "docs" / f"{name}.md").read_text() for name in ("benchmarks", "evaluation")}
     for where, name, draw in (
         ("evaluation", tables.ANSWERS, tables.answers),
         ("benchmarks", tables.DECODING, tables.decoding),
         ("benchmarks", tables.ATTENTION, tables.decoding),
     ):
+        if not (RESULTS / name).exists():
+            continue
+        found += 1
         drawn = draw(json.loads((RESULTS / name).read_text()))
         missing = [line for line in drawn.splitlines()[2:] if line not in page[where]]
         assert not missing, f"docs/{where}.md lacks lines of {name}: run.py tables prints them"
+    assert found

@@ -30,7 +30,7 @@ from kvcompress_hf.cli.texts import find_texts
 
 PROBES = ("needle", "multi-key", "copy", "prose")
 BUDGETS = ("1/4", "1/8", "1/16")
-RECIPES = "lossless,k8v4,k4v4,auto,auto-kvzip,kvzip,snapkv,ada-snapkv,expected-attention,keydiff"
+RECIPES = "lossless,k8v4,k4v4,auto,auto-kvzip,kvzip,snapkv,ada-snapkv,expected-attention,keydiff"  # ours
 PRESSES = (
     "SnapKV",
     "ExpectedAttention",
@@ -54,7 +54,7 @@ class Amount:
     seed: int = 0
 
 
-def measure_kvpress(output: Path, amount: Amount, threads: int) -> None:
+def measure_kvpress(output: Path, amount: Amount, threads: int, recipes: str = RECIPES) -> None:
     """Measures presses and recipes and writes the figures, in the form of `kvcompress eval`.
 
     Ours are measured by `kvcompress eval` meanwhile. What was measured before a stop is kept and not measured again.
@@ -63,12 +63,21 @@ def measure_kvpress(output: Path, amount: Amount, threads: int) -> None:
         output: the file.
         amount: how much.
         threads: for both together.
+        recipes: ours, as `kvcompress eval` takes them.
     """
     each = max(1, threads // 2)
     BUILD.mkdir(parents=True, exist_ok=True)
     ours_file = BUILD / f"ours_{amount.contexts}x{amount.length}.json"
     ours = subprocess.Popen(
-        [sys.executable, "-m", "kvcompress_hf.cli", "eval", *eval_arguments(amount), "--output", str(ours_file)],
+        [
+            sys.executable,
+            "-m",
+            "kvcompress_hf.cli",
+            "eval",
+            *eval_arguments(amount, recipes),
+            "--output",
+            str(ours_file),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": str(each)},
         stdout=subprocess.DEVNULL,
@@ -85,10 +94,10 @@ def measure_kvpress(output: Path, amount: Amount, threads: int) -> None:
     write(output, to_text(figures))
 
 
-def eval_arguments(amount: Amount) -> list[str]:
+def eval_arguments(amount: Amount, recipes: str) -> list[str]:
     """For `kvcompress eval`, the same contexts."""
     said = f"--model smollm2 --split dev --modes unseen --contexts {amount.contexts} --context {amount.length}"
-    said += f" --tokens {amount.tokens} --seed {amount.seed} --probes {','.join(PROBES)} --recipes {RECIPES}"
+    said += f" --tokens {amount.tokens} --seed {amount.seed} --probes {','.join(PROBES)} --recipes {recipes}"
     return [*said.split(), "--budgets", ",".join(BUDGETS), "--add"]
 
 
@@ -120,7 +129,7 @@ def sample_rows(worker: Worker, model: Any, sample: Sample) -> list[dict[str, An
     """Every press at every ratio on one context."""
     exchanges = [one for one in sample.exchanges if one.probe in PROBES]
     given = [(one.turns[0].given, one.turns[0].answer) for one in exchanges]
-    sample_file, logits_file = BUILD / "sample.json", BUILD / "logits.pt"
+    sample_file, logits_file = (BUILD / f"{os.getpid()}{ending}" for ending in (".json", ".pt"))
     sample_file.write_text(json.dumps({"context": sample.context, "exchanges": given}))
     worker.ask("take", path=str(sample_file))
     with torch.inference_mode():

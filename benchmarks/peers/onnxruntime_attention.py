@@ -72,6 +72,8 @@ class Attention:
         random = np.random.default_rng(0)
         element = np.float16 if self.bits == 16 else np.float32
         width = KV_HEADS * HEAD_DIM
+        numbers = random.standard_normal(shape, np.float32)
+        numbers = (numbers * 20 if self.bits == 8 else numbers * 20 + 128 if self.bits == 4 else numbers).astype(kind)
         for _ in range(max(2, ROTATE_BYTES // size + 1)):
             given = {
                 "query": random.standard_normal((batch, 1, width * GROUP)).astype(element),
@@ -86,9 +88,7 @@ class Attention:
             for name, array in given.items():
                 binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
             for name in ("key", "value"):
-                numbers = random.standard_normal(shape, np.float32)
-                numbers = numbers * 20 if self.bits == 8 else numbers * 20 + 128 if self.bits == 4 else numbers
-                buffer = ort.OrtValue.ortvalue_from_numpy(numbers.astype(kind))
+                buffer = ort.OrtValue.ortvalue_from_numpy(numbers.copy())  # it shares the array
                 binding.bind_ortvalue_input(f"past_{name}", buffer)
                 binding.bind_ortvalue_output(f"present_{name}", buffer)
             binding.bind_output("output")

@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     answers = made.add_argument_group("kvpress")
     answers.add_argument("--contexts", type=int, default=8, help="how many (default: %(default)s)")
     answers.add_argument("--length", type=int, default=2000, help="tokens of each (default: %(default)s)")
+    answers.add_argument(
+        "--recipes", help="ours, as `kvcompress eval` takes them (default: every preset that compares)"
+    )
     speed = made.add_argument_group("engines and onnxruntime")
     speed.add_argument("--stored", type=numbers, default=[512, 2048, 4096, 8192], help="tokens in the cache")
     speed.add_argument("--batch", type=numbers, default=[1, 4, 16])
@@ -46,10 +49,10 @@ def main() -> None:
     arguments = parser().parse_args()
     asked = set(arguments.peers)
     if "kvpress" in asked:
-        from accuracy import Amount, measure_kvpress
+        from accuracy import RECIPES, Amount, measure_kvpress
 
-        amount = Amount(arguments.contexts, arguments.length)
-        measure_kvpress(arguments.output or RESULTS / "peers_kvpress_smollm2.json", amount, arguments.threads)
+        amount, recipes = Amount(arguments.contexts, arguments.length), arguments.recipes or RECIPES
+        measure_kvpress(arguments.output or RESULTS / "peers_kvpress_smollm2.json", amount, arguments.threads, recipes)
     if engines := [name for name in ENGINES if name in asked]:
         from speed import Points, measure_engines
 
