@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvcompress_hf.cli.eval_tables import in_order, measured_bytes
+from kvcompress_hf.cli.eval_tables import in_order
 
 ANSWERS = "peers_kvpress_smollm2.json"
 DECODING = "peers_decode_smollm2_cpu.json"
@@ -57,7 +57,7 @@ def answers(figures: dict[str, Any]) -> str:
     for cell in cells:
         found = [interval(cell["unseen"][probe][measure], measure == "kept") for probe, measure in COLUMNS.values()]
         name = cell["recipe"] if cell["recipe"].startswith("kvpress") else f"`{cell['recipe']}`"
-        rows.append([f"{name} {cell['budget']}".strip(), measured_bytes(cell).replace("%", " %"), *found])
+        rows.append([f"{name} {cell['budget']}".strip(), f"{100 * cell['bytes']['ratio']:.1f} %", *found])
     return lines(["", "bytes", *COLUMNS], rows)
 
 
