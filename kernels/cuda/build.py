@@ -28,7 +28,7 @@ REGISTERS: dict[str, int] = {
     "decode64_8": 168,
     "decode64_16": 224,
     "decode128_8": 168,
-    "decode128_8_k8v4": 128,
+    "decode128_8_k8v4": 168,  # before sm_90; since then 128
     "decode128_8_k4v4": 128,
     "decode128_8_k4v2": 128,
     "decode128_8_k2v2": 128,

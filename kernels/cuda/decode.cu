@@ -21,6 +21,12 @@
 #define KVC_CODED 0  // key bits * 10 + value bits
 #define KVC_SUFFIX
 #endif
+#undef KVC_BLOCKS  // that a multiprocessor holds
+#if KVC_CODED == 84 && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define KVC_BLOCKS 3  // with four, 28 bytes would be spilled
+#else
+#define KVC_BLOCKS KVC_RESIDENT
+#endif
 
 namespace {
 
@@ -1070,7 +1076,7 @@ KVC_DEVICE void decode(const KvcLayout& layout, const KvcDecode& a, const KvcWor
 #define KVC_JOIN(a, b, c, d, e, f) KVC_JOIN_(a, b, c, d, e, f)
 // Shared memory is declared here: g++ forgets the section of the shim's in a template.
 #define KVC_DECODE(bfloat, type)                                                              \
-  KVC_KERNEL __launch_bounds__(kThreads, KVC_RESIDENT)                                        \
+  KVC_KERNEL __launch_bounds__(kThreads, KVC_BLOCKS)                                          \
   KVC_JOIN(kvc_decode_, KVC_HEAD_DIM, type, _, KVC_HEADS, KVC_SUFFIX)                         \
   (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcDecode a, KVC_PARAMETER KvcWorkspace w) { \
     __shared__ Shared shared;                                                                 \
