@@ -60,7 +60,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(sinks=4, recent=16),
             budget=Budget(0.25),
             plan=_RATE_DISTORTION,
-            tiers=("k8v4", "k4v4"),
+            tiers=("k8v4", "k4v4", "k4v2"),
             when=When(every=8),
         ),
         "rate-distortion: each slot in the tier where its importance buys the most per byte, one multiplier for all",
