@@ -504,7 +504,8 @@ class CompressedPagedCache(Cache):
         if attention is None or sys.is_finalizing():
             return
         try:
-            self.run_report.freeze(waiting=False)
+            if "run_report" in self.__dict__:  # not yet in a fork that was stopped while it was made
+                self.run_report.freeze(waiting=False)
         finally:
             attention.abandon()  # forks share an arena, so a cache that goes must hand its pages back
 
