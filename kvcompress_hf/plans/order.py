@@ -49,7 +49,7 @@ def lowest(view: PlanView | FlatRows, candidates: torch.Tensor, count: torch.Ten
 
 
 def lowest_by_sorting(view: PlanView | FlatRows, candidates: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """[`lowest`] in torch, which sorts whole rows; takes and returns the same.
+    """[`lowest`] in torch, which sorts whole rows.
 
     Args:
         view (`PlanView` or `FlatRows`): Importance and positions.
