@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kvcompress_hf.observers.base import Chunk
+from kvcompress_hf.observers.foreseen import foreseen_scores
 from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.new_tokens import NewTokens
 
@@ -24,7 +25,7 @@ __all__ = ["non_causal_scores"]
 _ASKED = 32  # queries that tell how much a later chunk looks at what was stored before
 
 
-def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
+def non_causal_scores(chunk: Chunk, foresee: bool = False) -> torch.Tensor | None:
     """Squared probabilities that the chunk's tokens would give each other if they came again, summed over queries.
 
     Query `i`, turned to the position behind the chunk, gives key `j` the probability `p(i, j)`; key `j` gets the sum of
@@ -36,6 +37,7 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
 
     Args:
         chunk (`Chunk`): The new tokens.
+        foresee (`bool`): Whether to add what [`foreseen_scores`] give, in the same way.
 
     Returns:
         `torch.Tensor` or `None`: float32 `[batch, kv_heads, group, tokens]`, 0 for padding and for what has left the
@@ -46,26 +48,36 @@ def non_causal_scores(chunk: Chunk) -> torch.Tensor | None:
     new = chunk.new
     window = new.logits.window
     if window is None:
-        return _scores(chunk, chunk.rotation)
+        return _scores(chunk, chunk.rotation, foresee)
     gone = max(0, new.tokens - max(window - 1, 1))
     if gone:
         valid = None if new.valid is None else new.valid[:, gone:].contiguous()
         query, key, value = (states[:, :, gone:] for states in (new.query, new.key, new.value))
         within = NewTokens(query, key, value, new.logits, valid=valid)  # at position 0: no past is within reach
-        scores = _scores(replace(chunk, new=within), chunk.rotation)
+        scores = _scores(replace(chunk, new=within), chunk.rotation, foresee)
     else:
-        scores = _scores(chunk, chunk.rotation)
+        scores = _scores(chunk, chunk.rotation, foresee)
     seen = new.position + new.tokens
     reached = window - torch.arange(new.tokens - gone, 0, -1, device=scores.device)  # later tokens that see each
     return F.pad(scores * (reached / seen).clamp(0, 1), (gone, 0))
 
 
-def _scores(chunk: Chunk, rotation: Rotation) -> torch.Tensor:
+def _scores(chunk: Chunk, rotation: Rotation, foresee: bool) -> torch.Tensor:
     """[`non_causal_scores`] of tokens that a later one can all see."""
     new = chunk.new
     found = chunk.store.backend.non_causal_scores(
         new.query, new.key, logits=new.logits, rotation=rotation, valid=new.valid
     )
+    if foresee:
+        found = found + foreseen_scores(
+            chunk.store.backend,
+            new.query,
+            new.key,
+            chunk.store.whole(chunk.layer, new.key),
+            logits=new.logits,
+            rotation=rotation,
+            valid=new.valid,
+        )
     found = found.unflatten(1, (new.key.shape[1], -1))
     if not new.position:
         return found

@@ -36,6 +36,8 @@ class WindowScores(Observer):
             [`non_causal_scores`]), so that what the window does not look at can still be asked for; with `power=2`
             only. Later chunks of a prompt then leave a slot the larger of the two scores. Where it is not known how
             position turns the queries of a layer, the window alone counts.
+        foresee (`bool`): With `non_causal`, count every query a second time as if it knew the token after it (see
+            [`foreseen_scores`]): for what heads copy when a text comes again that the model could not have guessed.
         half_life (`int`, *optional*): Decode steps after which what was seen counts half, so that slots are forgotten
             that once mattered; `None` remembers for ever, as the papers do. Scores fade once per packing.
     """
@@ -52,6 +54,7 @@ class WindowScores(Observer):
     equalise: bool = False
     decode: bool = True
     non_causal: bool = False
+    foresee: bool = False
     half_life: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,9 +65,11 @@ class WindowScores(Observer):
         if self.pool % 2 == 0:
             raise ValueError(f"WindowScores.pool is {self.pool}; it must be odd, so that it is centred on the slot.")
         check_choice(self, "group", ("sum", "max"))
-        check_flags(self, "mean", "value", "equalise", "decode", "non_causal")
+        check_flags(self, "mean", "value", "equalise", "decode", "non_causal", "foresee")
         if self.non_causal and self.power != 2:
             raise ValueError(f"WindowScores(non_causal=True, power={self.power}): squares only; give power=2.")
+        if self.foresee and not self.non_causal:
+            raise ValueError("WindowScores(foresee=True, non_causal=False): give non_causal=True too.")
         if self.half_life is not None and not self.decode:
             raise ValueError("WindowScores(half_life=..., decode=False): nothing fades where nothing is added.")
 
@@ -126,7 +131,7 @@ class WindowScores(Observer):
             return self._of_group(scores)
 
         score = seen.write(seen.reduce(pooled), "score", add=decoding, largest=self.non_causal and not decoding)
-        again = non_causal_scores(chunk) if self.non_causal and not decoding else None
+        again = non_causal_scores(chunk, self.foresee) if self.non_causal and not decoding else None
         return {"score": score if again is None else score + self._of_group(again)}
 
     def _of_group(self, scores: torch.Tensor) -> torch.Tensor:

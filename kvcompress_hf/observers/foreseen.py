@@ -1,0 +1,156 @@
+"""What a prompt would look at if it were read again by queries that know which token comes next.
+
+Heads that copy come in two kinds (the first are the induction heads of Olsson et al., arXiv 2209.11895). The first find
+where the present token stood before; their queries are the same at any reading. Later ones look for the token that the
+first have found there, the next one. When a text is read for the first time nothing has been found yet, and their
+queries hold a guess: they look at what the model would have foreseen, and pass by all that surprised it, which is what
+only the text can tell.
+
+So their queries are made from keys. Where a guess was right, a head's query at one token and its key at the next fit
+each other; from these pairs follows a linear map, and from the map the query that would look for any key.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from kvcompress_hf.kernels import Backend, Logits
+from kvcompress_hf.kernels.rotation import Rotation
+from kvcompress_hf.paging.waiting import known
+
+__all__ = ["foreseen_queries", "foreseen_scores"]
+
+_PAIRS = 512  # tokens that the map is found from
+_OTHERS = 64  # keys that stand for all in the softmax of a pair
+_RIDGE = 0.01  # of the mean variance of a key's channels
+_LEAST = 1e-4  # weight of a pair that does not look at each other at all
+_COPIES = 3e-5  # mean weight of pairs, without that, from which on a head is taken for one that copies
+
+
+def foreseen_scores(
+    backend: Backend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    whole: torch.Tensor,
+    *,
+    logits: Logits,
+    rotation: Rotation,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[`Backend.non_causal_scores`] of [`foreseen_queries`], for KV heads with a query head that copies.
+
+    Args:
+        backend (`Backend`): Whose scores.
+        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding.
+        key (`torch.Tensor`): As they will be stored, `[batch, kv_heads, tokens, head_dim]`.
+        whole (`torch.Tensor`): As the model made them, of the same shape.
+        logits (`Logits`): How queries and keys make logits.
+        rotation (`Rotation`): How position turns queries and keys.
+        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding on one side.
+
+    Returns:
+        `torch.Tensor`: float32 `[batch, q_heads, tokens]`; 0 for padding and for other heads.
+    """
+    result = torch.zeros(query.shape[:3], device=query.device)
+    if valid is None:
+        _score(backend, (query, key, whole), logits, rotation, result)
+        return result
+    starts, counts = torch.stack((valid.to(torch.uint8).argmax(1), valid.sum(1))).tolist()
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):  # so that padding changes nothing
+        part = (slice(row, row + 1), slice(None), slice(start, start + count))
+        states = tuple(each[part].contiguous() for each in (query, key, whole))
+        _score(backend, (states[0], states[1], states[2]), logits, rotation, result[part])
+    return result
+
+
+def _score(
+    backend: Backend,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    logits: Logits,
+    rotation: Rotation,
+    result: torch.Tensor,
+) -> None:
+    """Writes the scores of sequences without padding."""
+    query, key, whole = states
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    if key.shape[2] < 2:
+        return
+    weight = pair_weights(query, whole, logits=logits, rotation=rotation)
+    copies = weight.mean(-1).amax(-1) > _COPIES  # [batch, kv_heads]
+    here = known(copies)
+    heads = torch.arange(kv_heads) if here is None else here.any(0).nonzero().flatten()
+    if not heads.numel():
+        return
+    asked = (heads[:, None] * group + torch.arange(group)).flatten()
+    if heads.numel() < kv_heads:
+        query, key, whole, weight = query[:, asked], key[:, heads], whole[:, heads], weight[:, heads]
+        if logits.sinks is not None:
+            logits = replace(logits, sinks=logits.sinks[asked])
+    query = foreseen_queries(query, whole, weight, rotation)
+    scores = backend.non_causal_scores(query, key, logits=logits, rotation=rotation)
+    result[:, asked] = scores * copies[:, heads].repeat_interleave(group, 1)[..., None]
+
+
+def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Queries of a prompt's tokens as if each knew the token after it.
+
+    Per query head a ridge regression maps keys to queries, both as at position 0, from pairs of a token's query and the
+    next one's key.
+
+    Args:
+        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding, of two tokens at least.
+        key (`torch.Tensor`): As the model made them, `[batch, kv_heads, tokens, head_dim]`.
+        weight (`torch.Tensor`): Of each pair, as from [`pair_weights`].
+        rotation (`Rotation`): How position turns queries and keys.
+
+    Returns:
+        `torch.Tensor`: In the shape and dtype of `query`; that of the last token is its own.
+    """
+    place, pairs = torch.arange(key.shape[2], device=key.device), _pairs(key)
+    weight = weight + _LEAST
+    weight = (weight / weight.sum(-1, keepdim=True))[..., None]
+    unturned = rotation.turn(key.float(), -place)
+    asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1))
+    asked, found = rotation.turn(asked, -pairs), unturned[:, :, None, pairs + 1]
+    mean_query, mean_key = (weight * asked).sum(-2, keepdim=True), (weight * found).sum(-2, keepdim=True)
+    found = found - mean_key
+    weighted = (weight * found).transpose(-1, -2)
+    spread = weighted @ found
+    ridge = _RIDGE * spread.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+    spread.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
+    mapping = torch.linalg.solve_ex(spread, weighted @ (asked - mean_query))[0]  # the ridge leaves nothing singular
+    offset = mean_query - mean_key @ mapping
+    foreseen = unturned[:, :, None, 1:].to(query.dtype) @ mapping.to(query.dtype) + offset.to(query.dtype)
+    return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
+
+
+def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation) -> torch.Tensor:
+    """How much a token's query looks at the next token's key when it is turned behind the prompt.
+
+    Args:
+        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding, of two tokens at least.
+        key (`torch.Tensor`): As the model made them, `[batch, kv_heads, tokens, head_dim]`.
+        logits (`Logits`): How queries and keys make logits.
+        rotation (`Rotation`): How position turns queries and keys.
+
+    Returns:
+        `torch.Tensor`: Squared probabilities, of evenly spaced tokens, float32 `[batch, kv_heads, group, pairs]`.
+    """
+    tokens, pairs = key.shape[2], _pairs(key)
+    others = torch.linspace(0, tokens - 1, min(_OTHERS, tokens), device=key.device).long()
+    asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1)) * logits.scale
+    turned = rotation.turn(asked, torch.full_like(pairs, tokens))
+    far = turned @ key[:, :, None, others].float().transpose(-1, -2)
+    ahead = (turned * key[:, :, None, pairs + 1]).sum(-1)
+    itself = (asked * key[:, :, None, pairs]).sum(-1)
+    if logits.softcap is not None:
+        far, ahead, itself = (logits.softcap * (each / logits.softcap).tanh() for each in (far, ahead, itself))
+    total = torch.logaddexp(far.logsumexp(-1) + math.log(tokens / others.numel()), torch.logaddexp(ahead, itself))
+    return (2 * (ahead - total)).exp()
+
+
+def _pairs(key: torch.Tensor) -> torch.Tensor:
+    """The first tokens of the pairs that are looked at, `int64` `[pairs]`."""
+    tokens = key.shape[2]
+    return torch.linspace(0, tokens - 2, min(_PAIRS, tokens - 1), device=key.device).long()
