@@ -38,7 +38,7 @@ class KvcRows(Structure):
         ("table", c_void_p * MAX_TIERS),
         ("table_stride", c_int64 * MAX_TIERS),
         ("length", c_void_p * MAX_TIERS),
-        *_fields(ptr="slab_pages key_feedback", i32="n_slabs reserved"),
+        *_fields(ptr="slab_pages key_feedback evicted_means evicted_counts", i32="n_slabs reserved"),
     ]
 
 
