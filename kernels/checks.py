@@ -78,7 +78,7 @@ def check_rows(rows: Rows, device: torch.device, kv_heads: int | None = None) ->
     if (rows.evicted_means is None) != (rows.evicted_counts is None):
         raise ValueError("evicted_means and evicted_counts must be given together")
     if rows.evicted_means is not None and rows.evicted_counts is not None:
-        check_tensor("evicted_means", rows.evicted_means, (count, 2, layout.head_dim), torch.float32, device)
+        check_tensor("evicted_means", rows.evicted_means, (count, 2, layout.head_dim), layout.dtype, device)
         check_tensor("evicted_counts", rows.evicted_counts, (count,), torch.int32, device)
         if not (rows.evicted_means.is_contiguous() and rows.evicted_counts.is_contiguous()):
             raise ValueError("evicted_means and evicted_counts must be contiguous")

@@ -47,10 +47,10 @@ class Rows:
         widths: Per tier the slots of the longest row, where the host knows; it spares asking the device.
         key_feedback: bfloat16 `[rows, 2, rank, head_dim]`, contiguous: how rotated keys are rounded that are written
             (`quantize.quantize`); `None` = each channel for itself. Reading does not need it.
-        evicted_means: float32 `[rows, 2, head_dim]`, contiguous: the mean key and the mean value of the slots that were
-            evicted from each row, as the tail would hold them. Attention takes them as one more slot, seen by every
-            query, whose logit has the logarithm of their number added; nothing is added to any field for it. `None`
-            where they are forgotten.
+        evicted_means: Native dtype `[rows, 2, head_dim]`, contiguous: the mean key and the mean value of the slots that
+            were evicted from each row, as the tail would hold them. Attention takes them as one more slot, which every
+            query sees and whose logit has the logarithm of their number added; no field counts it. `None` where they
+            are forgotten.
         evicted_counts: `int32 [rows]`, contiguous: how many slots these are; a row with 0 is attended to as without.
     """
 

@@ -1060,7 +1060,8 @@ static inline void add_values(const Tile& t, const Scratch& w, bool pairs, Softm
 // The base-2 logit of what was evicted from a row, taken as one slot as often as there were of them.
 static inline float evicted_logit(const KvcRows& rows, int row, const float* q, const Logits& logits) {
   const int d = rows.layout->head_dim;
-  const float* key = rows.evicted_means + (int64_t)row * 2 * d;
+  alignas(64) float key[KVC_MAX_HEAD_DIM];
+  load_floats(key, rows.evicted_means, (int64_t)row * 2 * d, d, rows.layout->dtype);
   vf sum = vf{};
   for (int i = 0; i < d; i += kLanes) sum = load(key + i) * load(q + i) + sum;
   vf x = all(reduce_add(sum) * logits.scale);
@@ -1078,7 +1079,7 @@ static inline void begin_with_evicted(Softmax& s, const Queries& q, const KvcRow
   for (int h = 0; h < q.count; ++h) {
     s.m[h] = evicted_logit(rows, row, q.q[h], logits);
     s.l[h] = 1.f;
-    memcpy(s.o[h], rows.evicted_means + ((int64_t)row * 2 + 1) * d, d * sizeof(float));
+    load_floats(s.o[h], rows.evicted_means, ((int64_t)row * 2 + 1) * d, d, rows.layout->dtype);
   }
 }
 

@@ -19,7 +19,7 @@ typedef struct {  // where the packed slots of the call's rows live
   const int32_t* length[KVC_MAX_TIERS];   // [rows] slots in use; only the first tier.slots * pages are read
   const int32_t* slab_pages;              // [n_slabs] pages of each slab, on the host; for the CPU's checks only
   const uint16_t* key_feedback;           // [rows, 2, KVC_FEEDBACK_RANK, head_dim] bf16 (quantize.py), or null
-  const float* evicted_means;             // [rows, 2, head_dim] mean key (not rotated) and value of evicted slots, or null
+  const void* evicted_means;              // [rows, 2, D] native dtype, mean key (as in the tail) and value of evicted slots, or null
   const int32_t* evicted_counts;          // [rows] how many these are; null with the means
   int32_t n_slabs, reserved;
 } KvcRows;

@@ -17,7 +17,7 @@ def with_means(cache, counts=(300, 0, 1, 4000)):
     """The same cache, of whose rows so many slots have been evicted."""
     count, head_dim = cache.rows.count, cache.rows.layout.head_dim
     counts = torch.tensor((counts * count)[:count], dtype=torch.int32)
-    means = torch.randn(count, 2, head_dim, generator=torch.Generator().manual_seed(7))
+    means = torch.randn(count, 2, head_dim, generator=torch.Generator().manual_seed(7)).to(cache.dtype)
     means[counts == 0] = 0.0
     rows = [
         dataclasses.replace(rows, evicted_means=means, evicted_counts=counts)
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_refused(build_cache, backend, exact):
         {"evicted_counts": None},
         {"evicted_means": None},
         {"evicted_means": means[:, :1]},
-        {"evicted_means": means.double()},
+        {"evicted_means": means.half()},
         {"evicted_means": means.transpose(1, 2).contiguous().transpose(1, 2)},
         {"evicted_counts": counts[1:]},
         {"evicted_counts": counts.long()},
