@@ -778,13 +778,15 @@ KVC_DEVICE void add_evicted(const Task& task, const Row& r, Shared& shared) {
   const int count = a.rows.evicted_counts && r.valid ? a.rows.evicted_counts[r.row] : 0;
   if (count <= 0) return;
   const auto as_float = [](uint16_t x) { return kBfloat ? bfloat_to_float(x) : half_to_float(x); };
-  const uint16_t* mean = static_cast<const uint16_t*>(a.rows.evicted_means) + static_cast<int64_t>(r.row) * 2 * kDim;
+  const uint16_t* mean =
+      static_cast<const uint16_t*>(a.rows.evicted_means) + static_cast<int64_t>(renewed(r.row)) * 2 * kDim;
   const int warp = renewed(thread_warp()), lane = renewed(thread_lane());
   KVC_UNROLL_BY(1)
   for (int m = warp; m < r.heads; m += kWarps) {
     const int64_t head = static_cast<int64_t>(r.h) * a.group + r.first_head + m;
     const uint16_t* q = static_cast<const uint16_t*>(a.q) + r.b * a.q_b + head * a.q_h;
     float x = 0.f;
+    KVC_UNROLL_BY(1)
     for (int d = lane; d < kDim; d += 32) x += as_float(q[d]) * as_float(mean[d]);
     KVC_UNROLL
     for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(kAllLanes, x, bit);
@@ -792,6 +794,7 @@ KVC_DEVICE void add_evicted(const Task& task, const Row& r, Shared& shared) {
     x += fast_log2(static_cast<float>(count));
     const float top = shared.top[0][m], sum = shared.sum[0][m], high = larger(x, top);
     const float fade = fast_exp2(top - high), weight = fast_exp2(x - high);
+    KVC_UNROLL_BY(1)
     for (int d = lane; d < kDim; d += 32) {
       float& o = shared.q[m][place_of(d)];
       o = o * fade + weight * as_float(mean[kDim + d]);
