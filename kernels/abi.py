@@ -161,6 +161,10 @@ class KvcDense(Structure):
     _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="k v", i64="stride")]
 
 
+class KvcSlotSums(Structure):
+    _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="chosen sums", i64="stride")]
+
+
 class KvcHadamard(Structure):
     _fields_ = _fields(ptr="x", i64="x_b x_h x_t", ptr_b="out", i32="batch outer inner head_dim block dtype")
 
@@ -211,6 +215,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "retier": KvcRetier,
     "fields": KvcFields,
     "dense": KvcDense,
+    "slot_sums": KvcSlotSums,
     "hadamard": KvcHadamard,
     "convert": KvcConvert,
     "decode": KvcDecode,

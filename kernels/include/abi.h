@@ -168,6 +168,14 @@ typedef struct {  // dequantised, un-rotated slots as float [rows, stride, D]
   int64_t stride;
 } KvcDense;
 
+typedef struct {  // sums over chosen slots of each row, dequantised, un-rotated
+  KvcRows rows;
+  int32_t tier, reserved;
+  const uint8_t* chosen;                  // [rows, stride]; what lies beyond a row's length is ignored
+  float* sums;                            // [rows, 2, D] of keys and of values, zeros: added to
+  int64_t stride;
+} KvcSlotSums;
+
 typedef struct {  // orthonormal Walsh-Hadamard transform of blocks of vectors; sums in float32, rounded once
   const void* x;                          // [batch, outer, inner, D] native dtype
   int64_t x_b, x_h, x_t;

@@ -10,8 +10,6 @@ more than they are worth. A mean in bfloat16 is off by a 500th, and no longer fo
 time; both are far less than what one slot for many leaves out.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +26,6 @@ EVICTED = (
     Declared("evicted_means", None, (*_ROW, 2, "head_dim"), kind="metadata", changed_by="owner"),
     Declared("evicted_counts", torch.int32, _ROW, kind="metadata", changed_by="owner"),
 )
-# Of keys and values that are read at a time: on a CPU as much as its caches hold, elsewhere enough to fill the device.
-_BYTES_ON_CPU, _BYTES = 1 << 22, 1 << 28
 
 
 class EvictedMeans:
@@ -57,11 +53,10 @@ class EvictedMeans:
             return None, None
         return values["evicted_means"].flatten(0, 2)[part], values["evicted_counts"].flatten()[part]
 
-    def add(self, part: slice, sums: torch.Tensor, counts: torch.Tensor) -> None:
-        """Adds slots to the means of some rows.
+    def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """Adds slots to the means of all rows.
 
         Args:
-            part (`slice`): The rows.
             sums (`torch.Tensor`): Sums of their keys and of their values, float32 `[rows, 2, head_dim]`.
             counts (`torch.Tensor`): How many they are, `int32` `[rows]`.
         """
@@ -69,7 +64,7 @@ class EvictedMeans:
             for each in EVICTED:
                 self.tensors.make(each.name)
             self.tensors.moved()  # plans of before know nothing of them
-        means, known = self.of(part)
+        means, known = self.of(slice(None))
         if means is not None and known is not None:
             known += counts
             change = (sums - counts[:, None, None] * means.float()) / known.clamp(min=1)[:, None, None]
@@ -89,36 +84,6 @@ def remember_evicted(store: "PagedStore", tier: int, gone: torch.Tensor, counts:
     """
     if store.geometry.windowed or not bool(counts.any()):
         return
-    device, width = gone.device, gone.shape[1]
-    column = torch.arange(width, device=device)
     with store.reading:  # pages and tables stay where they are
-        rows = store.rows()
-        for part in _blocks(counts, width * store.geometry.head_dim * 8, device):
-            some = replace(
-                rows,
-                tables=[table[part] for table in rows.tables],
-                lengths=[lengths[part] for lengths in rows.lengths],
-                key_feedback=None,
-                evicted_means=None,
-                evicted_counts=None,
-            )
-            weight = gone[part] & (column < some.lengths[tier][:, None])
-            stored = store.backend.read_slots(some, tier, width)
-            sums = torch.cat([weight.float()[:, None] @ states for states in stored], dim=1)
-            store.evicted_means.add(part, sums, to_device(counts[part], device))
-
-
-def _blocks(counts: torch.Tensor, row_bytes: int, device: torch.device) -> Iterator[slice]:
-    """Rows that follow each other, as many as are to be read at a time; none from which nothing goes."""
-    most = max(1, (_BYTES_ON_CPU if device.type == "cpu" else _BYTES) // row_bytes)
-    first, end = 0, counts.numel()
-    going = (counts > 0).tolist()
-    while first < end:
-        if not going[first]:
-            first += 1
-            continue
-        until = first + 1
-        while until < min(end, first + most) and going[until]:
-            until += 1
-        yield slice(first, until)
-        first = until
+        sums = store.backend.slot_sums(store.rows(), tier, gone)
+    store.evicted_means.add(sums, to_device(counts, gone.device))

@@ -104,3 +104,11 @@ def test_statistics_and_scores(make_twins, shim, exact, head_dim, dtype):
     wanted = exact.window_scores(q, k, twins.expected_rows, twins.expected_tail, **asked)
     for one, two in zip([*got.past, got.tail, got.fresh], [*wanted.past, wanted.tail, wanted.fresh], strict=True):
         torch.testing.assert_close(one, two, rtol=2e-2, atol=1e-4)
+
+
+def test_sums_over_slots(make_twins, shim, exact):
+    twins = make_twins(tiers=[(8, 4), (4, 2), (0, 0)])
+    for tier, lengths in enumerate(twins.rows.lengths):
+        chosen = torch.rand(4, int(lengths.max()) + 3, generator=twins.generator) < 0.5
+        got, wanted = shim.slot_sums(twins.rows, tier, chosen), exact.slot_sums(twins.expected_rows, tier, chosen)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
