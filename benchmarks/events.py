@@ -1,6 +1,6 @@
 """What packing and planning add to decoding: mean against median step, and the largest step.
 
-    python benchmarks/events.py [--recipes auto,kv-compress,...] [--batches 1,4,16] [--json FILE]
+    python benchmarks/events.py [--recipes auto,auto@evicted=mean,...] [--batches 1,4,16] [--json FILE]
 
 A batch of novels' beginnings is read with each recipe and goes on token by token, the text given as if the model had
 written it. Most steps only decode; now and then one packs the tail, and one also plans. So the median is what a step
