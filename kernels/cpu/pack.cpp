@@ -1,4 +1,5 @@
-// Storing and moving slots: pack, move, retier, fields, dense, slot_sums, hadamard, convert. Compiled once per instruction set.
+// Storing and moving slots: pack, move, retier, fields, dense, slot_sums, hadamard, convert. Compiled once per
+// instruction set.
 //
 // The unit of work is an aligned block of 16 slots of one page: keys are handled transposed, [dim][16 slots], which
 // is how pages hold them, so that rotation, range and codes of 16 slots are computed side by side. Inner loops have
