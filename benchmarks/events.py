@@ -1,6 +1,6 @@
 """What packing and planning add to decoding: mean against median step, and the largest step.
 
-    python benchmarks/events.py [--recipes auto,kv-compress,...] [--batches 1,4,16] [--json FILE]
+    python benchmarks/events.py [--recipes auto,auto@evicted=mean,...] [--batches 1,4,16] [--json FILE]
 
 A batch of novels' beginnings is read with each recipe and goes on token by token, the text given as if the model had
 written it. Most steps only decode; now and then one packs the tail, and one also plans. So the median is what a step
@@ -27,6 +27,12 @@ from kvcompress_hf.compat import as_argument
 
 RECIPES = "auto,kv-compress,h2o,roco,k8v4"
 TARGET, LARGEST = 0.05, 2.0
+
+
+def recipe_of(text: str) -> kvc.Recipe:
+    """A preset, with changes behind it that are strings: `NAME[@PART=VALUE...]`."""
+    preset, *changes = text.split("@")
+    return kvc.get_preset(preset).with_overrides(**dict(change.split("=", 1) for change in changes))
 
 
 def figures(times: list[float]) -> dict[str, float]:
@@ -81,7 +87,7 @@ def main() -> None:
     """Prints a line per batch and recipe, and writes them to a file if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--recipes", default=RECIPES, help="presets, comma-separated")
+    parser.add_argument("--recipes", default=RECIPES, help="presets, with changes as in auto@evicted=mean")
     parser.add_argument("--budget", type=float, help="in place of what the presets have")
     parser.add_argument("--batches", default="1,4,16", help="sequences, comma-separated")
     parser.add_argument("--prompt", type=int, default=1000)
@@ -94,7 +100,7 @@ def main() -> None:
     name = find_model(args.model)
     model, tokenizer = load(name, dtype="bfloat16", device="cpu")
     kvc.patch(model, "k8v4", check=False)
-    recipes = {each: kvc.get_preset(each) for each in args.recipes.split(",")}
+    recipes = {each: recipe_of(each) for each in args.recipes.split(",")}
     if args.budget is not None:
         recipes = {each: r.with_overrides(budget=args.budget) if r.budget else r for each, r in recipes.items()}
     batches = [int(batch) for batch in args.batches.split(",")]

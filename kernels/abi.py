@@ -38,7 +38,7 @@ class KvcRows(Structure):
         ("table", c_void_p * MAX_TIERS),
         ("table_stride", c_int64 * MAX_TIERS),
         ("length", c_void_p * MAX_TIERS),
-        *_fields(ptr="slab_pages key_feedback", i32="n_slabs reserved"),
+        *_fields(ptr="slab_pages key_feedback evicted_means evicted_counts", i32="n_slabs reserved"),
     ]
 
 
@@ -161,6 +161,10 @@ class KvcDense(Structure):
     _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="k v", i64="stride")]
 
 
+class KvcSlotSums(Structure):
+    _fields_ = [("rows", KvcRows), *_fields(i32="tier reserved", ptr="chosen sums", i64="stride")]
+
+
 class KvcHadamard(Structure):
     _fields_ = _fields(ptr="x", i64="x_b x_h x_t", ptr_b="out", i32="batch outer inner head_dim block dtype")
 
@@ -211,6 +215,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "retier": KvcRetier,
     "fields": KvcFields,
     "dense": KvcDense,
+    "slot_sums": KvcSlotSums,
     "hadamard": KvcHadamard,
     "convert": KvcConvert,
     "decode": KvcDecode,

@@ -35,6 +35,7 @@ def fill_rows(operation: ctypes.Structure, rows: Rows) -> None:
         pages = torch.tensor([slab.shape[0] for slab in rows.slabs], dtype=torch.int32)
     c.slab_pages, c.n_slabs = pages.data_ptr(), pages.shape[0]
     c.key_feedback = pointer(rows.key_feedback)
+    c.evicted_means, c.evicted_counts = pointer(rows.evicted_means), pointer(rows.evicted_counts)
     operation.slab_pages = pages  # type: ignore[attr-defined]  # lives as long as the struct that points to it
 
 

@@ -22,6 +22,7 @@ from .non_causal import non_causal_scores
 from .plan_operations import PlanOperations
 from .quantize import hadamard
 from .rotation import Rotation
+from .slot_sums import slot_sums
 from .types import Logits, Rows, Tail
 
 __all__ = ["Backend", "DecodePlan", "WindowScores"]
@@ -230,6 +231,26 @@ class Backend(abc.ABC):
         Raises:
             ValueError: The tier does not exist.
         """
+
+    def slot_sums(self, rows: Rows, tier: int, chosen: Tensor) -> Tensor:
+        """Sums up the keys and the values of chosen slots of every row, as `read_slots` gives them.
+
+        This default reads all slots and runs plain torch.
+
+        Args:
+            rows: The rows.
+            tier: The tier.
+            chosen: bool `[rows, width]`; what lies beyond a row's length is ignored.
+
+        Returns:
+            float32 `[rows, 2, head_dim]`.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or the tier does not exist.
+        """
+        checks.check_tensor("chosen", chosen, (rows.count, None), torch.bool, rows.lengths[0].device, False)
+        checks.check_width(rows, tier, chosen.shape[1], look=False)
+        return slot_sums(rows, tier, chosen, self.read_slots)
 
     def decode_attention(
         self,

@@ -75,6 +75,13 @@ def check_rows(rows: Rows, device: torch.device, kv_heads: int | None = None) ->
         check_tensor("key_feedback", rows.key_feedback, shape, torch.bfloat16, device)
         if not rows.key_feedback.is_contiguous():
             raise ValueError(f"key_feedback must be contiguous, got strides {rows.key_feedback.stride()}")
+    if (rows.evicted_means is None) != (rows.evicted_counts is None):
+        raise ValueError("evicted_means and evicted_counts must be given together")
+    if rows.evicted_means is not None and rows.evicted_counts is not None:
+        check_tensor("evicted_means", rows.evicted_means, (count, 2, layout.head_dim), layout.dtype, device)
+        check_tensor("evicted_counts", rows.evicted_counts, (count,), torch.int32, device)
+        if not (rows.evicted_means.is_contiguous() and rows.evicted_counts.is_contiguous()):
+            raise ValueError("evicted_means and evicted_counts must be contiguous")
     if not 0 <= rows.slab_shift < 31:
         raise ValueError(f"slab_shift must be between 0 and 30, got {rows.slab_shift}")
     if kv_heads is not None and (kv_heads == 0 or count % kv_heads):

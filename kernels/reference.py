@@ -172,12 +172,20 @@ class _Keys(NamedTuple):
     stored: Tensor  # bool [batch, kv_heads, n]: the slot is in use
 
 
-def _softmax(logits: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
-    """Probabilities over the last dimension, zero where nothing is seen; logits `[batch, kv_heads, group, n_q, n]`."""
+def _softmax(
+    logits: Tensor, seen: Tensor, sinks: Tensor | None, evicted: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities over the last dimension, zero where nothing is seen, and those of evicted slots.
+
+    `logits` are `[batch, kv_heads, group, n_q, n]`; `evicted` are `[batch, kv_heads, group, n_q]`, -inf for none.
+    """
     lse = logits.masked_fill(~seen, float("-inf")).logsumexp(-1)
+    if evicted is not None:
+        lse = torch.where(evicted > float("-inf"), torch.logaddexp(lse, evicted), lse)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype))
-    return torch.where(seen, (logits - lse.unsqueeze(-1)).exp(), 0.0)
+    rest = None if evicted is None else torch.where(evicted > float("-inf"), (evicted - lse).exp(), 0.0)
+    return torch.where(seen, (logits - lse.unsqueeze(-1)).exp(), 0.0), rest
 
 
 class ReferenceBackend(Backend):
@@ -338,6 +346,21 @@ class ReferenceBackend(Backend):
             seen = seen & (query[:, None] - keys.position[:, :, None, None, :] < window)
         return seen
 
+    def _evicted(self, q: Tensor, rows: Rows, made: Logits) -> Tensor | None:
+        """`[batch, kv_heads, group, n_q]`: the logits of what was evicted, as one slot, its number included."""
+        if rows.evicted_means is None or rows.evicted_counts is None:
+            return None
+        keys, counts = (x.unflatten(0, (q.shape[0], -1)) for x in (rows.evicted_means[:, :1], rows.evicted_counts))
+        return self._logits(q, keys.to(self.compute), made)[..., 0] + counts[..., None, None].to(self.compute).log()
+
+    def _output(self, probability: Tensor, values: Tensor, evicted: Tensor | None, rows: Rows) -> Tensor:
+        """`[batch, kv_heads, group, n_q, head_dim]` of values `[batch, kv_heads, 1, n, head_dim]`."""
+        out = probability @ values
+        if evicted is None or rows.evicted_means is None:
+            return out
+        means = rows.evicted_means[:, 1].unflatten(0, (out.shape[0], -1))[:, :, None, None].to(self.compute)
+        return out + evicted.unsqueeze(-1) * means
+
     def _logits(self, q: Tensor, k: Tensor, made: Logits) -> Tensor:
         """`[batch, kv_heads, group, n_q, n]` of queries `[batch, q_heads, n_q, head_dim]`."""
         grouped = q.to(self.compute).unflatten(1, (k.shape[1], -1))
@@ -384,10 +407,12 @@ class ReferenceBackend(Backend):
         query = torch.tensor([position], device=device)
         found = torch.cat([self._logits(q, part.k, logits) for part in parts], -1)
         seen = torch.cat([self._visible(part, query, logits.window) for part in parts], -1)
+        evicted = self._evicted(q, rows, logits)
         if valid is not None:
             seen = seen & valid.view(batch, 1, 1, 1, 1)
-        probability = _softmax(found, seen, self._grouped_sinks(logits.sinks, kv_heads))
-        out = probability @ torch.cat([part.v for part in parts], 2).unsqueeze(2)  # [batch, kv_heads, group, 1, D]
+            evicted = None if evicted is None else evicted.masked_fill(~valid.view(batch, 1, 1, 1), float("-inf"))
+        probability, rest = _softmax(found, seen, self._grouped_sinks(logits.sinks, kv_heads), evicted)
+        out = self._output(probability, torch.cat([part.v for part in parts], 2).unsqueeze(2), rest, rows)
         sizes = [part.k.shape[2] for part in parts]
         for field, power in ((sum_field, 1), (square_field, 2)):
             if field is None:
@@ -440,8 +465,9 @@ class ReferenceBackend(Backend):
             else:
                 seen[-1] = seen[-1] & (fresh.position[:, :, None, None, :] <= query[:, None])  # type: ignore[index]
             grouped_sinks = self._grouped_sinks(logits.sinks, kv_heads)
-            probability = _softmax(torch.cat(found, -1), torch.cat(seen, -1), grouped_sinks)
-            outs.append(probability @ values)
+            evicted = self._evicted(q[:, :, block], rows, logits)
+            probability, rest = _softmax(torch.cat(found, -1), torch.cat(seen, -1), grouped_sinks, evicted)
+            outs.append(self._output(probability, values, rest, rows))
         if not outs:
             outs = [values.new_zeros(batch, kv_heads, q.shape[1] // kv_heads, 0, head_dim)]
         return torch.cat(outs, 3).flatten(1, 2).transpose(1, 2).to(layout.dtype)
@@ -539,7 +565,8 @@ class ReferenceBackend(Backend):
             found = torch.cat([self._logits(q[:, :, block], part.k, logits) for part in parts], -1)
             seen = [self._visible(part, query, logits.window) for part in parts]
             seen[-1] = seen[-1] & (fresh.position[:, :, None, None, :] <= query[:, None])  # type: ignore[index]
-            probability = _softmax(found, torch.cat(seen, -1), self._grouped_sinks(logits.sinks, kv_heads))
+            sinks, evicted = self._grouped_sinks(logits.sinks, kv_heads), self._evicted(q[:, :, block], rows, logits)
+            probability, _ = _softmax(found, torch.cat(seen, -1), sinks, evicted)
             if exclude > 0:
                 old_enough = [
                     s if part.position is None else query[:, None] - part.position[:, :, None, None, :] >= exclude

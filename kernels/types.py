@@ -47,6 +47,11 @@ class Rows:
         widths: Per tier the slots of the longest row, where the host knows; it spares asking the device.
         key_feedback: bfloat16 `[rows, 2, rank, head_dim]`, contiguous: how rotated keys are rounded that are written
             (`quantize.quantize`); `None` = each channel for itself. Reading does not need it.
+        evicted_means: Native dtype `[rows, 2, head_dim]`, contiguous: the mean key and the mean value of the slots that
+            were evicted from each row, as the tail would hold them. Attention takes them as one more slot, which every
+            query sees and whose logit has the logarithm of their number added; no field counts it. `None` where they
+            are forgotten.
+        evicted_counts: `int32 [rows]`, contiguous: how many slots these are; a row with 0 is attended to as without.
     """
 
     layout: PageLayout
@@ -58,6 +63,8 @@ class Rows:
     widths: list[int] | None = None
     slab_pages: Tensor | None = None
     key_feedback: Tensor | None = None
+    evicted_means: Tensor | None = None
+    evicted_counts: Tensor | None = None
 
     @property
     def count(self) -> int:

@@ -346,7 +346,7 @@ def resolve_rows(
     """The recipes of the rows of a batch.
 
     Rows of one batch share their pages, so what is stored per slot must be the same: the observer, tiers, page bytes,
-    positions and `when`. Budget, plan (LeanKV's thresholds, say) and protection may differ from row to row.
+    positions, `evicted` and `when`. Budget, plan (LeanKV's thresholds, say) and protection may differ from row to row.
 
     Args:
         spec: What [`resolve_recipe`] takes, for every row; or a list of such, one per row.
@@ -368,7 +368,7 @@ def resolve_rows(
         recipes = (_resolve_with_default(spec, default),)
     first = recipes[0]
     for row, recipe in enumerate(recipes):
-        for part in ("observer", "tiers", "when", "page_bytes", "centre_keys", "positions", "sinks_apart"):
+        for part in ("observer", "tiers", "when", "page_bytes", "centre_keys", "positions", "evicted", "sinks_apart"):
             mine, theirs = getattr(recipe, part), getattr(first, part)
             if mine != theirs:
                 raise ValueError(

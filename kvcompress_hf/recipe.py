@@ -19,7 +19,18 @@ if TYPE_CHECKING:  # what runs imports nothing of them
     from kvcompress_hf.observers.base import Observer
     from kvcompress_hf.plans.base import Plan
 
-__all__ = ["MOST_PAGE_BYTES", "POSITIONS", "TIERS", "Budget", "Part", "Protect", "Recipe", "When", "require_int"]
+__all__ = [
+    "EVICTED",
+    "MOST_PAGE_BYTES",
+    "POSITIONS",
+    "TIERS",
+    "Budget",
+    "Part",
+    "Protect",
+    "Recipe",
+    "When",
+    "require_int",
+]
 
 #: Storage formats of a packed slot: name to (key bits, value bits); 0 means the model's own dtype.
 TIERS: dict[str, tuple[int, int]] = {
@@ -37,6 +48,9 @@ MOST_PAGE_BYTES = 2**24
 
 #: How far what is kept looks from the next query: as far as it was in the text, or as if nothing had been between.
 POSITIONS = ("absolute", "reindexed")
+
+#: What stays of evicted slots: nothing, or of each row their mean key, their mean value and their number.
+EVICTED = ("forgotten", "mean")
 
 # Of a recipe's JSON, which may come from a stranger. The longest preset takes 1 kB, 30 values and a depth of 2.
 _MOST_BYTES = 64 * 1024
@@ -274,6 +288,9 @@ class Recipe:
         positions (`str`): `"absolute"`: a kept token stays as far from the next query as it was in the text.
             `"reindexed"`: as far as if what was evicted had never been, as in StreamingLLM (arXiv 2309.17453); for the
             tier `native` and models with plain rotary embedding.
+        evicted (`str`): `"forgotten"`: nothing stays of what a plan evicts. `"mean"`: of each row one key and one value
+            do, the means of what was evicted, and attention takes them for as many slots as there were; layers with a
+            sliding window forget all the same. For absolute positions.
 
     Raises:
         ValueError: For a value out of range, an unknown tier, or parts that make no sense together.
@@ -299,6 +316,7 @@ class Recipe:
     page_bytes: int | None = None
     centre_keys: bool | None = None
     positions: str = "absolute"
+    evicted: str = "forgotten"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -327,6 +345,7 @@ class Recipe:
         if self.centre_keys is not None and not isinstance(self.centre_keys, bool):
             raise ValueError(f"Recipe.centre_keys is {shown(self.centre_keys)}; it must be True, False or None.")
         self._check_positions()
+        self._check_evicted()
         if (self.budget is not None or self.plan is not None) and self.observer is None:
             raise ValueError(
                 f"Recipe {self.name!r} has a budget or a plan but no observer to say which slots matter; "
@@ -389,6 +408,22 @@ class Recipe:
                 "Leave centre_keys out."
             )
 
+    def _check_evicted(self) -> None:
+        if self.evicted not in EVICTED:
+            raise ValueError(f"Recipe.evicted is {shown(self.evicted)}; it must be one of {', '.join(EVICTED)}.")
+        if self.evicted == "forgotten":
+            return
+        if self.plan is None:
+            raise ValueError(
+                f"Recipe {self.name!r} has evicted='mean' but no plan: nothing is ever evicted. Start from a preset "
+                "that evicts, such as 'auto', or leave evicted out."
+            )
+        if self.positions != "absolute":
+            raise ValueError(
+                f"Recipe {self.name!r} has evicted='mean' and positions={self.positions!r}: the keys in a mean come "
+                "from many places and cannot be turned together. Use positions='absolute', or leave evicted out."
+            )
+
     @property
     def sinks_apart(self) -> int:
         """`int`: Tokens at the beginning of each sequence that alone enter the first tier, and all others the second;
@@ -423,6 +458,11 @@ class Recipe:
         return not self.evicts and any(0 < TIERS[name][0] <= 4 for name in self.tiers)
 
     @property
+    def keeps_mean(self) -> bool:
+        """`bool`: Whether a mean stays of what is evicted; see `evicted`."""
+        return self.evicted == "mean"
+
+    @property
     def rotates_values(self) -> bool:
         """`bool`: Whether values are kept Hadamard-rotated: where some are of 2 bits."""
         return any(TIERS[name][1] == 2 for name in self.tiers)
@@ -451,6 +491,8 @@ class Recipe:
         """
         result = dataclasses.asdict(self)
         result["tiers"] = list(self.tiers)
+        if not self.keeps_mean:  # so that packages of before this choice go on reading all others
+            del result["evicted"]
         for family in _FAMILIES:
             part = getattr(self, family)
             if part is not None:

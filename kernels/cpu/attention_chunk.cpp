@@ -47,6 +47,7 @@ struct Chunk {
         set_query(q, i, a->q, b * a->q_b + h * a->q_h + t * a->q_t, *layout, forms, logits);
       }
       clear(w.states[c], q.count, layout->head_dim);
+      begin_with_evicted(w.states[c], q, a->rows, row, logits);
     }
 
     TileWalk walk(past, row, 0, past.tiles(row));

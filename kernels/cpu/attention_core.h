@@ -1056,6 +1056,33 @@ static inline void add_values(const Tile& t, const Scratch& w, bool pairs, Softm
   }
 }
 
+// ---- evicted slots ---------------------------------------------------------------------------------------------
+// The base-2 logit of what was evicted from a row, taken as one slot as often as there were of them.
+static inline float evicted_logit(const KvcRows& rows, int row, const float* q, const Logits& logits) {
+  const int d = rows.layout->head_dim;
+  alignas(64) float key[KVC_MAX_HEAD_DIM];
+  load_floats(key, rows.evicted_means, (int64_t)row * 2 * d, d, rows.layout->dtype);
+  vf sum = vf{};
+  for (int i = 0; i < d; i += kLanes) sum = load(key + i) * load(q + i) + sum;
+  vf x = all(reduce_add(sum) * logits.scale);
+  if (logits.cap_out != 0.f) x = capped(x, logits);
+  return x[0] + __builtin_log2f((float)rows.evicted_counts[row]);
+}
+KVC_INLINE bool has_evicted(const KvcRows& rows, int row) {
+  return rows.evicted_counts && rows.evicted_counts[row] > 0;
+}
+// Begins the running state of rows of queries with it; as clear() left it where nothing was evicted.
+static inline void begin_with_evicted(Softmax& s, const Queries& q, const KvcRows& rows, int row,
+                                      const Logits& logits) {
+  if (!has_evicted(rows, row)) return;
+  const int d = rows.layout->head_dim;
+  for (int h = 0; h < q.count; ++h) {
+    s.m[h] = evicted_logit(rows, row, q.q[h], logits);
+    s.l[h] = 1.f;
+    load_floats(s.o[h], rows.evicted_means, ((int64_t)row * 2 + 1) * d, d, rows.layout->dtype);
+  }
+}
+
 // ---- results ---------------------------------------------------------------------------------------------------
 // Adds the state b (o, l, z relative to its own maximum) of the same rows to a.
 static inline void merge(Softmax& a, const Softmax& b, int count, int d) {

@@ -203,7 +203,8 @@ struct Decode {
   int64_t cut(int64_t piece) const { return line.cost[line.rows] * piece / pieces; }
   int count(int c) const { return min_int(kHeads, a->group - c * kHeads); }
 
-  void start_row(int row, Queries* q, Softmax* s) const {
+  // `first`: the row begins in the piece at hand, which then also has what was evicted from it.
+  void start_row(int row, bool first, Queries* q, Softmax* s) const {
     const int b = row / a->kv_heads, h0 = (row % a->kv_heads) * a->group;
     for (int c = 0; c < heads4; ++c) {
       q[c].count = count(c);
@@ -213,6 +214,7 @@ struct Decode {
       if (forms.mixed) mix_queries(q[c], layout->head_dim, logits.scale);
 #endif
       clear(s[c], q[c].count, layout->head_dim);
+      if (first && (!a->valid || a->valid[b])) begin_with_evicted(s[c], q[c], a->rows, row, logits);
     }
   }
 
@@ -312,7 +314,7 @@ struct Decode {
     for (int row = line.row_at(low); row < line.rows && line.cost[row] < high; ++row) {
       const bool before = line.cost[row] < low, after = line.cost[row + 1] > high;
       Softmax* s = before || after ? partial + (index * 2 + !before) * heads4 : own;
-      start_row(row, q, s);
+      start_row(row, !before, q, s);
       while (more && tile->row == row) {
         more = walk.next(*ahead);
         if (more) look_ahead(*tile, *ahead, line.pages);

@@ -82,6 +82,11 @@ struct Scores {
       w.m[r] = kFloor;
       memset(w.l[r], 0, sizeof w.l[r]);
     }
+    for (int c = 0; c < groups && has_evicted(a->rows, row); ++c)
+      for (int i = 0; i < w.queries[c].count; ++i) {
+        w.m[c * kHeads + i] = evicted_logit(a->rows, row, w.queries[c].q[i], logits);
+        w.l[c * kHeads + i][0] = 1.f;
+      }
     visit(row, first, groups, 0, past.tiles(row), 0, w, [&w](const Tile& t, int r, const float* s, float largest) {
       const float m = largest > w.m[r] ? largest : w.m[r];
       const vf alpha = all(exp2(w.m[r] - m));

@@ -169,6 +169,18 @@ class CpuBackend(Backend):
         self._call("dense", c)
         return k, v
 
+    def slot_sums(self, rows: Rows, tier: int, chosen: Tensor) -> Tensor:
+        checks.check_rows(rows, CPU)
+        checks.check_tensor("chosen", chosen, (rows.count, None), torch.bool, CPU, contiguous=False)
+        checks.check_width(rows, tier, chosen.shape[1])
+        chosen = chosen.contiguous()
+        sums = torch.zeros(rows.count, 2, rows.layout.head_dim)
+        c = abi.KvcSlotSums(tier=tier, stride=chosen.shape[1])
+        fill_rows(c, rows)
+        c.chosen, c.sums = chosen.data_ptr(), sums.data_ptr()
+        self._call("slot_sums", c)
+        return sums
+
     def hadamard(self, x: Tensor, block: int) -> Tensor:
         checks.check_hadamard(x, block, CPU)
         out = torch.empty(x.shape, dtype=x.dtype)

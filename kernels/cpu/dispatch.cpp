@@ -78,6 +78,7 @@ KVC_OPERATION(move, KvcMove)
 KVC_OPERATION(retier, KvcRetier)
 KVC_OPERATION(fields, KvcFields)
 KVC_OPERATION(dense, KvcDense)
+KVC_OPERATION(slot_sums, KvcSlotSums)
 KVC_OPERATION(hadamard, KvcHadamard)
 KVC_OPERATION(convert, KvcConvert)
 KVC_OPERATION(decode, KvcDecode)
@@ -102,7 +103,7 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
       {"layout", sizeof(KvcLayout)}, {"append", sizeof(KvcAppend)}, {"pack", sizeof(KvcPack)},
       {"move", sizeof(KvcMove)},     {"retier", sizeof(KvcRetier)}, {"fields", sizeof(KvcFields)},
       {"dense", sizeof(KvcDense)},   {"hadamard", sizeof(KvcHadamard)},
-      {"convert", sizeof(KvcConvert)},
+      {"convert", sizeof(KvcConvert)}, {"slot_sums", sizeof(KvcSlotSums)},
       {"decode", sizeof(KvcDecode)}, {"chunk", sizeof(KvcChunk)},   {"scores", sizeof(KvcScores)},
       {"non_causal", sizeof(KvcNonCausal)},  {"linear", sizeof(KvcLinear)},
       {"gather", sizeof(KvcGather)}, {"lowest", sizeof(KvcLowest)}, {"prices", sizeof(KvcPrices)},

@@ -20,6 +20,7 @@
   int retier(KvcRetier*);         \
   int fields(KvcFields*);         \
   int dense(KvcDense*);           \
+  int slot_sums(KvcSlotSums*);    \
   int hadamard(KvcHadamard*);     \
   int convert(KvcConvert*);       \
   int decode(KvcDecode*);         \

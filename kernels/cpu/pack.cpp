@@ -1,4 +1,5 @@
-// Storing and moving slots: pack, move, retier, fields, dense, hadamard, convert. Compiled once per instruction set.
+// Storing and moving slots: pack, move, retier, fields, dense, slot_sums, hadamard, convert. Compiled once per
+// instruction set.
 //
 // The unit of work is an aligned block of 16 slots of one page: keys are handled transposed, [dim][16 slots], which
 // is how pages hold them, so that rotation, range and codes of 16 slots are computed side by side. Inner loops have
@@ -678,6 +679,30 @@ int dense(KvcDense* args) {
         for (int d = 0; d < t.head_dim; d++) k[lane * t.head_dim + d] = scratch.keys[d * kBlock + lane];
       }
     }
+  }
+  return KVC_OK;
+}
+
+int slot_sums(KvcSlotSums* args) {
+  const KvcSlotSums& a = *args;
+  const Tier t(a.rows.layout, a.tier);
+  if (!tier_known(a.rows, a.tier)) return KVC_BAD_PAGE;
+#pragma omp parallel for schedule(dynamic, 8) if (a.rows.rows * a.stride > kSerialElements)
+  for (int row = 0; row < a.rows.rows; row++) {
+    alignas(64) float x[KVC_MAX_HEAD_DIM], keys[KVC_MAX_HEAD_DIM] = {};
+    float *k = a.sums + static_cast<int64_t>(row) * 2 * t.head_dim, *v = k + t.head_dim;
+    const uint8_t* chosen = a.chosen + row * a.stride;
+    const int64_t length = a.rows.length[a.tier][row] < a.stride ? a.rows.length[a.tier][row] : a.stride;
+    for (int slot = 0; slot < length; slot++) {
+      if (!chosen[slot]) continue;
+      uint8_t* page = page_of(a.rows, a.tier, row, slot);
+      read_key(t, page, slot % t.slots, x);
+      for (int d = 0; d < t.head_dim; d++) keys[d] += x[d];
+      read_value(t, page, slot % t.slots, x);
+      for (int d = 0; d < t.head_dim; d++) v[d] += x[d];
+    }
+    if (t.tier->rotate_keys) rotate_value(keys, t.head_dim, t.layout->rotation_block);  // linear: once will do
+    for (int d = 0; d < t.head_dim; d++) k[d] += keys[d];
   }
   return KVC_OK;
 }

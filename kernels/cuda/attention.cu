@@ -115,6 +115,21 @@ kvc_chunk(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcChunk a, const uint8_
   float out[KVC_MAX_HEAD_DIM / 8];
   KVC_UNROLL
   for (int i = 0; i < KVC_MAX_HEAD_DIM / 8; i++) out[i] = 0.f;
+  const int evicted = a.rows.evicted_counts ? a.rows.evicted_counts[row] : 0;
+  if (evicted > 0) {  // as one slot, that comes first
+    const int64_t mean = static_cast<int64_t>(row) * 2 * head_dim;
+    float x = 0.f;
+    for (int d = part; d < head_dim; d += 8) x += q[m][d] * load_element(a.rows.evicted_means, mean + d, layout.dtype);
+    for (int step = 4; step; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+    top = capped(x * a.scale, a.softcap) + logf(static_cast<float>(evicted));
+    sum = part == 0 ? 1.f : 0.f;
+    KVC_UNROLL
+    for (int i = 0; i < KVC_MAX_HEAD_DIM / 8; i++) {
+      const int d = part + 8 * i;
+      if (d < head_dim) out[i] = load_element(a.rows.evicted_means, mean + head_dim + d, layout.dtype);
+    }
+    __syncthreads();  // queries are turned in place
+  }
   bool rotated = false;
   for (int section = 0; section <= kFresh; section++) {
     const int length = keys.length(section);

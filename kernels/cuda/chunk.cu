@@ -340,10 +340,45 @@ KVC_DEVICE void join_warps(Running<kDim>& run, Shared<kDim, kRowWarps>& shared, 
   __syncthreads();
 }
 
+// Adds what was evicted from a KV head, as one slot, to the sums over all others; a warp for each row of queries.
+template <int kDim, bool kBfloat, int kRowWarps>
+KVC_DEVICE void add_evicted(const KvcChunk& a, int first_row, int b, int h, Shared<kDim, kRowWarps>& shared) {
+  using S = Shape<kDim, kRowWarps>;
+  const int64_t kv_row = static_cast<int64_t>(b) * a.kv_heads + h;
+  const int count = a.rows.evicted_counts ? a.rows.evicted_counts[kv_row] : 0;
+  if (count <= 0) return;
+  const auto as_float = [](uint16_t x) { return kBfloat ? bfloat_to_float(x) : half_to_float(x); };
+  const uint16_t* mean = static_cast<const uint16_t*>(a.rows.evicted_means) + kv_row * 2 * kDim;
+  const int warp = renewed(thread_warp()), lane = renewed(thread_lane());
+  KVC_UNROLL_BY(1)
+  for (int m = warp; m < S::kRows && (first_row + m) / a.group < a.n_q; m += kWarps) {
+    const int64_t head = static_cast<int64_t>(h) * a.group + (first_row + m) % a.group;
+    const uint16_t* q =
+        static_cast<const uint16_t*>(a.q) + b * a.q_b + head * a.q_h + (first_row + m) / a.group * a.q_t;
+    float x = 0.f;
+    for (int d = lane; d < kDim; d += 32) x += as_float(q[d]) * as_float(mean[d]);
+    KVC_UNROLL
+    for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(kAllLanes, x, bit);
+    x *= dot_factor(a.scale, a.softcap);
+    if (a.softcap > 0.f) x = capped(x, a.softcap);
+    x += fast_log2(static_cast<float>(count));
+    float &top = shared.top()[m / 16][m % 16], &sum = shared.sum()[m / 16][m % 16];
+    const float high = larger(x, top), fade = fast_exp2(top - high), weight = fast_exp2(x - high);
+    for (int d = lane; d < kDim && a.out; d += 32) {
+      float& o = shared.out()[m][d];
+      o = o * fade + weight * as_float(mean[kDim + d]);
+    }
+    __syncwarp();  // all have read what changes
+    if (lane == 0) top = high, sum = sum * fade + weight;
+  }
+  __syncthreads();
+}
+
 // Divides by the denominators (sinks included) and writes the rows of an item.
 template <int kDim, bool kBfloat, int kRowWarps>
 KVC_DEVICE void finish(const KvcChunk& a, int first_row, int b, int h, Shared<kDim, kRowWarps>& shared) {
   using S = Shape<kDim, kRowWarps>;
+  add_evicted<kDim, kBfloat, kRowWarps>(a, first_row, b, h, shared);
   const int thread = renewed(threadIdx.x);
   if (thread < S::kRows) {
     const int row = first_row + thread, query = row / a.group;

@@ -771,10 +771,45 @@ KVC_DEVICE void join_warps(Running& run, Shared& shared) {
   __syncthreads();
 }
 
+// Adds what was evicted from a row, as one slot, to the sums over all others; a warp for each head.
+template <bool kBfloat>
+KVC_DEVICE void add_evicted(const Task& task, const Row& r, Shared& shared) {
+  const KvcDecode& a = task.a;
+  const int count = a.rows.evicted_counts && r.valid ? a.rows.evicted_counts[r.row] : 0;
+  if (count <= 0) return;
+  const auto as_float = [](uint16_t x) { return kBfloat ? bfloat_to_float(x) : half_to_float(x); };
+  const uint16_t* mean =
+      static_cast<const uint16_t*>(a.rows.evicted_means) + static_cast<int64_t>(renewed(r.row)) * 2 * kDim;
+  const int warp = renewed(thread_warp()), lane = renewed(thread_lane());
+  KVC_UNROLL_BY(1)
+  for (int m = warp; m < r.heads; m += kWarps) {
+    const int64_t head = static_cast<int64_t>(r.h) * a.group + r.first_head + m;
+    const uint16_t* q = static_cast<const uint16_t*>(a.q) + r.b * a.q_b + head * a.q_h;
+    float x = 0.f;
+    KVC_UNROLL_BY(1)
+    for (int d = lane; d < kDim; d += 32) x += as_float(q[d]) * as_float(mean[d]);
+    KVC_UNROLL
+    for (int bit = 16; bit; bit /= 2) x += __shfl_xor_sync(kAllLanes, x, bit);
+    x = kLog2E * (a.softcap > 0.f ? a.softcap * tanhf(x * a.scale / a.softcap) : x * a.scale);
+    x += fast_log2(static_cast<float>(count));
+    const float top = shared.top[0][m], sum = shared.sum[0][m], high = larger(x, top);
+    const float fade = fast_exp2(top - high), weight = fast_exp2(x - high);
+    KVC_UNROLL_BY(1)
+    for (int d = lane; d < kDim; d += 32) {
+      float& o = shared.q[m][place_of(d)];
+      o = o * fade + weight * as_float(mean[kDim + d]);
+    }
+    __syncwarp();  // all have read what changes
+    if (lane == 0) shared.top[0][m] = high, shared.sum[0][m] = sum * fade + weight;
+  }
+  __syncthreads();
+}
+
 // Divides by the denominators (sinks included) and writes the heads of a row.
 template <bool kBfloat>
 KVC_DEVICE void finish(const Task& task, const Row& r, Shared& shared) {
   const KvcDecode& a = task.a;
+  add_evicted<kBfloat>(task, r, shared);
   const int64_t head = static_cast<int64_t>(r.h) * a.group + r.first_head;
   if (threadIdx.x < r.heads) {
     const int m = threadIdx.x;

@@ -19,6 +19,8 @@ typedef struct {  // where the packed slots of the call's rows live
   const int32_t* length[KVC_MAX_TIERS];   // [rows] slots in use; only the first tier.slots * pages are read
   const int32_t* slab_pages;              // [n_slabs] pages of each slab, on the host; for the CPU's checks only
   const uint16_t* key_feedback;           // [rows, 2, KVC_FEEDBACK_RANK, head_dim] bf16 (quantize.py), or null
+  const void* evicted_means;              // [rows, 2, D] native dtype, mean key (as in the tail) and value of evicted slots, or null
+  const int32_t* evicted_counts;          // [rows] how many these are; null with the means
   int32_t n_slabs, reserved;
 } KvcRows;
 
@@ -165,6 +167,14 @@ typedef struct {  // dequantised, un-rotated slots as float [rows, stride, D]
   float *k, *v;
   int64_t stride;
 } KvcDense;
+
+typedef struct {  // sums over chosen slots of each row, dequantised, un-rotated
+  KvcRows rows;
+  int32_t tier, reserved;
+  const uint8_t* chosen;                  // [rows, stride]; what lies beyond a row's length is ignored
+  float* sums;                            // [rows, 2, D] of keys and of values, zeros: added to
+  int64_t stride;
+} KvcSlotSums;
 
 typedef struct {  // orthonormal Walsh-Hadamard transform of blocks of vectors; sums in float32, rounded once
   const void* x;                          // [batch, outer, inner, D] native dtype

@@ -5,7 +5,8 @@ import torch
 __all__ = ["BLOCK", "FORMAT", "FORMAT_VERSIONS", "ORDERS", "live_entries", "most_capacity"]
 
 FORMAT = "kvcompress_hf.cache"
-FORMAT_VERSIONS = (1, 2)  # 2: a store says whether its values are rotated; in files of 1 none are
+# 2: a store says whether its values are rotated; in files of 1 none are. 3: means of evicted slots may be there.
+FORMAT_VERSIONS = (1, 2, 3)
 ORDERS = ("canonical", "cpu")  # inner orders of pages that may be in a file
 BLOCK = 8 * 2**20  # bytes of pages worked on at a time
 

@@ -74,7 +74,7 @@ class Header:
         if metadata.get("format_version") not in known:
             raise file.error(
                 f"its format version is {metadata.get('format_version')!r}, but this package reads "
-                f"{' and '.join(known)}; make the cache again, or use the package version that wrote it"
+                f"{', '.join(known)}; make the cache again, or use the package version that wrote it"
             )
         self._says_rotation = metadata["format_version"] != known[0]
         text = metadata.get("state", "")

@@ -13,6 +13,7 @@ from kvcompress_hf.io.form import BLOCK, live_entries, most_capacity
 from kvcompress_hf.io.header import Header
 from kvcompress_hf.paging import stored_rows
 from kvcompress_hf.paging.arena import Arena
+from kvcompress_hf.paging.evicted import EVICTED
 from kvcompress_hf.paging.key_centring import KEY_SHIFT
 from kvcompress_hf.paging.key_feedback import KEY_FEEDBACK
 from kvcompress_hf.paging.means import MEANS
@@ -29,6 +30,7 @@ _ENTRIES = 2**17  # of tables and lengths that are worked on at a time
 _SPARE_TAIL = 24 * 2**20  # bytes of all tails of a file that are allocated for tokens to come
 _CPU = torch.device("cpu")
 _MEANS = [each.name for each in MEANS]
+_EVICTED = [each.name for each in EVICTED]
 
 
 class StorePart:
@@ -84,6 +86,7 @@ class StorePart:
         optional = {name: recipe.observer is not None and bool(recipe.observer.describes) for name in _MEANS}
         optional[KEY_SHIFT.name] = recipe.centres_keys
         optional[KEY_FEEDBACK.name] = recipe.feeds_back
+        optional |= dict.fromkeys(_EVICTED, recipe.keeps_mean and not self.geometry.windowed)
         optional |= _queries_of(recipe)
         shapes: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {}
         for name, each in self._declared.items():
@@ -114,13 +117,30 @@ class StorePart:
 
     def _check_lengths(self, state: AttentionState) -> None:
         tails = self._tensors["tail_lengths"].flatten()
+        evicted = self._check_evicted()
         for first, lengths in _blocks(self._tensors["lengths"].T, len(self.layout.tiers)):
             if bool((lengths < 0).any()):
                 raise self._file.error("negative lengths")
             row = torch.arange(first, first + lengths.shape[0])
             slots = lengths.long().sum(1) + tails[row // self.geometry.kv_heads]
+            if evicted is not None and bool((slots + evicted[row] > state.seen).any()):
+                raise self._file.error(f"more slots kept and evicted in a row than the {state.seen} tokens seen")
             if bool((slots > state.seen).any()):
                 raise self._file.error(f"{int(slots.max())} slots in a row, more than the {state.seen} tokens seen")
+
+    def _check_evicted(self) -> torch.Tensor | None:
+        """How many slots were evicted from each row, `int32` `[rows]`, where means of them are there."""
+        missing = [name for name in _EVICTED if name not in self._tensors]
+        if len(missing) == len(_EVICTED):
+            return None
+        if missing:
+            raise self._file.error(f"means of evicted slots without {missing[0]}")
+        counts = self._tensors["evicted_counts"].flatten()
+        if bool((counts < 0).any()):
+            raise self._file.error("negative numbers of evicted slots")
+        if not self._evicted and bool(counts.any()):
+            raise self._file.error("means of evicted slots in a store that says nothing was")
+        return counts
 
     def _check_table(self, tier: int) -> torch.Tensor:
         """Checks a table, and counts how often each page of the tier is mentioned: `int32` `[pages]`."""

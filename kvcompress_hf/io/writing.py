@@ -132,8 +132,9 @@ class _Contents:
         self.pages: dict[str, Section] = {}
         self.small: dict[str, torch.Tensor] = {}
         self.described: list[dict[str, Any]] = []
-        # Only what the first version cannot say asks for the second.
-        self.version = FORMAT_VERSIONS[any(store.rotates_values for store in attention.stores)]
+        # Only what a version cannot say asks for the next.
+        rotates = any(store.rotates_values for store in attention.stores)
+        self.version = FORMAT_VERSIONS[2 if attention.recipe.keeps_mean else int(rotates)]
         self.crcs: list[int] = []  # of each store's pages, known once they have been written
         if state.padding is not None:
             self.small["padding"] = state.padding

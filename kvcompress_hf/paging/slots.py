@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from kvcompress_hf.errors import CacheMemoryError
 from kvcompress_hf.kernels import get_backend
+from kvcompress_hf.paging.evicted import remember_evicted
 from kvcompress_hf.paging.key_turn import newer_evicted
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import derive, known_as, on_host, pick, to_device
@@ -231,7 +232,11 @@ def count_targets(
 
 
 def apply_targets(
-    parts: Sequence[StorePart], slots: Slots, decision: Decision, inv_freq: torch.Tensor | None = None
+    parts: Sequence[StorePart],
+    slots: Slots,
+    decision: Decision,
+    inv_freq: torch.Tensor | None = None,
+    remembers: bool = False,
 ) -> int:
     """Lowers and evicts slots.
 
@@ -242,6 +247,7 @@ def apply_targets(
         inv_freq (`torch.Tensor`, *optional*): Where given, what stays is re-indexed: each key is rotated on by the
             number of newer slots of its row that go. Radians per position of each pair of channels, float32 `[pairs]`;
             all tiers must be native.
+        remembers (`bool`): Whether the means of what goes are kept; see [`remember_evicted`].
 
     Returns:
         `int`: Number of slots evicted.
@@ -262,6 +268,8 @@ def apply_targets(
             # What goes for good goes first: its pages serve what is lowered.
             turning = [each[:, columns][:, :width].clone() for each in turned]
             kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
+            if remembers:
+                remember_evicted(store, tier, decided < 0, store.lengths_on_host()[tier] - on_host(kept))
             _drop(store, tier, decided < 0, kept, decided, stay, *turning)
             if turning and inv_freq is not None:
                 by, seed = turning
@@ -270,7 +278,8 @@ def apply_targets(
             stays.append(stay)
         for tier in reversed(range(len(here) - 1)):
             for lower in range(tier + 1, len(here)):
-                _lower(store, tier, lower, here[tier], stays[tier], pick(pick(counts, tier), lower))
+                count = pick(pick(counts, tier), lower)
+                _lower(store, tier, lower, here[tier], stays[tier], count, remembers)
     return evicted
 
 
@@ -335,7 +344,13 @@ def _drop(store: PagedStore, tier: int, gone: torch.Tensor, kept: torch.Tensor, 
 
 
 def _lower(
-    store: PagedStore, tier: int, lower: int, decided: torch.Tensor, protected: torch.Tensor, counts: torch.Tensor
+    store: PagedStore,
+    tier: int,
+    lower: int,
+    decided: torch.Tensor,
+    protected: torch.Tensor,
+    counts: torch.Tensor,
+    remembers: bool,
 ) -> None:
     """Moves slots to a lower tier; a few rows at a time where an arena at its limit has no room for all at once.
 
@@ -360,6 +375,8 @@ def _lower(
                 continue
             chosen = chosen & ~protected
             count = chosen.sum(1, dtype=torch.int32)
+            if remembers:
+                remember_evicted(store, tier, chosen, on_host(count))
         kept = store.lengths[tier] - count
         _drop(store, tier, chosen, known_as(kept, store.lengths_on_host()[tier] - on_host(count)), decided, protected)
 

@@ -11,6 +11,7 @@ import torch
 
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena, changes_pages
+from kvcompress_hf.paging.evicted import EVICTED, EvictedMeans
 from kvcompress_hf.paging.geometry import Geometry
 from kvcompress_hf.paging.key_centring import KEY_SHIFT, KeyCentring
 from kvcompress_hf.paging.key_feedback import KEY_FEEDBACK, KeyFeedback
@@ -38,6 +39,7 @@ def declare(layout: PageLayout, device: torch.device) -> list[Declared]:
         *MEANS,
         KEY_SHIFT,
         KEY_FEEDBACK,
+        *EVICTED,
         *QUERIES,
     ]
 
@@ -107,6 +109,7 @@ class StoredRows:
         self._keys = KeyCentring(self.tensors)
         self._feedback = KeyFeedback(self.tensors)
         self.queries = QueryMemory(self.tensors)
+        self.evicted_means = EvictedMeans(self.tensors)
         self.reading = arena.register(self)  # held while kernels read pages outside of a change
 
     # -- what it is made of ----------------------------------------------------------------------------------------
@@ -199,6 +202,7 @@ class StoredRows:
         rows = self._tables.rows(part)
         if self.key_feedback is not None:
             rows.key_feedback = self.key_feedback.flatten(0, 2)[part]
+        rows.evicted_means, rows.evicted_counts = self.evicted_means.of(part)
         return rows
 
     def tail(self, layer: int) -> Tail:
@@ -446,7 +450,8 @@ class StoredRows:
             `[rows, columns]`, zero where no page is live; `lengths` `int32` `[tiers, rows]`; `tail_lengths` `int32`
             `[layers, batch]`; where the tail is not empty `tail_keys`, `tail_values`, `tail_positions` and
             `tail_fields`, cut to what is used; where means are kept `sums` and `summed`; where keys are centred
-            `key_shift`; where they are rounded with feedback `key_feedback`; where queries are remembered those of
+            `key_shift`; where they are rounded with feedback `key_feedback`; where evicted slots
+            are remembered `evicted_means` and `evicted_counts`; where queries are remembered those of
             `QUERIES`. Copies, save for the means and the tail.
         """
         used = int(self.tail_lengths[:layers].max()) if self.tail_lengths[:layers].numel() else 0

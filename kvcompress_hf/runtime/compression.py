@@ -306,7 +306,8 @@ class Compression:
         own_before_applying(parts, decided.slots, decided.decision, turning is not None)
         self.rollback.overwrites("Evicting and lowering slots")
         state.statistics.plans += 1
-        state.statistics.evicted_slots += apply_targets(parts, decided.slots, decided.decision, turning)
+        remembers = state.recipe.keeps_mean
+        state.statistics.evicted_slots += apply_targets(parts, decided.slots, decided.decision, turning, remembers)
         self._note_room(decided.ruled, torch.stack([bytes_held(part.store) for part in parts]))
 
     def _note_room(self, ruled: Sequence[_Ruled], held: torch.Tensor) -> None:
@@ -339,6 +340,10 @@ class Compression:
             each.nbytes // self.state.batch for each in (store.key_shift, store.key_feedback) if each is not None
         ]
         queries = store.queries.nbytes // self.state.batch
+        remembers = self.state.recipe.keeps_mean and not geometry.windowed
+        means += (
+            2 * geometry.head_dim * geometry.dtype.itemsize + 4 if remembers else 0
+        )  # of what is evicted, and how much that is
         positions = 4 * store.layers * (every + 1)  # of the tail, and how many it holds
         slab = 12  # its address and size
         return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + sum(of_keys) + queries + slab

@@ -276,7 +276,7 @@ def test_headers(model, whole, data, tmp_path_factory):
     ("change", "message"),
     [
         (lambda h, s: h["__metadata__"].update(format="other"), "its format is 'other'"),
-        (lambda h, s: h["__metadata__"].update(format_version="3"), "version is '3', but this package reads 1 and 2"),
+        (lambda h, s: h["__metadata__"].update(format_version="4"), "version is '4', but this package reads 1, 2, 3;"),
         (
             lambda h, s: (h["__metadata__"].update(format_version="2"), s["stores"][0].pop("rotates_values", None)),
             "rotates_values is None, not true or false",

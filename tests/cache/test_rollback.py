@@ -62,6 +62,7 @@ RECIPES = {
     "kv-compress": recipe("kv-compress", budget=0.4, protect={"recent": 4}),
     "auto": recipe("auto", budget=0.3, protect={"recent": 4}),
     "keydiff": recipe("keydiff", budget=0.5, protect={"recent": 4}),
+    "means stay": recipe("kv-compress", budget=0.4, protect={"recent": 4}, evicted="mean"),
 }
 KVZIP = recipe("kvzip", budget=0.5)
 
@@ -99,7 +100,7 @@ def contents(cache, scores=True):
             held += [store.read_field(tier, name, width) for name in store.layout.fields] if width else []
         for name, each in store.tensors.declared.items():
             value = store.tensors.values.get(name)
-            if name in ("sums", "summed", "key_shift"):
+            if name in ("sums", "summed", "key_shift", "evicted_means", "evicted_counts"):
                 held.append(torch.zeros(0) if value is None else value.clone())
             elif "slots" in each.dims and value is not None:
                 used = int(store.tail_lengths.max())
@@ -203,9 +204,10 @@ def read_again(cache):
 CHANGES = {
     "beams": (lambda: make("k4v2", 2), lambda cache: cache.reorder_cache(torch.tensor([1, 0])), False),
     "fewer rows": (lambda: make("h2o", 2), lambda cache: cache.batch_select_indices(torch.tensor([1])), False),
-    "more rows": (lambda: make("auto", 2), lambda cache: cache.batch_repeat_interleave(3), False),
+    "more rows": (lambda: make("means stay", 2), lambda cache: cache.batch_repeat_interleave(3), False),
     "crop": (lambda: make("lossless", 2), lambda cache: cache.crop(-5), False),
     "commit": (lambda: recorded("kv-compress"), lambda cache: cache.crop(-1), True),
+    "commit, means": (lambda: recorded("means stay"), lambda cache: cache.crop(-1), True),
     "commit, packing": (lambda: recorded("k4v2"), lambda cache: cache.crop(-1), False),
     "fork": (lambda: make("auto", 2), lambda cache: cache.fork().reset(), False),
     "a fork's chunk": (lambda: make("h2o", 2), chunk_on_a_fork, False),

@@ -91,6 +91,7 @@ def test_what_a_step_takes_is_counted_once(build_model, on_shim):
         ("roco", {"budget": 24}),
         ("k4v2", {}),
         ("auto", {"budget": 0.3}),
+        ("auto", {"budget": 0.3, "evicted": "mean"}),
         ("kvzip", {"budget": 0.5}),  # the largest probabilities
     ],
 )
@@ -109,7 +110,15 @@ def test_recipes_do_the_same_as_on_the_reference(build_model, monkeypatch, shim,
     assert replace(mine, tables=0) == replace(reference, tables=0)
 
 
-@pytest.mark.parametrize("preset, changes", [("lossless", {}), ("k4v2", {}), ("kv-compress", {"budget": 0.5})])
+@pytest.mark.parametrize(
+    "preset, changes",
+    [
+        ("lossless", {}),
+        ("k4v2", {}),
+        ("kv-compress", {"budget": 0.5}),
+        ("kv-compress", {"budget": 0.5, "evicted": "mean"}),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_a_second_turn_on_tensor_cores(build_model, monkeypatch, shim, dtype, preset, changes):
     model = build_model(dtype)

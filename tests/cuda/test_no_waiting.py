@@ -109,6 +109,7 @@ LIMITS = {
     "leankv": dict(plan=2, prompt=2),
     "roco": dict(plan=2, prompt=2),
     "auto": dict(plan=2, prompt=3),
+    "auto, means": dict(plan=2, prompt=3),
     "auto, masks": dict(plan=3, prompt=4),
     "auto, window": dict(plan=3, prompt=4),
     "kvzip": dict(packing=0, prompt=0, second_reading=2),
@@ -176,7 +177,7 @@ def test_a_device_that_is_not_asked_holds_the_same(shim_library):
 @FAR
 def test_a_device_without_kernels_does_the_same_in_plain_torch():
     """No host tensor among its own, no memory read behind its back: pages, plans and outputs as on the CPU."""
-    far("waits.py", "--same", "--reference", "kv-compress", "k8v4", "leankv", "roco", "auto", "events")
+    far("waits.py", "--same", "--reference", "kv-compress", "k8v4", "leankv", "roco", "auto", "auto, means", "events")
 
 
 @FAR

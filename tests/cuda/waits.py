@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "h2o": dict(preset="h2o", budget=0.9, protect={"recent": 8}),
     "tova": dict(preset="tova", budget=24),
     "auto": dict(preset="auto", budget=0.3, protect={"recent": 8}),
+    "auto, means": dict(preset="auto", budget=0.3, protect={"recent": 8}, evicted="mean"),
     "auto, packing only": dict(preset="auto", budget=0.9, protect={"recent": 8}),
     "auto, window": dict(preset="auto", budget=0.3, protect={"recent": 8}, window=24),
     "auto, masks": dict(preset="auto", budget=0.3, protect={"recent": 8}, padding=9, masks=True),

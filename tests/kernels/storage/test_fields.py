@@ -43,6 +43,26 @@ def test_read_slots_is_bit_exact(make_twins, make_states, backend, head_dim, dty
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("head_dim", [16, 96, 128])
+def test_slot_sums_are_sums_over_what_is_read(make_twins, make_states, backend, head_dim, dtype):
+    tiers = [(0, 0), (8, 4), (4, 2), (2, 8)]
+    twins = make_twins(backend, head_dim, dtype, tiers)
+    fields = make_states(2, 2, 70, head_dim, dtype)[2]
+    k, v = torch.randn(2, 2, 2, 70, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for tier in range(len(tiers)):
+        twins.pack(tier, k, v, torch.tensor([[70, 0], [1, 18]], dtype=torch.int32), None, fields)
+        for width in (0, 5, 70, 99):
+            chosen = torch.rand(width, 4).T < 0.5  # not contiguous
+            got, wanted = twins.both("slot_sums", tier, chosen)
+            read = backend.read_slots(twins.rows, tier, width)
+            parts = torch.stack([x.double() * chosen[..., None] for x in read], 1)
+            for sums in (got, wanted):
+                assert sums.shape == (4, 2, head_dim) and sums.dtype == torch.float32
+                error = (sums - parts.sum(2)).norm(dim=-1)
+                assert (error <= 1e-6 * parts.norm(dim=-1).sum(2)).all()
+
+
 @pytest.mark.parametrize("make", [CpuBackend, ReferenceBackend])
 def test_empty_rows(make):
     layout = page_layout(32, torch.float32, [(8, 4)], ("score",))
@@ -58,6 +78,7 @@ def test_empty_rows(make):
         )
         assert make().read_field(rows, 0, "score", 3).shape == (count, 3)
         assert not make().read_slots(rows, 0, 3)[0].any()
+        assert make().slot_sums(rows, 0, torch.ones(count, 3, dtype=torch.bool)).shape == (count, 2, 32)
         assert rows.width(0) == 0
 
 
@@ -71,6 +92,10 @@ def test_errors_name_what_is_wrong(make_twins, make):
         backend.read_slots(rows, 0, -1)
     with pytest.raises(ValueError, match="tier must be between"):
         backend.read_slots(rows, 1, 4)
+    with pytest.raises(ValueError, match="chosen must have shape"):
+        backend.slot_sums(rows, 0, torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="tier must be between"):
+        backend.slot_sums(rows, 1, torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="values must be torch.float32"):
         backend.write_field(rows, 0, "score", torch.zeros(2, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="values must have shape"):
