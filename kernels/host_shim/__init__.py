@@ -23,7 +23,7 @@ FAULTS = {
     2: "too many threads",
     3: "there is no such kernel",
     4: "a bulk copy whose addresses and bytes are not multiples of 16, or that does not lie in shared memory",
-    5: "a gate that was not made, or is told what to expect before its last phase has ended",
+    5: "a gate that was not made, or was made twice, or is told what to expect before its last phase has ended",
     6: "bulk copies were still under way at the end of a block",
 }
 

@@ -447,7 +447,10 @@ KVC_DEVICE void copies_done() {
   shim::copies[shim::current].clear();
 }
 
-KVC_DEVICE void make_gate(uint64_t* gate) { shim::write_gate(gate, {shim::kMade, 0, 0, 0}); }
+KVC_DEVICE void make_gate(uint64_t* gate) {
+  if (shim::read_gate(gate).made == shim::kMade) shim::stop_with(shim::kBadGate);
+  shim::write_gate(gate, {shim::kMade, 0, 0, 0});
+}
 KVC_DEVICE void unmake_gate(uint64_t* gate) {
   const shim::Gate now = shim::read_gate(gate);
   if (now.made != shim::kMade || now.told) shim::stop_with(shim::kBadGate);

@@ -148,14 +148,14 @@ def test_which_devices_have_them():
     assert set(images.units_of("sm_90a")) == nvrtc.SOURCES.keys()
 
 
-def copy(launcher, bytes=512, expected=512, skew=0, waits=1, early=0):
+def copy(launcher, bytes=512, expected=512, skew=0, waits=1, early=0, made=1):
     """The probe's copies, twice 512 bytes by one warp; returns what they should have brought and what they did."""
     memory = torch.arange(1024).remainder(199).to(torch.uint8)
     # At a multiple of 16, however tensors lie.
     buffer = torch.zeros(1024 + 16, dtype=torch.uint8)
     source = buffer[-buffer.data_ptr() % 16 :][:1024].copy_(memory)
     found = torch.zeros(1024, dtype=torch.uint8)
-    numbers = (ctypes.c_int32(n) for n in (bytes, expected, skew, waits, early))
+    numbers = (ctypes.c_int32(n) for n in (bytes, expected, skew, waits, early, made))
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (source, found))
     launcher.launch("kvc_shim_bulk", 1, 32, (*pointers, *numbers), torch.device("cpu"))
     return memory.view(2, 512)[:, :32], found.view(2, 512)[:, :32]
@@ -177,11 +177,13 @@ def test_reading_before_the_wait_finds_poison(launcher):
     "options, message",
     [
         (dict(waits=0), "told what to expect before its last phase has ended"),
+        (dict(waits=-1), "under way at the end of a block"),
         (dict(expected=496), "bytes that do not come"),
         (dict(expected=528), "bytes that do not come"),
         (dict(bytes=24, expected=24), "not multiples of 16"),
         (dict(skew=8, bytes=32, expected=32), "not multiples of 16"),
-        (dict(early=-1), "a gate that was not made"),
+        (dict(made=0), "a gate that was not made"),
+        (dict(made=2), "a gate that was not made, or was made twice"),
     ],
     ids=str,
 )
