@@ -6,7 +6,8 @@
 Each meant for ten minutes without network. In order, so that a run that is cut short has the most important part:
 
 - `decode`: what memory can do; decode attention of one layer, every tier against the best of SDPA's flash and cuDNN
-  kernels (and flash-attn where it is installed), with its error against float64 and the host's time for a call.
+  kernels (and flash-attn where it is installed), with its error against float64 and the host's time for a call; where
+  pages come by bulk copies, also without these.
 - `sweep`: the same without dense attention from 16 slots on, which tells what a launch costs whatever it does.
 - `tests`: `tests/gpu`, every kernel against the reference.
 - `statistics`: a step that adds probabilities up.
@@ -110,6 +111,12 @@ def breaks_the_device(error: Exception) -> bool:
     )
 
 
+def plain_line(name: str, row: dict) -> Iterator[str]:
+    """The same caches by the kernels without bulk copies, where there are both."""
+    if "without_bulk_copies_ms" in row:
+        yield f"{name}{1e3 * row['without_bulk_copies_ms']:10.1f} us without bulk copies"
+
+
 def lines_of(row: dict) -> Iterator[str]:
     """A result in a line or a few, for people."""
     name = f"{row['item']:34}"
@@ -120,8 +127,10 @@ def lines_of(row: dict) -> Iterator[str]:
             f"{name}{1e3 * row['ms']:10.1f} us{row['bytes_per_s'] / 1e9:9.0f} GB/s{row['times_best_dense']:8.2f} x "
             f"{row['best_dense']}; host {row['host_us']:.0f} us, error {row.get('error', float('nan')):.1e}"
         )
+        yield from plain_line(name, row)
     elif "tier" in row:
         yield f"{name}{1e3 * row['ms']:10.1f} us{row['bytes_per_s'] / 1e9:9.0f} GB/s; host {row['host_us']:.0f} us"
+        yield from plain_line(name, row)
     elif isinstance(row.get("ms"), dict):
         yield from (f"{name}{form:32}{ms:10.4f} ms" for form, ms in row["ms"].items())
     elif "cache" in row:

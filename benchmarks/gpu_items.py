@@ -11,7 +11,8 @@ from gpu_timing import Form, clock, copies_for, gpu_milliseconds, graph_clock, h
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from kvcompress_hf.kernels import DecodePlan, Logits, Rows, Tail, get_backend, page_layout
+from kvcompress_hf.kernels import Backend, DecodePlan, Logits, Rows, Tail, get_backend, page_layout
+from kvcompress_hf.kernels.cuda import CudaBackend, launcher_for
 
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
 SLAB_BYTES = 4 << 20  # as the cache allocates its pages
@@ -46,19 +47,25 @@ def packed_rows(args: argparse.Namespace, tier: str, context: int, batch: int, f
     return rows
 
 
-def new_plan(
-    args: argparse.Namespace, tier: str, context: int, batch: int, field: str | None = None
-) -> tuple[DecodePlan, Rows]:
-    """A plan for decoding over random packed slots, its tail empty; with a field, it adds statistics to that."""
-    fields = (field,) if field else ()
-    rows = packed_rows(args, tier, context, batch, fields)
+def without_bulk_copies(device: torch.device) -> Backend | None:
+    """A backend whose decode kernels load pages as those of older devices do; `None` where they always do."""
+    backend = get_backend(device)
+    if not isinstance(backend, CudaBackend) or not backend.launcher.bulk_copies:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return CudaBackend(launcher_for(index, bulk_copies=False))
+
+
+def new_plan(args: argparse.Namespace, rows: Rows, backend: Backend, field: str | None = None) -> DecodePlan:
+    """A plan for decoding over packed slots, the tail empty; with a field, it adds statistics to that."""
+    batch = rows.count // args.kv_heads
     shape = (batch, args.kv_heads, 16 if field else 0, args.head_dim)
     k, v = (torch.empty(shape, dtype=args.dtype, device=args.device) for _ in range(2))
     zeros = partial(torch.zeros, dtype=torch.int32, device=args.device)
     tail = Tail(k, v, zeros(batch), zeros(batch, shape[2]), zeros(1, *shape[:3]) if field else None)
     logits = Logits(args.head_dim**-0.5)
     options = dict(logits=logits, q_heads=args.kv_heads * args.group, sum_field=field)
-    return get_backend(args.device).plan_decode(rows, tail, **options), rows
+    return backend.plan_decode(rows, tail, **options)
 
 
 def relative_error(args: argparse.Namespace, rows: Rows, q: torch.Tensor, out: torch.Tensor) -> float:
@@ -136,15 +143,24 @@ def decode_item(
     q = torch.randn(batch, args.kv_heads * args.group, 1, args.head_dim, device=device, dtype=args.dtype)
     layout = page_layout(args.head_dim, args.dtype, [TIERS[tier]])
     size = context * batch * args.kv_heads * layout.slot_bytes(0)
-    made = [new_plan(args, tier, context, batch, field) for _ in range(copies_for(size, device))]
-    calls: list[Form] = [partial(plan.run, q, None, None, 0, append=False) for plan, _ in made]
-    row: dict[str, object] = dict(tier=tier, context=context, batch=batch, bytes=size, copies=len(made))
+    fields = (field,) if field else ()
+    pasts = [packed_rows(args, tier, context, batch, fields) for _ in range(copies_for(size, device))]
+
+    def steps(backend: Backend) -> list[Form]:
+        plans = [new_plan(args, rows, backend, field) for rows in pasts]
+        return [partial(plan.run, q, None, None, 0, append=False) for plan in plans]
+
+    calls, plain = steps(get_backend(device)), without_bulk_copies(device)
+    loads = {"without bulk copies": steps(plain)} if plain else {}
+    row: dict[str, object] = dict(tier=tier, context=context, batch=batch, bytes=size, copies=len(pasts))
     out = calls[0]()
     if context * batch * args.kv_heads * args.head_dim <= MOST_CHECKED:
-        row["error"] = relative_error(args, made[0][1], q, out)
+        row["error"] = relative_error(args, pasts[0], q, out)
     others, row["refused"] = attempts(dense_forms(args, q, context) if dense else {}, device)
-    times = graph_clock({tier: calls, **others}, device, args.rounds)
+    times = graph_clock({tier: calls, **loads, **others}, device, args.rounds)
     row |= dict(ms=times[tier], bytes_per_s=size / times[tier] * 1e3)
+    if loads:
+        row["without_bulk_copies_ms"] = times["without bulk copies"]
     row["same_cache_ms"] = graph_clock({tier: calls[:1]}, device, args.rounds)[tier]
     row["host_us"] = host_microseconds(calls[0], device)
     if others:

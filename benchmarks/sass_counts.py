@@ -6,7 +6,8 @@ Needs NVRTC 13.0 (`pip install nvidia-cuda-nvrtc==13.0.*`) and nvdisasm (`pip in
 is compiled by itself. Counted is the longest way through the innermost loop that has all products of a step, without
 what most steps leave out: soft caps (a reciprocal), slots that are not seen (minus infinity), logits kept for
 statistics (generic stores), and moves of the reference point (exchanges between lanes that are `BFLY`). Once per page a
-step also opens the next one: both ways are counted, and the mean over a page without slot fields.
+step also opens the next one: both ways are counted, and the mean over a page without slot fields. In the kernels with
+bulk copies (`..._bulk`) that is to ask for a whole page and to wait, once, for another.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from kvcompress_hf.kernels.cuda import nvrtc
 TIERS = {"native": (16, 16), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
 # Of keys and of values; with codes, each tile of eight heads has one more, for the sum of the probabilities.
 PRODUCTS = {"decode64_8": 8, "decode64_16": 16, "decode128_8": 16, "decode128_16": 32, "decode256_8": 32}
-PRODUCTS |= {unit: 16 for unit in nvrtc.SOURCES if unit.startswith("decode128_8_")}  # each knows one tier with codes
-RARE = r"MUFU\.RCP|-INF|\bST\.E|SHFL\.BFLY"
-PAGE = r"LDG\.E\.64\b"  # in a block without products: the address of the next page's slab
+PRODUCTS |= {"decode64_8_bulk": 8, "decode256_8_bulk": 32}
+PRODUCTS |= {unit: 16 for unit in nvrtc.SOURCES if unit.startswith("decode128_8_")}  # most know one tier with codes
+RARE = r"MUFU\.RCP|-INF|\bST\.E|SHFL\.BFLY|COLLECTIVE"
+# In a block without products: the address of the next page's slab, or a wait for a page.
+PAGE = r"LDG\.E\.64\b|SYNCS\.PHASECHK"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Counts:
         opening: Of one that opens the next page.
         mean: Over all steps of a page.
         way: The instructions of the first.
+        opening_way: The instructions of the second.
         registers: Of the kernel.
     """
 
@@ -51,6 +55,7 @@ class Counts:
     opening: int
     mean: float
     way: list[str]
+    opening_way: list[str]
     registers: int
 
 
@@ -103,7 +108,7 @@ def _followers(index: int, block: list[str], labels: dict[str, int], count: int)
     jump = re.search(r"\bBRA\b.*?(\.L_\w+)", last)
     if jump and jump[1] in labels:
         yield labels[jump[1]]
-    goes_on = not re.search(r"\b(BRA|EXIT|RET)\b", last) or last.startswith("@") or re.search(r"BRA\S* !?U?P\d", last)
+    goes_on = not re.search(r"\b(BRA|EXIT|RET)\b", last) or re.search(r"^@|BRA\.DIV|BRA\S* !?U?P\d", last)
     if goes_on and index + 1 < count:
         yield index + 1
 
@@ -157,6 +162,8 @@ def longest_way(
     """
     has = [sum("HMMA" in x for x in block) for block in blocks]
     rare = [any(re.search(RARE, x) for x in block) for block in blocks]
+    parts = [sum("UBLKCP" in x for x in block) > 1 for block in blocks]  # of a page, where a way begins or ends
+    rare = [r or part or block == ["YIELD"] for r, part, block in zip(rare, parts, blocks, strict=True)]
     # A block that only decides whether something rare is done belongs to it.
     kept = [any(re.search(r"\bST\.E", x) for x in block) for block in blocks]
     rare = [r or (len(blocks[i]) < 12 and i + 1 < len(blocks) and kept[i + 1]) for i, r in enumerate(rare)]
@@ -205,7 +212,7 @@ def count(unit: str, tier: str, arch: str, nvdisasm: str) -> Counts:
     bits = [x % 16 for x in TIERS[tier]]
     steps = page_layout(head_dim, torch.float16, [(bits[0], bits[1])], ()).tiers[0].slots // 16
     mean = len(within) + (len(opening) - len(within)) / steps
-    return Counts(len(within), len(opening), mean, within, compiled.kernels[0].registers)
+    return Counts(len(within), len(opening), mean, within, opening, compiled.kernels[0].registers)
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash
-from .nvrtc import SOURCES, KernelResources, compile_source, nvrtc_version
+from .images import ARCHITECTURES, CUBIN_DIR, KERNELS, MANIFEST, source_hash, units_of
+from .nvrtc import BULK, SOURCES, KernelResources, compile_source, nvrtc_version
 
 __all__ = ["NVRTC_VERSION", "REGISTERS", "main", "problems", "resident_warps"]
 
@@ -42,6 +42,7 @@ REGISTERS: dict[str, int] = {
     "scores128": 168,
     "scores256": 255,
 }
+REGISTERS |= {unit: REGISTERS[unit.removesuffix(BULK)] for unit in SOURCES if unit.endswith(BULK)}
 #: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).
 ROOM: dict[str, tuple[int, int, int]] = {
     "sm_80": (64, 32, 164 << 10),
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"cubins are built with NVRTC {NVRTC_VERSION}, this is {nvrtc_version()}")
     faults, cubins = [], {}
     for arch in args.arch:
-        for unit in args.unit:
+        for unit in (unit for unit in args.unit if unit in units_of(arch)):
             compiled = compile_source(unit, arch)
             for kernel in compiled.kernels:
                 sys.stdout.write(

@@ -15,10 +15,17 @@
 //
 // Compiled once for each head_dim, KVC_HEAD_DIM, and number of query heads handled together, KVC_HEADS: 8 or 16. Where
 // all codes are of one tier, a kernel for that alone, KVC_CODED, takes fewer registers: more of its blocks run at once.
+// Where KVC_RING is not 0, pages of codes come to each warp by bulk copies (ring.cuh); none may have more bytes of them.
 #include "fragments.cuh"
+#include "ring.cuh"
 
 #ifndef KVC_CODED
 #define KVC_CODED 0  // key bits * 10 + value bits
+#endif
+#ifndef KVC_RING
+#define KVC_RING 0
+#endif
+#ifndef KVC_SUFFIX
 #define KVC_SUFFIX
 #endif
 #undef KVC_BLOCKS  // that a multiprocessor holds
@@ -100,10 +107,60 @@ KVC_DEVICE int blocks_before(const Row& r, int tier) {
   return n;
 }
 
-// The way of a warp over its blocks of a tier or the tail, one after the other. A page's id is asked for two pages
-// before it is needed and the slab's address one, so that neither is waited for.
+// A row's pages, one after the other. A page's id is asked for two pages before it is needed and the slab's address one,
+// so that neither is waited for.
+struct Pages {
+  const Task& task;
+  const int32_t* ids;
+  int page, last_page;            // of `later`; of the way
+  const uint8_t* slab;            // of the next page
+  uint32_t in_slab;               // its number there
+  int32_t later;                  // the id of the page after that
+
+  KVC_DEVICE_METHOD void begin(const Row& r, int tier, int first, int last) {
+    page = first, last_page = last;
+    ids = task.a.rows.table[tier] + r.row * task.a.rows.table_stride[tier];
+    find_next(ids[page]);
+    later = next_id();
+  }
+  KVC_DEVICE_METHOD int32_t next_id() {
+    page = least(page + 1, last_page);
+    return ids[page];
+  }
+  KVC_DEVICE_METHOD void find_next(int32_t id) {
+    slab = reinterpret_cast<const uint8_t*>(task.a.rows.slabs[id >> task.a.rows.slab_shift]);
+    in_slab = static_cast<uint32_t>(renewed(id & ((1 << task.a.rows.slab_shift) - 1)));
+  }
+  // The address of the next page.
+  KVC_DEVICE_METHOD const uint8_t* next() const {
+    return renewed(slab + static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes));
+  }
+  KVC_DEVICE_METHOD void pass() {
+    find_next(later);
+    later = next_id();
+  }
+};
+
+// Positions of a block of a tier or the tail; null where they do not matter.
+KVC_DEVICE const int32_t* positions_of(const Task& task, const Row& r, int tier, int block) {
+  const KvcDecode& a = task.a;
+  const int slot = block * kBlock;
+  if (tier == kTail) return a.tail.position + r.b * a.tail.capacity + slot;
+  if (a.position_field < 0) return nullptr;
+  const KvcTier& its = task.layout.tier[tier];
+  uint8_t* page = page_of(task.layout, a.rows, tier, r.row, slot);
+  return reinterpret_cast<const int32_t*>(field_of(its, page, a.position_field, slot % its.slots));
+}
+
+struct Shared;
+#if KVC_RING
+KVC_DEVICE Ring<KVC_RING>& ring_of(Shared& shared);  // of this warp
+#endif
+
+// The way of a warp over its blocks of a tier or the tail, one after the other.
 template <int kKeyBits, int kValueBits>
 struct Walk {
+  static constexpr bool kRing = false;
   using Key = KeyRow<kDim, kKeyBits>;
   using Value = ValueRow<kDim, kValueBits, kShare>;
   static constexpr bool kCoded = kKeyBits != kNative;
@@ -117,15 +174,15 @@ struct Walk {
   int on_page;                    // slots from there to the end of the page
   int slots;                      // of a page
   uint32_t keys, values, offset;  // from a page to the lane's words and parameters of its first slot
-  const int32_t* ids;             // of the row's pages
-  int page, last_page;            // of `later`; of the way
-  const uint8_t* slab;            // of the next page
-  uint32_t in_slab;               // its number there
-  int32_t later;                  // the id of the page after that
+  Pages pages;
 
   // Blocks first .. until, one at least.
-  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int first, int until)
-      : task(task), r(r), tier(tier), left(least(r.lengths[tier], until * kBlock) - first * kBlock) {
+  KVC_DEVICE_METHOD Walk(const Task& task, const Row& r, int tier, int first, int until, Shared&)
+      : task(task),
+        r(r),
+        tier(tier),
+        left(least(r.lengths[tier], until * kBlock) - first * kBlock),
+        pages{task} {
     const int g = thread_lane() >> 2, t = thread_lane() & 3;
     // Coded slots are read in pairs, 2g and 2g + 1, native ones one by one: see load_keys.
     keys = Key::kPiece * t + (kCoded ? 2 * g * Key::kBytes : 0);
@@ -143,31 +200,18 @@ struct Walk {
     keys += static_cast<uint32_t>(its.keys);
     values += static_cast<uint32_t>(its.values);
     if (kCoded) offset = static_cast<uint32_t>(t < 2 ? its.key_params : its.value_params) + 2 * (t % 2) * slots + 4 * g;
-    page = first * kBlock / slots;
-    const int inside = first * kBlock - page * slots;
-    last_page = page + (inside + left - 1) / slots;
-    ids = task.a.rows.table[tier] + r.row * task.a.rows.table_stride[tier];
-    find_next(ids[page]);
-    later = next_id();
+    const int page = first * kBlock / slots, inside = first * kBlock - page * slots;
+    pages.begin(r, tier, page, page + (inside + left - 1) / slots);
     open_page();
     k += inside * Key::kBytes, v += inside * Value::kBytes, params += 2 * inside;
     on_page -= inside;
   }
-  KVC_DEVICE_METHOD int32_t next_id() {
-    page = least(page + 1, last_page);
-    return ids[page];
-  }
-  KVC_DEVICE_METHOD void find_next(int32_t id) {
-    slab = reinterpret_cast<const uint8_t*>(task.a.rows.slabs[id >> task.a.rows.slab_shift]);
-    in_slab = static_cast<uint32_t>(renewed(id & ((1 << task.a.rows.slab_shift) - 1)));
-  }
   KVC_DEVICE_METHOD void open_page() {
-    const uint8_t* at = renewed(slab + static_cast<uint64_t>(in_slab) * static_cast<uint32_t>(task.layout.page_bytes));
+    const uint8_t* at = pages.next();
     k = at + keys, v = at + values;
     if (kCoded) params = at + offset;
     on_page = slots;
-    find_next(later);
-    later = next_id();
+    pages.pass();
   }
   KVC_DEVICE_METHOD void advance() {
     on_page -= kBlock;
@@ -178,16 +222,8 @@ struct Walk {
       if (kCoded) params += 2 * kBlock;
     }
   }
-  // Positions of the block at hand; null where they do not matter.
-  KVC_DEVICE_METHOD const int32_t* positions(int block) const {
-    const KvcDecode& a = task.a;
-    const int slot = block * kBlock;
-    if (tier == kTail) return a.tail.position + r.b * a.tail.capacity + slot;
-    if (a.position_field < 0) return nullptr;
-    const KvcTier& its = task.layout.tier[tier];
-    uint8_t* page = page_of(task.layout, a.rows, tier, r.row, slot);
-    return reinterpret_cast<const int32_t*>(field_of(its, page, a.position_field, slot % its.slots));
-  }
+  // Which slot of a block row g + 8i of a fragment has.
+  KVC_DEVICE_METHOD static int slot(int g, int i) { return 2 * g + i; }
 };
 
 // The slot that a native row is read from: behind the last in use there may be no memory, so that one is read again.
@@ -198,9 +234,9 @@ struct Loaded {
   using Key = KeyRow<kDim, kKeyBits>;
   using Value = ValueRow<kDim, kValueBits, kShare>;
   static constexpr bool kCoded = kKeyBits != kNative;
-  uint32_t k[2][Key::kWords];    // slots 2g and 2g + 1
-  uint32_t v[4][Value::kWords];  // slots 4t, 4t + 2, 4t + 1, 4t + 3
-  uint32_t params;               // fp16 of slots 2g and 2g + 1, by t: key scale, key offset, value scale, value offset
+  uint32_t k[2][Key::kWords];    // rows g and g + 8 of a fragment: slots 2g and 2g + 1, or as Way::slot says
+  uint32_t v[4][Value::kWords];  // slots of rows 2t, 2t + 1, 2t + 8, 2t + 9
+  uint32_t params;               // fp16 of the slots of keys, by t: key scale, key offset, value scale, value offset
 
   // `in_use` is how many slots are, from the block's first on.
   KVC_DEVICE_METHOD void load_keys(const uint8_t* from, int in_use) {
@@ -223,9 +259,154 @@ struct Loaded {
   }
 };
 
-// Registers that loads may wait in: the words of a block, or first its keys and then its values in their place.
+#if KVC_RING
+// The same through the warp's ring, of coded slots. A page comes with one copy or, where only a part of it is on the way,
+// with one for each of its sections. When it has been gone over, another is asked for in its place.
 template <int kKeyBits, int kValueBits>
-constexpr bool kBoth = 2 * KeyRow<kDim, kKeyBits>::kWords + 4 * ValueRow<kDim, kValueBits, kShare>::kWords < 64;
+struct RingWalk {
+  using Key = KeyRow<kDim, kKeyBits>;
+  using Value = ValueRow<kDim, kValueBits, 1>;
+  static constexpr bool kRing = true;
+
+  const Task& task;
+  const Row& r;
+  const int tier;
+  int left;                             // slots from the block at hand to the end of the way
+  int to_ask;                           // slots from the page that is asked for next to there
+  int inside;                           // where on the first page the way begins
+  int slots, bytes;                     // of a page, without slot fields
+  int other;                            // the second stage of the ring, or 0: there is only one
+  int stage;                            // at hand
+  uint32_t phase;                       // of its gate
+  uint32_t keys, values, back, offset;  // from a page to the lane's words of its first slot
+  const uint8_t *k, *v, *w, *params;    // the lane's words of the block at hand: see load_values
+  int on_page;                          // slots from that to the end of the page
+  Ring<KVC_RING>& ring;
+  Pages pages;
+
+  KVC_DEVICE_METHOD RingWalk(const Task& task, const Row& r, int tier, int first, int until, Shared& shared)
+      : task(task), r(r), tier(tier), ring(ring_of(shared)), pages{task} {
+    const KvcTier& its = task.layout.tier[tier];
+    const int g = thread_lane() >> 2, t = thread_lane() & 3;
+    slots = its.slots, bytes = static_cast<int>(its.fields), other = 2 * bytes <= KVC_RING;
+    keys = static_cast<uint32_t>(its.keys) + slot(g, 0) * Key::kBytes + Key::kPiece * t;
+    values = static_cast<uint32_t>(its.values) + t * Value::kBytes + g * Value::kPiece;
+    back = values + (7 - 2 * t) * Value::kBytes;
+    offset = static_cast<uint32_t>(t < 2 ? its.key_params : its.value_params) + 2 * (t % 2 * slots + slot(g, 0));
+    const int page = first * kBlock / slots;
+    left = least(r.lengths[tier], until * kBlock) - first * kBlock;
+    inside = first * kBlock - page * slots;
+    to_ask = inside + left;
+    pages.begin(r, tier, page, page + (to_ask - 1) / slots);
+  }
+  // As in Walk. In this order, as pages of 128 dimensions lie, no lanes of a load meet in a bank for keys of 4 or 2 bits
+  // and values of 2, two do for keys of 8 bits and values of 4, and up to four for values of 8 and parameters.
+  KVC_DEVICE_METHOD static int slot(int g, int i) { return 8 * i + (g % 2 ? 7 - g / 2 : g / 2); }
+
+  // Asks for as many pages as the ring holds.
+  KVC_DEVICE_METHOD void begin() {
+    ring.make_gates();
+    stage = 0, phase = 0;
+    ask(inside);
+    if (other) {
+      stage = other;
+      ask(0);
+      stage = 0;
+    }
+  }
+  // Asks for the next page, from a slot on, if there is one.
+  KVC_DEVICE_METHOD void ask(int from) {
+    if (to_ask <= 0) return;
+    const uint8_t* page = pages.next();
+    if (elected()) {
+      if (from == 0 && to_ask >= slots) {
+        expect_bytes(&ring.gates[stage], bytes);
+        copy_bulk(ring.bytes + stage * bytes, page, bytes, &ring.gates[stage]);
+      } else {
+        ask_part(page, from);
+      }
+    }
+    pages.pass();
+    to_ask -= slots;
+  }
+  KVC_DEVICE_METHOD void ask_part(const uint8_t* page, int from) {
+    const KvcTier& its = task.layout.tier[tier];
+    const int count = (least(to_ask, slots) - from + kBlock - 1) / kBlock * kBlock, params = 4 * slots;
+    uint8_t* to = ring.bytes + stage * bytes;
+    uint64_t* gate = &ring.gates[stage];
+    expect_bytes(gate, count * (Key::kBytes + Value::kBytes) + 2 * params);
+    const auto ask_section = [&](int64_t section, int start, int size) {
+      copy_bulk(to + section + start, page + section + start, size, gate);
+    };
+    ask_section(its.keys, from * Key::kBytes, count * Key::kBytes);
+    ask_section(its.key_params, 0, params);
+    ask_section(its.values, from * Value::kBytes, count * Value::kBytes);
+    ask_section(its.value_params, 0, params);
+  }
+  // Waits for the page at hand.
+  KVC_DEVICE_METHOD void arrive() {
+    pass_gate(&ring.gates[stage], phase);
+    const uint8_t* at = ring.bytes + stage * bytes;
+    k = at + keys, v = at + values, w = at + back, params = at + offset;
+    on_page = slots;
+  }
+  // To the first block.
+  KVC_DEVICE_METHOD void enter() {
+    arrive();
+    k += inside * Key::kBytes, v += inside * Value::kBytes, w += inside * Value::kBytes, params += 2 * inside;
+    on_page -= inside;
+  }
+  // To the next block; there must be one.
+  KVC_DEVICE_METHOD void advance() {
+    on_page -= kBlock;
+    if (on_page) {
+      k += kBlock * Key::kBytes, v += kBlock * Value::kBytes, w += kBlock * Value::kBytes, params += 2 * kBlock;
+      return;
+    }
+    __syncwarp();  // all lanes are done with what is overwritten
+    ask(0);
+    stage ^= other;
+    phase ^= 1 ^ stage;  // once around
+    arrive();
+  }
+  KVC_DEVICE_METHOD void end() { ring.unmake_gates(); }
+
+  KVC_DEVICE_METHOD void load_keys(Loaded<kKeyBits, kValueBits>& words) const {
+    KVC_UNROLL
+    for (int i = 0; i < 2; i++) {
+      KVC_UNROLL
+      for (int n = 0; n < Key::kWords; n += Key::kPiece / 4) {
+        load_bytes<Key::kPiece, false>(&words.k[i][n], k + 8 * i * Key::kBytes + Key::offset(0, n));
+      }
+    }
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(params);
+    words.params = halves[0] | static_cast<uint32_t>(halves[8]) << 16;
+  }
+  KVC_DEVICE_METHOD void load_values(Loaded<kKeyBits, kValueBits>& words) const {  // slots t, 7 - t, 8 + t, 15 - t
+    KVC_UNROLL
+    for (int i = 0; i < 4; i++) {
+      load_bytes<Value::kPiece, false>(words.v[i], (i % 2 ? w : v) + i / 2 * 8 * Value::kBytes);
+    }
+  }
+};
+#endif
+
+template <int kKeyBits, int kValueBits, bool kRing = KVC_RING && kKeyBits != kNative>
+struct WayOf {  // of a warp over a section
+  using Type = Walk<kKeyBits, kValueBits>;
+};
+#if KVC_RING
+template <int kKeyBits, int kValueBits>
+struct WayOf<kKeyBits, kValueBits, true> {
+  using Type = RingWalk<kKeyBits, kValueBits>;
+};
+#endif
+
+// Registers that loads may wait in: the words of a block, or first its keys and then its values in their place. With a
+// ring the latter, as these wait elsewhere.
+template <int kKeyBits, int kValueBits>
+constexpr bool kBoth = !WayOf<kKeyBits, kValueBits>::Type::kRing &&
+                       2 * KeyRow<kDim, kKeyBits>::kWords + 4 * ValueRow<kDim, kValueBits, kShare>::kWords < 64;
 
 template <int kKeyBits, int kValueBits, bool kBfloat>
 struct Logits {  // as many k-steps of keys x queries as four registers of queries serve
@@ -309,6 +490,9 @@ constexpr int kPitch = kDim + 4;
 KVC_DEVICE int place_of(int d) { return d % (kDim / 8) * 8 + d / (kDim / 8); }
 
 struct Shared {
+#if KVC_RING
+  Ring<KVC_RING> rings[kWarps];
+#endif
   float q[kHeads][kPitch];                   // queries; outputs, each at its place_of, when the row is finished
   uint4 queries[kSteps * kTiles / 2][32];    // fragments for the tier at hand
   float query[kHeads];                       // sum over the dimensions, as rounded, times the factor of the logits
@@ -320,6 +504,10 @@ struct Shared {
   bool fresh, rotated;                       // the queries: not in `q` yet; in there, rotated
   Place place;
 };
+
+#if KVC_RING
+KVC_DEVICE Ring<KVC_RING>& ring_of(Shared& shared) { return shared.rings[thread_warp()]; }
+#endif
 
 // Largest logits seen by any lane, and what has been summed up is to be multiplied by.
 template <int kKeyBits>
@@ -353,9 +541,9 @@ KVC_DEVICE float* logits_of(const KvcWorkspace& w, const Place& at, int tier, in
 }
 
 // What few steps need, done to the logits of a block: soft caps, slots that are not seen, logits to be kept.
-template <int kKeyBits, int kValueBits>
-KVC_DEVICE void settle(float (&c)[kSums][4], float (&scale)[2], float (&zero)[2],
-                       const Walk<kKeyBits, kValueBits>& walk, const Shared& shared) {
+template <class Way>
+KVC_DEVICE void settle(float (&c)[kSums][4], float (&scale)[2], float (&zero)[2], const Way& walk,
+                       const Shared& shared) {
   const KvcDecode& a = walk.task.a;
   const int lane = renewed(thread_lane()), g = lane >> 2, t = lane & 3;
   const int block = shared.until[renewed(thread_warp()) / kShare] - (walk.left + kBlock - 1) / kBlock;
@@ -363,10 +551,10 @@ KVC_DEVICE void settle(float (&c)[kSums][4], float (&scale)[2], float (&zero)[2]
     KVC_UNROLL
     for (int i = 0; i < 4 * kTiles; i++) c[i / 4][i % 4] = a.softcap * kLog2E * tanhf(c[i / 4][i % 4]);
   }
-  const int32_t* position = a.window > 0 ? walk.positions(block) : nullptr;
+  const int32_t* position = a.window > 0 ? positions_of(walk.task, walk.r, walk.tier, block) : nullptr;
   KVC_UNROLL
   for (int i = 0; i < 2; i++) {
-    const int slot = 2 * g + i;
+    const int slot = Way::slot(g, i);
     bool seen = slot < walk.left;
     if (!seen) scale[i] = zero[i] = 0.f;  // behind the last slot anything may lie in place of these, NaN too
     if (seen && position) seen = shared.place.position - position[slot] < a.window;
@@ -375,11 +563,11 @@ KVC_DEVICE void settle(float (&c)[kSums][4], float (&scale)[2], float (&zero)[2]
   }
   if (walk.task.w.logits && thread_warp() % kShare == 0) {
     const int columns = shared.place.columns;
-    float* to = shared.place.logits + (block * kBlock + 2 * g) * static_cast<int64_t>(columns) + 2 * t;
+    float* to = shared.place.logits + (block * kBlock + Way::slot(g, 0)) * static_cast<int64_t>(columns) + 2 * t;
     KVC_UNROLL
     for (int i = 0; i < 2 * kTiles; i++) {
       const float* x = &c[i / 2][i % 2 * 2];
-      float2* there = reinterpret_cast<float2*>(to + i % 2 * columns + i / 2 * 8);
+      float2* there = reinterpret_cast<float2*>(to + Way::slot(0, i % 2) * columns + i / 2 * 8);
       if (i / 2 * 8 + 2 * t < columns) *there = float2{x[0], x[1]};
     }
   }
@@ -389,9 +577,9 @@ KVC_DEVICE void settle(float (&c)[kSums][4], float (&scale)[2], float (&zero)[2]
 struct Affine {
   const float (*c)[4];            // [kTiles]
   const float (*query_sum)[2];    // [kTiles]
-  float scale[2], zero[2];        // of the keys of slots 2g and 2g + 1
+  float scale[2], zero[2];        // of the keys of rows g and g + 8
 
-  // That of slot 2g + i and head e of tile j, less a number.
+  // That of row g + 8i and head e of tile j, less a number.
   template <bool kCoded>
   KVC_DEVICE_METHOD float logit(int j, int i, int e, float less) const {
     return fmaf(c[j][2 * i + e], scale[i], kCoded ? fmaf(query_sum[j][e], zero[i], -less) : -less);
@@ -407,12 +595,12 @@ struct Usual {  // what is the same for all blocks of a section
 // Attends to the block whose words are in `words`. As soon as some of these have served, those of the next are asked
 // for in their place, where there are `more`, so that loads are always under way. Without room for both keys and
 // values, values take the place of the keys they belong to.
-template <int kKeyBits, int kValueBits, bool kBfloat>
-KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Walk<kKeyBits, kValueBits>& walk,
-                       bool more, const Usual& usual, const Shared& shared) {
+template <int kKeyBits, int kValueBits, bool kBfloat, class Way>
+KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const Way& walk, bool more,
+                       const Usual& usual, const Shared& shared) {
   constexpr bool coded = kKeyBits != kNative;
   const int to_come = walk.left - kBlock;
-  float c[kSums][4];  // slot 2g: heads 2t and 2t + 1; slot 2g + 1: the same
+  float c[kSums][4];  // row g, see Way::slot: heads 2t and 2t + 1; row g + 8: the same
   Affine logits{c, usual.query_sum, {usual.factor, usual.factor}, {0.f, 0.f}};
   KVC_UNROLL
   for (int i = 0; i < 4 * kSums; i++) c[i / 4][i % 4] = 0.f;
@@ -420,10 +608,14 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
   Repeat<0, kSteps * kTiles / 2>::run(products);
   KVC_UNROLL
   for (int e = 0; e < 4 && kSums > kTiles; e++) c[0][e] += c[kSums - 1][e];
-  if (!kBoth<kKeyBits, kValueBits>) words.load_values(walk.v, walk.left);  // in the registers that the keys leave
+  if constexpr (Way::kRing) {
+    walk.load_values(words);
+  } else if (!kBoth<kKeyBits, kValueBits>) {
+    words.load_values(walk.v, walk.left);  // in the registers that the keys leave
+  }
   if (more) words.load_keys(walk.k, to_come);
 
-  float scale[2] = {1.f, 1.f}, zero[2] = {0.f, 0.f};  // of the values of slots 2g and 2g + 1
+  float scale[2] = {1.f, 1.f}, zero[2] = {0.f, 0.f};  // of the values of rows g and g + 8
   if (coded) {
     const uint32_t key_scale = __shfl_sync(kAllLanes, words.params, 0, 4);
     const uint32_t key_zero = __shfl_sync(kAllLanes, words.params, 1, 4);
@@ -643,8 +835,12 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
   constexpr bool both = kBoth<kKeyBits, kValueBits>, coded = kKeyBits != kNative;
   const int mine = renewed(thread_warp()) / kShare, first = from + (until - from) * mine / kWalks;
   const int last = from + (until - from) * (mine + 1) / kWalks;
-  Walk<kKeyBits, kValueBits> walk(task, r, tier, least(first, until - 1), most(last, least(first, until - 1) + 1));
+  using Way = typename WayOf<kKeyBits, kValueBits>::Type;
+  Way walk(task, r, tier, least(first, until - 1), most(last, least(first, until - 1) + 1), shared);
   Loaded<kKeyBits, kValueBits> words;
+  if constexpr (Way::kRing) {
+    if (first < last) walk.begin();
+  }
   if (both) {  // these are under way while the queries are made ready
     words.load_keys(walk.k, walk.left), words.load_params(walk.params), words.load_values(walk.v, walk.left);
   }
@@ -665,15 +861,21 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
       KVC_UNROLL
       for (int i = 0; i < 4 * kTiles; i++) run.weight[i / 4][i % 4] = 0.f;
     }
+    if constexpr (Way::kRing) walk.enter();
     bool more;
     do {
       more = walk.left > kBlock;
       if (both) walk.advance();
-      if (!both) words.load_keys(walk.k, walk.left), words.load_params(walk.params);
+      if constexpr (Way::kRing) {
+        walk.load_keys(words);
+      } else if (!both) {
+        words.load_keys(walk.k, walk.left), words.load_params(walk.params);
+      }
       attend<kKeyBits, kValueBits, kBfloat>(run, words, walk, both && more, usual, shared);
-      if (!both) walk.advance();
+      if (!both && (more || !Way::kRing)) walk.advance();
       walk.left -= kBlock;
     } while (more);
+    if constexpr (Way::kRing) walk.end();
     if (coded) scale_outputs<kValueBits>(run, true);
   }
   __syncthreads();  // the staged queries are done with

@@ -14,7 +14,7 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 
 import torch
 
-from .images import KERNELS, architecture_of, device_code
+from .images import KERNELS, architecture_of, device_code, has_bulk_kernels
 
 __all__ = ["CudaLauncher", "DriverError", "driver_version", "launcher_for", "load_driver"]
 
@@ -80,6 +80,7 @@ class CudaLauncher:
         capability: Compute capability of the device.
         multiprocessors: How many it has.
         driver: What `load_driver` returned.
+        bulk_copies: Whether decoding may use the kernels with bulk copies, where there are any for the device.
 
     Raises:
         DriverError: The device is too old, or the driver refuses the kernels.
@@ -88,7 +89,9 @@ class CudaLauncher:
 
     device_type = "cuda"
 
-    def __init__(self, capability: tuple[int, int], multiprocessors: int, driver: ctypes.CDLL) -> None:
+    def __init__(
+        self, capability: tuple[int, int], multiprocessors: int, driver: ctypes.CDLL, bulk_copies: bool = True
+    ) -> None:
         if capability < LEAST_CAPABILITY:
             got = ".".join(map(str, capability))
             raise DriverError(f"compute capability 8.0 (Ampere) or newer is needed, this device has {got}")
@@ -99,6 +102,7 @@ class CudaLauncher:
         self._multiprocessors = multiprocessors
         self.arch = architecture_of(capability)
         self.name = f"cuda-{self.arch}"
+        self.bulk_copies = bulk_copies and has_bulk_kernels(self.arch)
         self._kernels: dict[str, int] = {}
         self._resident: dict[str, int] = {}
         self.reason = self._load("storage")
@@ -205,11 +209,12 @@ class CudaLauncher:
 
 
 @functools.cache
-def launcher_for(index: int) -> CudaLauncher:
+def launcher_for(index: int, bulk_copies: bool = True) -> CudaLauncher:
     """The launcher for a CUDA device, made once.
 
     Args:
         index: Index of the device.
+        bulk_copies: As in `CudaLauncher`.
 
     Returns:
         A launcher for kernels on that device.
@@ -221,4 +226,4 @@ def launcher_for(index: int) -> CudaLauncher:
     properties = torch.cuda.get_device_properties(index)
     torch.cuda.init()  # makes the contexts that kernels run in
     capability = (properties.major, properties.minor)
-    return CudaLauncher(capability, properties.multi_processor_count, load_driver())
+    return CudaLauncher(capability, properties.multi_processor_count, load_driver(), bulk_copies)

@@ -57,9 +57,9 @@ KVC_DEVICE uint32_t value_pair(uint32_t a, uint32_t b) {
   return both & ((1u << bits) - 1) * 0x00010001u << value_place<bits>(c);
 }
 
-template <int kBytes>
+template <int kBytes, bool kGlobal = true>
 KVC_DEVICE void load_bytes(uint32_t* to, const uint8_t* from) {
-  KVC_IS_GLOBAL(from);
+  if (kGlobal) KVC_IS_GLOBAL(from);
   if (kBytes == 2) to[0] = *reinterpret_cast<const uint16_t*>(from);
   if (kBytes == 4) to[0] = *reinterpret_cast<const uint32_t*>(from);
   if (kBytes == 8) {

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from .disk_cache import KernelCache
-from .nvrtc import ALONE, CHUNK_ROWS, RESIDENT, SOURCES, compile_source, nvrtc_version, source_texts
+from .nvrtc import BULK, CHUNK_ROWS, SOURCES, compile_source, nvrtc_version, source_texts
 
 __all__ = [
     "ARCHITECTURES",
@@ -16,9 +16,11 @@ __all__ = [
     "KERNELS",
     "architecture_of",
     "device_code",
+    "has_bulk_kernels",
     "shipped",
     "shipped_architectures",
     "source_hash",
+    "units_of",
 ]
 
 CUBIN_DIR = Path(__file__).parent / "cubin"
@@ -32,6 +34,9 @@ ARCHITECTURES: dict[tuple[int, int], str] = {
     (10, 0): "sm_100a",
     (12, 0): "sm_120a",
 }
+#: Major compute capabilities whose decode kernels bring pages to each warp by bulk copies: those with 228 KB of shared
+#: memory. With the 100 KB of capability 12, rings would leave room for half as many warps.
+BULK_CAPABILITIES = (9, 10)
 #: The kernels of each translation unit.
 KERNELS: dict[str, tuple[str, ...]] = {
     "storage": (
@@ -46,12 +51,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "attention": ("kvc_chunk", "kvc_scores", "kvc_statistics"),
     **{
-        f"decode{dim}_{heads}": (f"kvc_decode_{dim}_f16_{heads}", f"kvc_decode_{dim}_bf16_{heads}")
-        for dim, heads in RESIDENT
-    },
-    **{
-        f"decode128_8_k{key}v{value}": tuple(f"kvc_decode_128_{dtype}_8_k{key}v{value}" for dtype in ("f16", "bf16"))
-        for key, value in ALONE
+        unit: tuple(unit.replace("_", f"_{dtype}_", 1).replace("decode", "kvc_decode_") for dtype in ("f16", "bf16"))
+        for unit in SOURCES
+        if unit.startswith("decode")
     },
     **{
         f"chunk{dim}": tuple(f"kvc_chunk_{dim}_{n}_{dtype}" for n in rows for dtype in ("f16", "bf16"))
@@ -71,6 +73,30 @@ def architecture_of(capability: tuple[int, int]) -> str:
         Its name, such as `"sm_90a"`; one that `build.py` does not know is compiled for when it is met.
     """
     return ARCHITECTURES.get(capability, f"sm_{capability[0]}{capability[1]}")
+
+
+def has_bulk_kernels(arch: str) -> bool:
+    """Whether an architecture has the decode kernels that use bulk copies.
+
+    Args:
+        arch: Its name, such as `"sm_90a"`.
+
+    Returns:
+        Whether it is of one of the `BULK_CAPABILITIES`.
+    """
+    return int(arch.removeprefix("sm_").rstrip("af")) // 10 in BULK_CAPABILITIES
+
+
+def units_of(arch: str) -> list[str]:
+    """The translation units that there are for an architecture.
+
+    Args:
+        arch: Its name, such as `"sm_90a"`.
+
+    Returns:
+        Names in `SOURCES`.
+    """
+    return [unit for unit in SOURCES if not unit.endswith(BULK) or has_bulk_kernels(arch)]
 
 
 @functools.cache
@@ -102,7 +128,7 @@ def shipped(unit: str, arch: str) -> bytes | None:
 
 def shipped_architectures() -> list[str]:
     """The architectures that the package brings all its device code for."""
-    return [arch for arch in ARCHITECTURES.values() if all(shipped(unit, arch) is not None for unit in SOURCES)]
+    return [arch for arch in ARCHITECTURES.values() if all(shipped(unit, arch) is not None for unit in units_of(arch))]
 
 
 def device_code(unit: str, arch: str, *, use_shipped: bool = True) -> tuple[bytes, str]:

@@ -34,11 +34,13 @@ class Launcher(Protocol):
         name: Name of the backend that uses it, such as `"cuda-sm_90a"`.
         reason: Why this one was picked, in a few words.
         device_type: `torch.device.type` of the tensors it works on.
+        bulk_copies: Whether decoding uses the kernels that bring pages by bulk copies, where these take a layout.
     """
 
     name: str
     reason: str
     device_type: str
+    bulk_copies: bool
 
     def resident(self, kernel: str, block: int, device: torch.device) -> int:
         """How many blocks of a kernel the device runs at the same time, as it says itself.

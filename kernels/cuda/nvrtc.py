@@ -19,35 +19,49 @@ RESIDENT: dict[tuple[int, int], int] = {(64, 8): 3, (64, 16): 2, (128, 8): 3, (1
 #: Tiers whose codes alone have kernels of their own, at 128 dimensions and up to 8 heads, and their thread blocks of a
 #: multiprocessor. Of others, more blocks would need more registers than there are.
 ALONE: dict[tuple[int, int], int] = {(8, 4): 4, (4, 4): 4, (4, 2): 4, (2, 2): 4}
+#: Bytes of a warp's ring, by head_dim, in the kernels that bring pages to each warp by bulk copies: with what a thread
+#: block has else, no more than the 48 KiB of shared memory that are there without asking.
+RING_BYTES: dict[int, int] = {64: 10240, 128: 10240, 256: 8832}
+BULK = "_bulk"  # at the end of the names of these kernels and of their units
 #: Query rows that a thread block of `chunk.cu` may take, by head_dim; `scores.cu` takes the same head_dims.
 CHUNK_ROWS = {64: (16, 32, 64), 128: (16, 32, 64), 256: (32,)}
+
+
+def _decode_units() -> dict[str, tuple[str, ...]]:
+    """The units of `decode.cu`: of each shape, and of each tier that has kernels of its own; with rings and without."""
+    units = {}
+    for (dim, heads), resident in RESIDENT.items():
+        for tier in (None, *ALONE) if (dim, heads) == (128, 8) else (None,):
+            for ring in (0, RING_BYTES[dim]) if heads == 8 else (0,):
+                suffix = f"_k{tier[0]}v{tier[1]}" if tier else ""
+                options: dict[str, int | str] = {"HEAD_DIM": dim, "HEADS": heads, "RESIDENT": resident}
+                if tier:
+                    options |= {"RESIDENT": ALONE[tier], "CODED": 10 * tier[0] + tier[1]}
+                if ring:
+                    suffix += BULK
+                    options["RING"] = ring
+                options["SUFFIX"] = suffix
+                units[f"decode{dim}_{heads}{suffix}"] = ("decode.cu", *(f"-DKVC_{k}={v}" for k, v in options.items()))
+    return units
+
+
 #: Translation units: the file of each, and the options it needs beyond the common ones.
 SOURCES: dict[str, tuple[str, ...]] = {
     "storage": ("storage.cu", "--fmad=false"),  # codes must be those of quantize.py, bit for bit
     "attention": ("attention.cu",),
-    **{
-        f"decode{dim}_{heads}": (
-            "decode.cu",
-            f"-DKVC_HEAD_DIM={dim}",
-            f"-DKVC_HEADS={heads}",
-            f"-DKVC_RESIDENT={resident}",
-        )
-        for (dim, heads), resident in RESIDENT.items()
-    },
-    **{
-        f"decode128_8_k{key}v{value}": (
-            "decode.cu",
-            "-DKVC_HEAD_DIM=128",
-            "-DKVC_HEADS=8",
-            f"-DKVC_RESIDENT={resident}",
-            f"-DKVC_CODED={key}{value}",
-            f"-DKVC_SUFFIX=_k{key}v{value}",
-        )
-        for (key, value), resident in ALONE.items()
-    },
+    **_decode_units(),
     **{f"{name}{dim}": (f"{name}.cu", f"-DKVC_HEAD_DIM={dim}") for name in ("chunk", "scores") for dim in CHUNK_ROWS},
 }
-HEADERS = ("abi.h", "page_layout.h", "parameters.h", "fragments.cuh", "pages.cuh", "primitives.cuh", "tile.cuh")
+HEADERS = (
+    "abi.h",
+    "page_layout.h",
+    "parameters.h",
+    "fragments.cuh",
+    "pages.cuh",
+    "primitives.cuh",
+    "ring.cuh",
+    "tile.cuh",
+)
 #: NVRTC brings no headers; this is all of <stdint.h> that the sources use.
 STDINT = """#pragma once
 typedef signed char int8_t; typedef unsigned char uint8_t; typedef short int16_t; typedef unsigned short uint16_t;

@@ -15,7 +15,7 @@ from ..layout import DTYPES, PageLayout
 from ..types import Logits, Rows, Tail
 from .hadamard import launch_hadamard
 from .launch import KvcWidths, KvcWorkspace, Launcher
-from .nvrtc import ALONE, RESIDENT
+from .nvrtc import ALONE, BULK, RESIDENT, RING_BYTES
 
 __all__ = ["GeneralDecodePlan", "TensorCoreDecodePlan", "fits_tensor_cores"]
 
@@ -34,14 +34,15 @@ def fits_tensor_cores(layout: PageLayout) -> bool:
     )
 
 
-def _kernel_for(layout: PageLayout, heads: int) -> str:
+def _kernel_for(layout: PageLayout, heads: int, bulk_copies: bool) -> str:
     """The kernel of `decode.cu` that takes a layout, `heads` query heads together."""
     name = f"kvc_decode_{layout.head_dim}_{'f16' if layout.dtype is torch.float16 else 'bf16'}_{heads}"
-    coded = {(tier.key_bits, tier.value_bits) for tier in layout.tiers if not tier.native}
-    if (layout.head_dim, heads) != (128, 8) or len(coded) != 1 or not coded <= ALONE.keys():
-        return name
-    ((key_bits, value_bits),) = coded
-    return f"{name}_k{key_bits}v{value_bits}"
+    coded = [tier for tier in layout.tiers if not tier.native]
+    bits = {(tier.key_bits, tier.value_bits) for tier in coded}
+    if (layout.head_dim, heads) == (128, 8) and len(bits) == 1 and bits <= ALONE.keys():
+        name += "_k{}v{}".format(*bits.pop())
+    fits = bool(coded) and heads == 8 and max(tier.fields for tier in coded) <= RING_BYTES[layout.head_dim]
+    return name + BULK if bulk_copies and fits else name
 
 
 class CudaDecodePlan(DecodePlan):
@@ -206,7 +207,7 @@ class TensorCoreDecodePlan(CudaDecodePlan):
         super().__init__(launcher, c, rows, tail, logits, key_shift)
         head_dim, device = self._layout.head_dim, self._device
         heads = 8 if c.group <= 8 else 16  # that are handled together
-        self._kernel = _kernel_for(self._layout, heads)
+        self._kernel = _kernel_for(self._layout, heads, launcher.bulk_copies)
         self._blocks = launcher.resident(self._kernel, THREADS, device)
         tiles = -(-c.group // heads)
         self._arrived = torch.zeros(rows.count * tiles + 2, dtype=torch.int32, device=device)

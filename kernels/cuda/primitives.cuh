@@ -102,6 +102,40 @@ KVC_DEVICE void copy_async(void* to, const void* from) {
 // Asks for the line of memory at an address that will soon be needed.
 KVC_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L1 [%0];" ::"l"(at)); }
 KVC_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Bulk copies, from sm_90 on. A gate (mbarrier) is in shared memory. Its phases end, one after the other, each when one
+// thread has said how many bytes are to come and as many have; whoever waits for that sees them.
+KVC_DEVICE void make_gate(uint64_t* gate) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(gate)) : "memory");
+}
+KVC_DEVICE void unmake_gate(uint64_t* gate) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(gate)) : "memory");
+}
+// Gates that this thread has made are known to copies that it, or others behind a barrier, start from now on.
+KVC_DEVICE void gates_made() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+KVC_DEVICE void expect_bytes(uint64_t* gate, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(gate)), "r"(bytes)
+               : "memory");
+}
+// From global to shared memory; addresses and bytes are multiples of 16.
+KVC_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* gate) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(gate)) : "memory");
+}
+// Waits for the end of a gate's phase: they are counted from 0, modulo 2.
+KVC_DEVICE void pass_gate(uint64_t* gate, uint32_t phase) {
+  uint32_t open;
+  do {
+    asm volatile("{\n.reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(open) : "r"(shared_address(gate)), "r"(phase) : "memory");
+  } while (!open);
+}
+// True in one lane of a warp, all of whose lanes are here.
+KVC_DEVICE bool elected() {
+  uint32_t one;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+  return one;
+}
 // Adds and returns what was there. All that this thread has seen or written before, barriers passed included, is seen by
 // those who find its addition; it sees what came before additions that it finds. No fence of the whole block is needed.
 KVC_DEVICE int32_t add_in_order(int32_t* at, int32_t add) {

@@ -17,6 +17,15 @@ __all__ = ["ORDERS", "ShimError", "ShimLauncher", "build_shim", "shim_backend"]
 
 FOLDER = Path(__file__).parent
 ORDERS = ("ascending", "descending", "shuffled")
+#: `shim::Status` of `cuda_shim.h` but the first.
+FAULTS = {
+    1: "its threads wait for each other for ever, or for bytes that do not come",
+    2: "too many threads",
+    3: "there is no such kernel",
+    4: "a bulk copy whose addresses and bytes are not multiples of 16, or that does not lie in shared memory",
+    5: "a gate that was not made, or was made twice, or is told what to expect before its last phase has ended",
+    6: "bulk copies were still under way at the end of a block",
+}
 
 
 class ShimError(RuntimeError):
@@ -80,6 +89,7 @@ class ShimLauncher:
     Args:
         library: What `build_shim` made.
         order: Schedule of the threads: one of `ORDERS`.
+        bulk_copies: Whether decoding uses the kernels with bulk copies, where these take a layout.
 
     Raises:
         ValueError: There is no such order.
@@ -88,11 +98,12 @@ class ShimLauncher:
     device_type = "cpu"
     blocks = 9  # that are said to run at the same time: few, and odd, so that rows are split in the middle
 
-    def __init__(self, library: Path, order: str = "ascending") -> None:
+    def __init__(self, library: Path, order: str = "ascending", bulk_copies: bool = False) -> None:
         if order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
         self.name = f"cuda-shim-{order}"
         self.reason = "the CUDA kernels on the CPU, for tests"
+        self.bulk_copies = bulk_copies
         self._order = ORDERS.index(order)
         self._library = _load(library)
 
@@ -108,16 +119,14 @@ class ShimLauncher:
         """See `Launcher`.
 
         Raises:
-            ShimError: A barrier was not reached by all threads, or a block waits for others that do not come, or there
-                is no such kernel.
+            ShimError: One of `FAULTS`.
         """
         if grid == 0:
             return
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         status = self._library.kvc_shim_launch(kernel.encode(), self._order, grid, block, cooperative, pointers)
         if status:
-            why = {1: "its threads wait for each other for ever", 2: "too many threads", 3: "there is no such kernel"}
-            raise ShimError(f"{kernel}: {why[status]}")
+            raise ShimError(f"{kernel}: {FAULTS[status]}")
 
     def resident(self, kernel: str, block: int, device: torch.device) -> int:
         """See `Launcher`."""
@@ -133,14 +142,15 @@ def _load(library: Path) -> ctypes.PyDLL:
     return ctypes.PyDLL(str(library))  # keeps the GIL: the shim is not made for several threads
 
 
-def shim_backend(library: Path, order: str = "ascending") -> CudaBackend:
+def shim_backend(library: Path, order: str = "ascending", bulk_copies: bool = False) -> CudaBackend:
     """A `CudaBackend` that runs on the CPU.
 
     Args:
         library: What `build_shim` made.
         order: Schedule of the threads: one of `ORDERS`.
+        bulk_copies: As in `ShimLauncher`.
 
     Returns:
         A backend whose kernels run on the CPU.
     """
-    return CudaBackend(ShimLauncher(library, order))
+    return CudaBackend(ShimLauncher(library, order, bulk_copies))

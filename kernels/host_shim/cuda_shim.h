@@ -40,7 +40,7 @@ struct dim3 { uint32_t x, y, z; };
 
 namespace shim {
 
-enum Wait { kReady, kBlockBarrier, kWarpBarrier, kOtherBlocks };
+enum Wait { kReady, kBlockBarrier, kWarpBarrier, kOtherBlocks, kGate, kFault };
 
 struct Fiber {
   ucontext_t start;
@@ -48,7 +48,8 @@ struct Fiber {
   char* stack;
   bool done;
   Wait wait;
-  uint32_t mask;  // lanes the warp barrier is for
+  uint32_t mask;  // lanes the warp barrier is for; the phase of a gate
+  uint64_t* gate;
 };
 
 constexpr size_t kStackBytes = 256 << 10;
@@ -133,9 +134,58 @@ inline void wait_for(Wait why, uint32_t mask) {
   to_scheduler();
 }
 
-// Lets go of warps whose named lanes have all arrived (or ended), and of the block when all its threads have.
+// What a launch returns. Beyond the first, what a GPU would not say, or only by hanging.
+enum Status { kFine, kForEver, kTooManyThreads, kNoSuchKernel, kBadCopy, kBadGate, kNobodyWaited };
+inline Status fault;
+
+// Notes a fault; the thread goes no further.
+[[noreturn]] inline void stop_with(Status why) {
+  fault = why;
+  for (;;) wait_for(kFault, 0);
+}
+
+// A gate as it lies in shared memory, in the place of an mbarrier. Bulk copies arrive all at once, when somebody waits
+// for their gate and as many bytes are under way as it was told; until then there is poison where they go.
+struct Gate {
+  uint16_t made;
+  uint8_t phase, told;
+  uint32_t bytes;
+};
+constexpr uint16_t kMade = 0x6a7e;
+struct BulkCopy { void* to; const void* from; uint32_t bytes; uint64_t* gate; };
+inline std::vector<BulkCopy> bulk_copies;  // under way, of the block at hand
+
+inline Gate read_gate(const uint64_t* at) {
+  Gate gate;
+  memcpy(&gate, at, sizeof gate);
+  return gate;
+}
+inline void write_gate(uint64_t* at, Gate gate) { memcpy(at, &gate, sizeof gate); }
+
+// Whether the phase has ended, or ends now.
+inline bool is_open(uint64_t* at, uint32_t phase) {
+  Gate gate = read_gate(at);
+  if (gate.phase != phase) return true;
+  uint64_t coming = 0;
+  for (const BulkCopy& copy : bulk_copies) coming += copy.gate == at ? copy.bytes : 0;
+  if (!gate.told || coming != gate.bytes) return false;
+  for (const BulkCopy& copy : bulk_copies) {
+    if (copy.gate == at) memcpy(copy.to, copy.from, copy.bytes);
+  }
+  bulk_copies.erase(std::remove_if(bulk_copies.begin(), bulk_copies.end(),
+                                   [at](const BulkCopy& copy) { return copy.gate == at; }), bulk_copies.end());
+  write_gate(at, {kMade, static_cast<uint8_t>(phase ^ 1), 0, 0});
+  return true;
+}
+
+// Lets go of those whose gate is open, of warps whose named lanes have all arrived (or ended), and of the block when all
+// its threads have.
 inline bool release() {
   bool released = false, all = true;
+  for (int i = 0; i < threads; i++) {
+    Fiber& f = fibers[i];
+    if (!f.done && f.wait == kGate && is_open(f.gate, f.mask)) f.wait = kReady, released = true;
+  }
   for (int first = 0; first < threads; first += 32) {
     uint32_t arrived = 0, live = 0, named = 0;
     for (int lane = 0; lane < 32 && first + lane < threads; lane++) {
@@ -199,7 +249,9 @@ int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, bool cooperative
     void (*kernel)(A...);
     void** parameters;
   } data{kernel, parameters};
-  if (block > kMostThreads) return 2;
+  if (block > kMostThreads) return kTooManyThreads;
+  fault = kFine;
+  bulk_copies.clear();
   const uint32_t together = cooperative ? grid : 1;  // blocks that are under way at the same time
   while (all_fibers.size() < static_cast<size_t>(together) * block) all_fibers.push_back({});
   threads = static_cast<int>(block);
@@ -230,15 +282,17 @@ int launch(void (*kernel)(A...), uint32_t grid, uint32_t block, bool cooperative
         memcpy(__start_kvc_shared, aside[i].data(), shared);
       }
       const Result result = run_block(random);
-      if (result == kStuck || (result == kWaiting && !cooperative)) return 1;
+      if (fault) return fault;
+      if (result == kStuck || (result == kWaiting && !cooperative)) return kForEver;
+      if (!bulk_copies.empty()) return kNobodyWaited;
       if (result == kEnded) continue;
       aside[i].assign(__start_kvc_shared, __stop_kvc_shared);
       left.push_back(i);
     }
-    if (!left.empty() && !advanced) return 1;
+    if (!left.empty() && !advanced) return kForEver;
     turn.swap(left);
   }
-  return 0;
+  return kFine;
 }
 
 }  // namespace shim
@@ -392,6 +446,38 @@ KVC_DEVICE void copies_done() {
   for (const shim::Copy& copy : shim::copies[shim::current]) memcpy(copy.to, copy.from, 16);
   shim::copies[shim::current].clear();
 }
+
+KVC_DEVICE void make_gate(uint64_t* gate) {
+  if (shim::read_gate(gate).made == shim::kMade) shim::stop_with(shim::kBadGate);
+  shim::write_gate(gate, {shim::kMade, 0, 0, 0});
+}
+KVC_DEVICE void unmake_gate(uint64_t* gate) {
+  const shim::Gate now = shim::read_gate(gate);
+  if (now.made != shim::kMade || now.told) shim::stop_with(shim::kBadGate);
+  shim::write_gate(gate, {0, 0, 0, 0});
+}
+KVC_DEVICE void gates_made() {}
+KVC_DEVICE void expect_bytes(uint64_t* gate, uint32_t bytes) {
+  const shim::Gate now = shim::read_gate(gate);
+  if (now.made != shim::kMade || now.told) shim::stop_with(shim::kBadGate);  // told twice: a phase nobody waited for
+  shim::write_gate(gate, {shim::kMade, now.phase, 1, bytes});
+}
+KVC_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* gate) {
+  const uintptr_t all = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
+  const char* begin = static_cast<char*>(to);
+  const bool inside = begin >= shim::__start_kvc_shared && begin + bytes <= shim::__stop_kvc_shared;
+  if (all % 16 || bytes == 0 || !inside) shim::stop_with(shim::kBadCopy);
+  if (shim::read_gate(gate).made != shim::kMade) shim::stop_with(shim::kBadGate);
+  memset(to, 0xff, bytes);
+  shim::bulk_copies.push_back({to, from, bytes, gate});
+}
+KVC_DEVICE void pass_gate(uint64_t* gate, uint32_t phase) {
+  if (shim::read_gate(gate).made != shim::kMade) shim::stop_with(shim::kBadGate);
+  shim::fibers[shim::current].gate = gate;
+  shim::wait_for(shim::kGate, phase);
+}
+// Another lane in each schedule. Those who come early are not held up: that they may be is nothing to rely on.
+KVC_DEVICE bool elected() { return (shim::current & 31) == (shim::order == 0 ? 0 : shim::order == 1 ? 31 : 13); }
 
 KVC_DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   shim::mma(c, a, b0, b1, false);

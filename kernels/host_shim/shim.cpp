@@ -1,12 +1,16 @@
 // All kernels in one library, to be launched by name.
 #define KVC_HOST_SHIM 1  // kernels see the shim in place of PTX
-#include "tile.cuh"     // and what it includes: outside the namespaces below
+#include "ring.cuh"     // outside the namespaces below, with what they include
+#include "tile.cuh"
 
 namespace storage {
 #include "storage.cu"
 }
 namespace attention {
 #include "attention.cu"
+}
+namespace bulk {
+#include "bulk.cu"
 }
 
 #define KVC_HEADS 8
@@ -20,6 +24,18 @@ namespace chunk64 {
 namespace scores64 {
 #include "scores.cu"
 }
+#undef KVC_RING
+#define KVC_RING 10240
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 0
+#define KVC_SUFFIX _bulk
+namespace decode64_8_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#undef KVC_RING
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 128
 namespace decode128_8 {
@@ -59,8 +75,46 @@ namespace decode128_8_k4v2 {
 namespace decode128_8_k2v2 {
 #include "decode.cu"
 }
+#undef KVC_RING
+#define KVC_RING 10240
 #undef KVC_CODED
 #undef KVC_SUFFIX
+#define KVC_CODED 0
+#define KVC_SUFFIX _bulk
+namespace decode128_8_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 84
+#define KVC_SUFFIX _k8v4_bulk
+namespace decode128_8_k8v4_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 44
+#define KVC_SUFFIX _k4v4_bulk
+namespace decode128_8_k4v4_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 42
+#define KVC_SUFFIX _k4v2_bulk
+namespace decode128_8_k4v2_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 22
+#define KVC_SUFFIX _k2v2_bulk
+namespace decode128_8_k2v2_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#undef KVC_RING
 #undef KVC_HEAD_DIM
 #define KVC_HEAD_DIM 256
 namespace decode256_8 {
@@ -72,6 +126,18 @@ namespace chunk256 {
 namespace scores256 {
 #include "scores.cu"
 }
+#undef KVC_RING
+#define KVC_RING 8832
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#define KVC_CODED 0
+#define KVC_SUFFIX _bulk
+namespace decode256_8_bulk {
+#include "decode.cu"
+}
+#undef KVC_CODED
+#undef KVC_SUFFIX
+#undef KVC_RING
 #undef KVC_HEADS
 #define KVC_HEADS 16
 namespace decode256_16 {
@@ -104,24 +170,39 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(attention, kvc_chunk)
   KVC_LAUNCH(attention, kvc_scores)
   KVC_LAUNCH(attention, kvc_statistics)
+  KVC_LAUNCH(bulk, kvc_shim_bulk)
   KVC_LAUNCH(decode64_8, kvc_decode_64_f16_8)
   KVC_LAUNCH(decode64_8, kvc_decode_64_bf16_8)
+  KVC_LAUNCH(decode64_8_bulk, kvc_decode_64_f16_8_bulk)
+  KVC_LAUNCH(decode64_8_bulk, kvc_decode_64_bf16_8_bulk)
   KVC_LAUNCH(decode64_16, kvc_decode_64_f16_16)
   KVC_LAUNCH(decode64_16, kvc_decode_64_bf16_16)
   KVC_LAUNCH(decode128_8, kvc_decode_128_f16_8)
   KVC_LAUNCH(decode128_8, kvc_decode_128_bf16_8)
+  KVC_LAUNCH(decode128_8_bulk, kvc_decode_128_f16_8_bulk)
+  KVC_LAUNCH(decode128_8_bulk, kvc_decode_128_bf16_8_bulk)
   KVC_LAUNCH(decode128_8_k8v4, kvc_decode_128_f16_8_k8v4)
   KVC_LAUNCH(decode128_8_k8v4, kvc_decode_128_bf16_8_k8v4)
+  KVC_LAUNCH(decode128_8_k8v4_bulk, kvc_decode_128_f16_8_k8v4_bulk)
+  KVC_LAUNCH(decode128_8_k8v4_bulk, kvc_decode_128_bf16_8_k8v4_bulk)
   KVC_LAUNCH(decode128_8_k4v4, kvc_decode_128_f16_8_k4v4)
   KVC_LAUNCH(decode128_8_k4v4, kvc_decode_128_bf16_8_k4v4)
+  KVC_LAUNCH(decode128_8_k4v4_bulk, kvc_decode_128_f16_8_k4v4_bulk)
+  KVC_LAUNCH(decode128_8_k4v4_bulk, kvc_decode_128_bf16_8_k4v4_bulk)
   KVC_LAUNCH(decode128_8_k4v2, kvc_decode_128_f16_8_k4v2)
   KVC_LAUNCH(decode128_8_k4v2, kvc_decode_128_bf16_8_k4v2)
+  KVC_LAUNCH(decode128_8_k4v2_bulk, kvc_decode_128_f16_8_k4v2_bulk)
+  KVC_LAUNCH(decode128_8_k4v2_bulk, kvc_decode_128_bf16_8_k4v2_bulk)
   KVC_LAUNCH(decode128_8_k2v2, kvc_decode_128_f16_8_k2v2)
   KVC_LAUNCH(decode128_8_k2v2, kvc_decode_128_bf16_8_k2v2)
+  KVC_LAUNCH(decode128_8_k2v2_bulk, kvc_decode_128_f16_8_k2v2_bulk)
+  KVC_LAUNCH(decode128_8_k2v2_bulk, kvc_decode_128_bf16_8_k2v2_bulk)
   KVC_LAUNCH(decode128_16, kvc_decode_128_f16_16)
   KVC_LAUNCH(decode128_16, kvc_decode_128_bf16_16)
   KVC_LAUNCH(decode256_8, kvc_decode_256_f16_8)
   KVC_LAUNCH(decode256_8, kvc_decode_256_bf16_8)
+  KVC_LAUNCH(decode256_8_bulk, kvc_decode_256_f16_8_bulk)
+  KVC_LAUNCH(decode256_8_bulk, kvc_decode_256_bf16_8_bulk)
   KVC_LAUNCH(decode256_16, kvc_decode_256_f16_16)
   KVC_LAUNCH(decode256_16, kvc_decode_256_bf16_16)
   KVC_LAUNCH(chunk64, kvc_chunk_64_16_f16)

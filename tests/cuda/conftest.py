@@ -92,10 +92,11 @@ def _make(
     tail_lengths: Sequence[int] = (5, 0),
     capacity: int = 21,
     fields: Sequence[str] = ("position", "sum", "square"),
+    page_bytes: int | None = None,
     seed: int = 0,
 ) -> Twins:
     generator = torch.Generator().manual_seed(seed)
-    layout = page_layout(head_dim, dtype, tiers, fields)
+    layout = page_layout(head_dim, dtype, tiers, fields, page_bytes)
     count = batch * kv_heads
     reference = ReferenceBackend()
     counts = [

@@ -13,11 +13,13 @@ from kvcompress_hf.kernels import Logits
 from kvcompress_hf.kernels.host_shim import shim_backend
 
 backend = shim_backend(Path(sys.argv[1]), "shuffled")
+through_rings = shim_backend(Path(sys.argv[1]), "shuffled", bulk_copies=True)
 SHAPES = [
     (64, 3, torch.float16, [(8, 4), (4, 2), (0, 0)]),
     (64, 9, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
     (128, 10, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
     (128, 4, torch.float16, [(8, 4), (4, 2), (0, 0)]),
+    (128, 5, torch.bfloat16, [(8, 4), (0, 0)]),
     (256, 2, torch.float16, [(0, 0), (8, 4), (4, 2)]),
     (256, 12, torch.bfloat16, [(8, 8), (4, 4), (2, 2)]),
     (80, 3, torch.float32, [(0, 0), (8, 2)]),
@@ -45,6 +47,8 @@ for head_dim, group, dtype, tiers in SHAPES[:1] if sys.argv[2:] else SHAPES:
     token = (x[:, :, :1] for x in (q, k, v))
     statistics = dict(sum_field="sum", square_field="square")
     backend.decode_attention(*token, rows, tail, position=903, logits=Logits(0.1, window=800), **statistics)
+    token = twins.randn(2 * group, 1)
+    through_rings.decode_attention(token, None, None, rows, tail, position=904, logits=Logits(0.1), append=False)
     if "askew" in sys.argv:
         rows.slab_addresses += 2
         backend.decode_attention(q[:, :, :1], None, None, rows, tail, position=904, logits=Logits(0.1), append=False)

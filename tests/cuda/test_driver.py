@@ -30,8 +30,9 @@ def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
-def test_launch_through_the_driver(make_twins, exact, close, shim_library, elf, one_gpu):
-    launcher = CudaLauncher((9, 0), 3, load_driver(str(shim_library)))
+@pytest.mark.parametrize("bulk_copies", [True, False])
+def test_launch_through_the_driver(make_twins, exact, close, shim_library, elf, one_gpu, bulk_copies):
+    launcher = CudaLauncher((9, 0), 3, load_driver(str(shim_library)), bulk_copies)
     assert (launcher.name, launcher.reason) == ("cuda-sm_90a", "sm_90a code")
     launcher.device_type = "cpu"
     backend = CudaBackend(launcher)
@@ -41,6 +42,7 @@ def test_launch_through_the_driver(make_twins, exact, close, shim_library, elf, 
     actual = backend.decode_attention(q, k, v, twins.rows, twins.tail, **options)
     expected = exact.decode_attention(q, k, v, twins.expected_rows, twins.expected_tail, **options)
     close(actual, expected, torch.float16)
+    assert any(kernel.endswith("_bulk") for kernel in launcher._kernels) == launcher.bulk_copies == bulk_copies
     counts = torch.ones(2, 2, dtype=torch.int32)
     fields = {name: torch.zeros(2, 2, 1).to(twins.rows.layout.field_dtype(name)) for name in twins.rows.layout.fields}
     assert backend.pack(twins.rows, 1, k, v, counts, None, fields) == 0
@@ -69,6 +71,7 @@ def test_a_thread_without_a_context_is_given_one(make_twins, exact, close, shim_
 
 def test_the_driver_says_how_many_blocks_fit(shim_library, elf, one_gpu):
     launcher = CudaLauncher((8, 0), 5, load_driver(str(shim_library)))
+    assert not launcher.bulk_copies
     assert launcher.resident("kvc_decode_64_f16_8", 128, torch.device("cuda", 0)) == 15
     with pytest.raises(DriverError, match="a block of kvc_chunk with 4096 threads does not fit on a multiprocessor"):
         launcher.resident("kvc_chunk", 4096, torch.device("cuda"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcompress_hf.kernels import Logits, ReferenceBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels.cuda import CudaBackend, launcher_for
 
 pytestmark = pytest.mark.gpu
 
@@ -160,6 +161,22 @@ def test_decode(gpu, group, tiers, head_dim, dtype):
     for tier in range(len(tiers)):
         got = gpu.read_field(case.gpu_rows, tier, "sum", 700).cpu()
         torch.testing.assert_close(got, EXACT.read_field(case.rows, tier, "sum", 700), rtol=3e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bulk_copies", [True, False])
+@pytest.mark.parametrize("tier", [(8, 4), (4, 4), (4, 2), (2, 2)])
+def test_decode_of_long_rows(gpu, tier, bulk_copies):
+    case = make([tier], 128, F16, most=40_000, fields=())  # every warp has some pages, one after the other
+    fill(case, gpu, most=40_000)
+    q, k, v = case.randn(16, 1), case.randn(4, 1), case.randn(4, 1)
+    options = dict(position=90_000, logits=Logits(0.1))
+    wanted = EXACT.decode_attention(q, k, v, case.rows, case.tail, **options)
+    backend = CudaBackend(launcher_for(0, bulk_copies))
+    for _ in range(3):  # what is left of a launch must not hurt the next
+        got = backend.decode_attention(q.cuda(), None, None, case.gpu_rows, case.gpu_tail, **options, append=False)
+        assert torch.isfinite(got).all()
+    got = backend.decode_attention(q.cuda(), k.cuda(), v.cuda(), case.gpu_rows, case.gpu_tail, **options)
+    close(got, wanted, F16)
 
 
 @pytest.mark.parametrize("head_dim, dtype", [(16, F32), (64, F32), (80, F16), (96, BF16)])
