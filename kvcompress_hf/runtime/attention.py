@@ -259,19 +259,23 @@ class PagedAttention(LayerWork):
         Returns:
             `list[DecodePlan]`: The plan of each layer. A pass that is captured now is right as long as
             [`PagedAttention.plans`] gives these very plans.
+
+        Raises:
+            RuntimeError: If some layer has not run yet.
         """
-        for layer in self.layers:
-            if layer.store is not None:
-                self._keep_tail_room(layer, layer.store)
-                if self._adds_up and layer.store.arena.shared:
-                    layer.store.own_all()
+        ready = [(layer, layer.store, layer.logits) for layer in self.layers if layer.store and layer.logits]
+        if len(ready) < len(self.layers):
+            raise RuntimeError("A step can be captured once all layers have run one.")
+        for layer, store, _ in ready:
+            self._keep_tail_room(layer, store)
+            if self._adds_up and store.arena.shared:
+                store.own_all()
         plans = []
-        for layer in self.layers:
-            if layer.store is not None and layer.logits is not None:
-                with layer.store.reading:
-                    plan = self._plan_of(layer, layer.store, layer.logits, centred=False)
-                    plan.set_clock(layer.seen)
-                    plans.append(plan)
+        for layer, store, logits in ready:
+            with store.reading:
+                plan = self._plan_of(layer, store, logits, centred=False)
+                plan.set_clock(layer.seen)
+                plans.append(plan)
         return plans
 
     def plans(self) -> list[DecodePlan | None]:

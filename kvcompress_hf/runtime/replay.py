@@ -18,6 +18,7 @@ from kvcompress_hf.validation import MOST_TOKENS
 __all__ = ["Capturer", "StepReplay"]
 
 _Result = TypeVar("_Result")
+_TRIES = 5  # to start a step before another thread moves what it reads
 
 
 class Capturer(Protocol):
@@ -88,12 +89,18 @@ class StepReplay:
 
         Raises:
             UnsupportedFeatureError: If it could not be captured. The cache is as it was before.
+            RuntimeError: If other threads did not let it: caches that share pages with this one move them.
         """
         attention = self._attention
         attention.settle()
-        while not attention.replay(self._start):
+        for _ in range(_TRIES):
+            if attention.replay(self._start):
+                return self._result  # type: ignore[return-value]
             self._capture(run)
-        return self._result  # type: ignore[return-value]
+        raise RuntimeError(
+            f"Pages were moved by other threads while a step was captured, {_TRIES} times in a row. Repeat it, or pass "
+            'kvcompress={"graph": False} where several threads go on with forks of one cache.'
+        )
 
     def _start(self) -> bool:
         """Starts the captured step, if all that it reads is where it was; no other thread moves it meanwhile."""

@@ -195,6 +195,12 @@ def test_a_device_that_is_not_asked_holds_the_same(shim_library):
 
 
 @FAR
+def test_replayed_steps_ask_no_more_and_hold_the_same(shim_library):
+    """Captured and replayed on the device, run one by one on the host."""
+    check_limits({name: LIMITS[name] for name in ("k8v4", "auto", "kv-compress")}, "--replayed", "--same")
+
+
+@FAR
 def test_a_device_without_kernels_does_the_same_in_plain_torch():
     """No host tensor among its own, no memory read behind its back: pages, plans and outputs as on the CPU."""
     far("waits.py", "--same", "--reference", "kv-compress", "k8v4", "leankv", "roco", "auto", "events")

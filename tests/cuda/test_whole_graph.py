@@ -103,6 +103,7 @@ def test_the_very_same_tokens(model, capturers, no_python, preset, changes):
         assert events.replays == NEW - 2 and caches[0].inspect().statistics.replays == 0
         decoded = events.packings - (1 if preset in ("lossless", "k8v4", "k4v2") else 0)
         assert 1 <= events.captures <= decoded + 1
+        assert f"{NEW - 2} steps replayed from {events.captures} captures" in str(kvc.report(model))
         # And on it goes, in steps that are run.
         more = [model(plain.sequences[:, -1:], past_key_values=each).logits for each in caches]
         assert torch.equal(*more)
@@ -213,8 +214,7 @@ def test_a_step_that_fails_behind_its_replay_is_taken_back(model, capturers, mon
     torch.testing.assert_close(*(tail[..., :12].view(torch.float32) for *_, tail in ends), rtol=1e-3, atol=1e-4)
 
 
-def test_a_tail_with_little_room_grows(model, capturers, tmp_path):
-    """That of a cache from a file has none to spare."""
+def test_a_cache_from_a_file_goes_on(model, capturers, tmp_path):
     tokens = []
     with patched(model, "k8v4"):
         cache = kvc.prefill(model, prompt(padding=0)["input_ids"], "k8v4")
@@ -227,6 +227,10 @@ def test_a_tail_with_little_room_grows(model, capturers, tmp_path):
             ids = torch.full((2, 54), 9)
             tokens.append(generate(model, replayed, {"input_ids": ids}, past_key_values=cache).sequences)
     assert torch.equal(*tokens) and cache.inspect().statistics.replays == NEW - 2
+    attention = cache._attention
+    assert all(plan is not None for plan in attention.plans())
+    attention.layers[0].plan_room = attention.layers[0].tail_used  # as if the tail had room for no more
+    assert attention.plans()[0] is None
 
 
 def test_what_a_step_returned_stays(model, capturers, monkeypatch):
