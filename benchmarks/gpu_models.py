@@ -14,8 +14,11 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
+from kvcompress_hf.patches.generation import record_of
+from kvcompress_hf.patches.graph import GraphSteps, capturer_for
 
 RECIPES = ("lossless", "k8v4", "k4v2")
+STEPS = 64  # of which the mean is taken: all recipes here pack every 32
 SLICE = 16384  # tokens that go through an MLP at once: the whole prompt's activations would take the cache's room
 
 
@@ -62,21 +65,37 @@ def dense_token(config: LlamaConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-def step_item(args: argparse.Namespace, name: str, context: int, batch: int) -> dict:
-    """A decode step of a random model with one kind of cache."""
+def mean_milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """Mean of so many steps that tails are packed twice, and captured steps captured anew."""
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return seconds(start, device) / STEPS * 1e3
+
+
+def step_item(args: argparse.Namespace, name: str, context: int, batch: int, graph: bool = False) -> dict:
+    """A decode step of a random model with one kind of cache, run or replayed from a CUDA graph."""
     model = random_model(args.device, args.dtype)
     ids = torch.randint(4, model.config.vocab_size, (batch, context), device=args.device)
     cache = new_cache(model, None if name == "DynamicCache" else kvc.get_preset(name))
     with torch.no_grad():
         model(ids, **as_argument(model, cache), use_cache=True, logits_to_keep=1)
-        step = partial(model, ids[:, :1], **as_argument(model, cache), use_cache=True)
+        call = model
+        if graph:  # as generate(..., kvcompress={"graph": True}) does
+            capturer = capturer_for(args.device)
+            call = GraphSteps(model, record_of(model), cache, capturer)
+        step = partial(call, input_ids=ids[:, :1], **as_argument(model, cache), use_cache=True)
+        mean = mean_milliseconds(step, args.device)
         wall = clock({name: step}, args.device, args.rounds)[name]
         gpu = gpu_milliseconds(step, args.device)
     dense = batch * context * dense_token(model.config, args.dtype)
     size = dense if name == "DynamicCache" else cache.memory().total
     layers = model.config.num_hidden_layers
     kvc.unpatch(model)
-    return dict(cache=name, context=context, batch=batch, layers=layers, bytes=size, ms=wall, **gpu)
+    row = dict(cache=name, graph=graph, context=context, batch=batch, layers=layers, bytes=size)
+    if graph:
+        row |= dict(captures=cache.run_report.statistics.captures)
+    return row | dict(ms=wall, mean_ms=mean, **gpu)
 
 
 def seconds(start: float, device: torch.device) -> float:
@@ -130,5 +149,8 @@ def model_items(args: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[
         for batch in args.model_batches:
             for name in ("DynamicCache", *RECIPES):
                 yield "model", f"model {name} {context} b{batch}", partial(step_item, args, name, context, batch)
+                if args.device.type == "cuda" and name != "DynamicCache":
+                    replayed = partial(step_item, args, name, context, batch, graph=True)
+                    yield "model", f"model {name} graph {context} b{batch}", replayed
     for name, recipe in settings_of(args).items():
         yield "throughput", f"throughput {name}", partial(throughput_item, args, name, recipe)

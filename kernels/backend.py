@@ -51,6 +51,7 @@ class DecodePlan(abc.ABC):
 
     nbytes: int = 0  # of memory of its own, besides what it was made for
     step_nbytes: int = 0  # of memory that a step takes while it runs, where plans take theirs one after the other
+    replays: bool = False  # whether a step that is captured into a graph of the device may be replayed
 
     @abc.abstractmethod
     def run(
@@ -78,6 +79,29 @@ class DecodePlan(abc.ABC):
         Raises:
             ValueError: A shape or dtype is wrong, or the tail is full.
         """
+
+    def set_clock(self, position: int) -> None:
+        """Gets ready for a step to be captured before one has been run.
+
+        Args:
+            position: Its logical position.
+
+        Raises:
+            NotImplementedError: Steps of this plan cannot be replayed.
+        """
+        raise NotImplementedError(f"steps of a {type(self).__name__} cannot be replayed")
+
+    def note_steps(self, position: int, used: int) -> None:
+        """Says where steps that were replayed have brought it, as nobody else tells, and the device is not asked.
+
+        Args:
+            position: Logical position of the next token.
+            used: Slots of the longest row of the tail.
+
+        Raises:
+            NotImplementedError: Steps of this plan cannot be replayed.
+        """
+        raise NotImplementedError(f"steps of a {type(self).__name__} cannot be replayed")
 
 
 class Backend(abc.ABC):

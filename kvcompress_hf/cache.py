@@ -32,6 +32,7 @@ from kvcompress_hf.reports import CacheParts, MemoryReport, RowReport, RunReport
 from kvcompress_hf.rotary import key_frequencies
 from kvcompress_hf.runtime.attention import PagedAttention
 from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.replay import Capturer, StepReplay
 from kvcompress_hf.sequence_indices import as_integer, as_sequences
 from kvcompress_hf.validation import MOST_TOKENS, require_bytes, require_int, shown
 
@@ -530,6 +531,17 @@ class CompressedPagedCache(Cache):
                 "its keys and values mean nothing to it. Use a fresh cache, or prefill again with this model."
             )
         self._model, self._weights = weakref.ref(model), weights
+
+    def step_replay(self, capturer: Capturer) -> StepReplay:
+        """Lets steps of one token be captured and replayed; for `generate(..., kvcompress={"graph": True})`.
+
+        Args:
+            capturer (`Capturer`): Records and replays what a step starts on the device.
+
+        Returns:
+            `StepReplay`: The steps of this cache.
+        """
+        return StepReplay(self._attention, capturer)
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether [`CompressedPagedCache.belongs_to`] was last called with this very model.

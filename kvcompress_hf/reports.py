@@ -280,10 +280,12 @@ class RunReport:
 
     def __str__(self) -> str:
         s, memory = self.statistics, self.memory
+        replayed = f", {s.replays} steps replayed from {s.captures} captures" if s.replays else ""
         return (
             f"{self.recipe.name}: {self._batch} x {self._tokens} tokens in {format_bytes(memory.total)} = "
             f"{memory.ratio:.1%} of dense, peak {format_bytes(s.peak_bytes)}; {s.packings} packings in "
             f"{s.seconds_packing:.3f} s, {s.plans} plans in {s.seconds_planning:.3f} s, {s.evicted_slots} slots evicted"
+            f"{replayed}"
         )
 
 

@@ -84,7 +84,9 @@ def generation_methods() -> str:
     _begins(GenerationMixin._prefill, "input_ids", "generation_config", "model_kwargs")
     _takes(GenerationMixin._get_candidate_generator, "generation_config", "model_kwargs")
     _takes(GenerationMixin.prepare_inputs_for_generation, "input_ids", "attention_mask", "inputs_embeds")
-    return "five methods"
+    _begins(getattr(GenerationMixin, "_valid_auto_compile_criteria"), "model_kwargs", "generation_config")  # noqa: B009
+    _begins(PreTrainedModel.get_compiled_call, "compile_config")
+    return "seven methods"
 
 
 def cache_is_handed_over() -> str:

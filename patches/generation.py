@@ -31,6 +31,7 @@ from kvcompress_hf.compat import (
     move_cache,
 )
 from kvcompress_hf.errors import UnsupportedFeatureError
+from kvcompress_hf.patches.graph import GraphSteps, start_graphs, take_option
 from kvcompress_hf.patches.holders import Holders
 from kvcompress_hf.patches.implementation import has_implementation
 from kvcompress_hf.patches.passes import (
@@ -57,6 +58,8 @@ __all__ = ["RECORD", "PatchRecord", "begin_pass", "bind_methods", "record_of", "
 RECORD = "_kvcompress_patch"
 
 _OPTION = "kvcompress"
+#: On the config of one call: whether its decode steps are to be replayed from a graph.
+_GRAPH = "_kvcompress_graph"
 #: On the config of one call: whether it works on a compressed cache.
 _MARK = "_kvcompress_cache"
 
@@ -169,6 +172,8 @@ def bind_methods(model: PreTrainedModel, record: PatchRecord) -> None:
         "_get_candidate_generator": _get_candidate_generator,
         "_prefill": _prefill,
         "prepare_inputs_for_generation": _prepare_inputs,
+        "_valid_auto_compile_criteria": _has_other_call,
+        "get_compiled_call": _other_call,
         "generate": _generate,
     }
     if hasattr(model, "init_continuous_batching"):
@@ -282,11 +287,49 @@ def _prepare_generation_config(
     kwargs = move_cache(generate_argument(), CompressedPagedCache, (), kwargs)
     generation_config, model_kwargs = _stock(model, "_prepare_generation_config")(generation_config, **kwargs)
     if given:
+        option, graph = take_option(option)
         setattr(generation_config, _OPTION, option)
+        setattr(generation_config, _GRAPH, graph)
     return generation_config, model_kwargs
 
 
+def _has_other_call(
+    model: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: GenerationConfig, **kwargs: Any
+) -> bool:
+    """As the stock method, by which `generate` learns that it is not the model that its loop calls."""
+    if isinstance(generation_config.compile_config, GraphSteps):
+        return True
+    result: bool = _stock(model, "_valid_auto_compile_criteria")(model_kwargs, generation_config, **kwargs)
+    return result
+
+
+def _other_call(model: PreTrainedModel, compile_config: Any) -> Callable[..., Any]:
+    """As the stock method, which would compile the model; where steps are replayed, what replays them."""
+    if isinstance(compile_config, GraphSteps):
+        return compile_config
+    call: Callable[..., Any] = _stock(model, "get_compiled_call")(compile_config)
+    return call
+
+
 def _prepare_cache(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """As the stock method; makes a fresh compressed cache, and lets decode steps be replayed where that is wanted."""
+    _find_or_make_cache(model, generation_config, model_kwargs, *args, **kwargs)
+    if not getattr(generation_config, _GRAPH, False):
+        return
+    cache, record = find_cache(model_kwargs, CompressedPagedCache), record_of(model)
+    if cache is None or record is None:
+        raise ValueError('kvcompress={"graph": True} replays steps over a compressed cache; this call has none.')
+    modes = [each for each in (*args, *kwargs.values()) if isinstance(each, GenerationMode)]
+    start_graphs(model, record, cache, generation_config, next(iter(modes), None))
+
+
+def _find_or_make_cache(
     model: PreTrainedModel,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],

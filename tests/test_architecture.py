@@ -149,7 +149,7 @@ def test_libraries_do_not_print_or_assert(path):
 MOST_LINES, MOST_STATEMENT_LINES, MOST_PARAMETERS = 600, 60, 8
 #: Longer ones, and why.
 LONG_FILES = {
-    "kvcompress_hf/cache.py": 685,  # the transformers contract: mostly docstrings
+    "kvcompress_hf/cache.py": 697,  # the transformers contract: mostly docstrings
     "kernels/reference.py": 677,  # every operation once more, in plain torch, to be read in one sitting
 }
 BACKENDS = ("backend", "reference", "cpu/backend", "cuda/backend")
@@ -191,6 +191,7 @@ def test_files_and_functions_stay_small(path):
 def test_the_rooms_of_runtime_build_on_each_other():
     """attention -> {packing, compression, rollback} -> state -> records; all read call."""
     order = ["call", "records", "state", "rollback", "packing", "compression", "past", "layer_work", "attention"]
+    order.append("replay")
     for place, room in enumerate(order):
         for name in imports_of(ROOT / "kvcompress_hf" / "runtime" / f"{room}.py"):
             target = name.removeprefix("kvcompress_hf.runtime.").split(".")[0]

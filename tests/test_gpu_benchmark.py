@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvcompress_hf import kernels
+from kvcompress_hf.kernels.cuda import CudaBackend
 from kvcompress_hf.kernels.host_shim import ShimError, build_shim, shim_backend
+from kvcompress_hf.kernels.host_shim.recording import RecordingLauncher, TapeCapturer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SHIM_DIR = Path(__file__).parents[1] / "build" / "host_shim"
@@ -96,6 +99,21 @@ def test_a_command_that_does_not_start_says_so(tmp_path, on_path):
     log = Log(tmp_path / "out.jsonl")
     supervise([sys.executable, "-c", "raise SystemExit(2)"], log, limit=10, stall=5)
     assert [row["failed"] for row in log.rows()] == ["it ended with status 2 before the first item"]
+
+
+def test_replayed_steps_of_a_model_are_measured(on_path, monkeypatch):
+    import gpu_models
+
+    try:
+        launcher = RecordingLauncher(build_shim(SHIM_DIR))
+    except ShimError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(kernels, "get_backend", lambda device: CudaBackend(launcher))
+    monkeypatch.setattr(gpu_models, "capturer_for", lambda device: TapeCapturer(launcher))
+    args = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32, rounds=1)
+    row = gpu_models.step_item(args, "k8v4", 70, 2, graph=True)
+    assert row["graph"] and row["ms"] > 0 and row["mean_ms"] > 0
+    assert row["captures"] == 3  # one before each packing, one after the second
 
 
 @pytest.mark.parametrize("item", ["decode", "statistics", "chunk"])

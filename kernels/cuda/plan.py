@@ -61,6 +61,8 @@ class CudaDecodePlan(DecodePlan):
         key_shift: Taken off new keys; `None` = nothing.
     """
 
+    replays = True
+
     def __init__(
         self,
         launcher: Launcher,
@@ -112,6 +114,14 @@ class CudaDecodePlan(DecodePlan):
         v = None if v is None else launch_hadamard(self._launcher, v, block)
         return launch_hadamard(self._launcher, self._run(q, k, v, valid, append), block)
 
+    def set_clock(self, position: int) -> None:
+        if position != self._time:
+            self._clock.fill_(position)
+        self._time = position
+
+    def note_steps(self, position: int, used: int) -> None:
+        self._time, self._used = position, used
+
     @abc.abstractmethod
     def _run(self, q: Tensor, k: Tensor | None, v: Tensor | None, valid: Tensor | None, append: bool) -> Tensor:
         """Starts the kernels of a step that [`_prepare`] has checked."""
@@ -135,13 +145,13 @@ class CudaDecodePlan(DecodePlan):
         if capturing and (full or position != self._time):
             raise RuntimeError(
                 "a decoding step can only be captured right after one that was run, at the next position and with room "
-                f"in the tail; this one is at {position}, the last known is {self._time}: run a step first"
+                f"in the tail; this one is at {position}, the last known is {self._time}: run a step first, or set the "
+                "clock"
             )
         if full:  # the tail may have been packed since: look
             checks.check_room(self._tail, 1, None if valid is None else valid.unsqueeze(1))
             self._used = int(self._tail.lengths.max())
-        if position != self._time:
-            self._clock.fill_(position)
+        self.set_clock(position)
         self._time = position + append
         self._used += append
         if capturing:  # nobody tells how often it will be replayed

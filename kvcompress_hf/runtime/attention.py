@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
+from kvcompress_hf.kernels import DecodePlan
 from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import on_host
 from kvcompress_hf.recipe import TIERS
@@ -51,7 +52,7 @@ class PagedAttention(LayerWork):
         Returns:
             `torch.Tensor`: Output of attention, `[batch, tokens, q_heads, head_dim]`.
         """
-        last = layer_idx == len(self.layers) - 1 and not self._reading_again
+        last = layer_idx == len(self.layers) - 1 and not self._reading_again and not self._capturing
         try:
             output = self._attend(layer_idx, new, mask, dense)
             if last:
@@ -70,7 +71,10 @@ class PagedAttention(LayerWork):
         batch, heads, tokens, _ = key.shape
         _, q_heads, queries, _ = new.query.shape
         position = new.position = layer.seen
-        if position >= counters.seen and not self._reading_again:
+        if self._capturing:
+            _check_says_nothing(mask)
+            mask = None
+        elif position >= counters.seen and not self._reading_again:
             self._begin_forward(tokens, mask, key)
             counters = self.counters
         store = layer.store
@@ -247,6 +251,114 @@ class PagedAttention(LayerWork):
                 self.statistics.seconds_planning += time.perf_counter() - started
                 self.note_peak()
 
+    # -- passes that are captured and replayed ---------------------------------------------------------------------
+
+    def ready_to_capture(self) -> list[DecodePlan]:
+        """Prepares a pass of one token per sequence to be captured; from here on nothing it reads moves by itself.
+
+        Returns:
+            `list[DecodePlan]`: The plan of each layer. A pass that is captured now is right as long as
+            [`PagedAttention.plans`] gives these very plans.
+
+        Raises:
+            RuntimeError: If some layer has not run yet.
+        """
+        ready = [(layer, layer.store, layer.logits) for layer in self.layers if layer.store and layer.logits]
+        if len(ready) < len(self.layers):
+            raise RuntimeError("A step can be captured once all layers have run one.")
+        for layer, store, _ in ready:
+            self._keep_tail_room(layer, store)
+            if self._adds_up and store.arena.shared:
+                store.own_all()
+        plans = []
+        for layer, store, logits in ready:
+            with store.reading:
+                plan = self._plan_of(layer, store, logits, centred=False)
+                plan.set_clock(layer.seen)
+                plans.append(plan)
+        return plans
+
+    def plans(self) -> list[DecodePlan | None]:
+        """The decode plans as they are; who asks holds `reading` of all stores.
+
+        Returns:
+            `list[DecodePlan | None]`: One per layer, `None` where a new one is needed.
+        """
+        found: list[DecodePlan | None] = []
+        for layer in self.layers:
+            store, plan = layer.store, None
+            if store is not None and layer.plan_key[0] == store.version and layer.tail_used < layer.plan_room:
+                plan = store.tensors.plans.get(layer.index)
+            found.append(plan)
+        return found
+
+    @property
+    def looks_at_steps(self) -> bool:
+        """`bool`: Whether the observer is asked at every decode step, on the host."""
+        return self._observes_steps or self._remembers
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether decode steps add to statistics of stored slots."""
+        return bool(self._sum_field or self._square_field)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While it lasts, one pass of one token is captured. Nothing of it happens, so what it counts is forgotten."""
+        counted = [(layer.seen, layer.tail_used, layer.uneven, layer.tails) for layer in self.layers]
+        seen = self.counters.seen
+        self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
+            self.counters.seen = seen
+            for layer, before in zip(self.layers, counted, strict=True):
+                layer.seen, layer.tail_used, layer.uneven, layer.tails = before
+                self._tell_plan(layer)
+
+    def replay(self, start: Callable[[], bool]) -> bool:
+        """A pass of one token per sequence that has been captured: counted as if it had been run, and packed after.
+
+        The device moves clocks and lengths of tails on; the host does so here with its own, and asks for nothing.
+
+        Args:
+            start (`Callable[[], bool]`): Starts the captured pass, or returns False if it must be captured anew.
+
+        Returns:
+            `bool`: What `start` returned; if that is False, nothing has happened.
+        """
+        every = self.recipe.when.every
+        packs = any(layer.tail_used + 1 >= every for layer in self.layers)
+        try:
+            self.rollback.begin(packs=packs, statistics=packs and self._adds_up)
+            if packs and self._adds_up and self._observer is not None and self._observer.last_only:
+                for layer in self.layers:
+                    if layer.store is not None:
+                        layer.store.clear_field(str(self._sum_field), layer.index)
+            if self._adds_up and not packs:  # the queries that would be needed to take it back are not kept
+                self.rollback.overwrites("A replayed step")
+            if not start():
+                self.rollback.commit()
+                return False
+            for layer in self.layers:
+                layer.seen += 1
+                layer.grows(1, None)
+                self._tell_plan(layer)
+            self.counters.seen += 1
+            self.statistics.replays += 1
+            self._end_forward()
+            self.rollback.note = None
+        except BaseException as error:
+            self._stop(error)
+            raise
+        return True
+
+    def _tell_plan(self, layer: LayerState) -> None:
+        plan = None if layer.store is None else layer.store.tensors.plans.get(layer.index)
+        if plan is not None:
+            plan.note_steps(layer.seen, layer.tail_used)
+
     # -- taking tokens back ----------------------------------------------------------------------------------------
 
     def crop(self, tokens: int) -> None:
@@ -348,6 +460,15 @@ class PagedAttention(LayerWork):
                 layer.seen, layer.tail_used, layer.tails = target, layer.tail_used - removed, None
                 layer.held.clear()
         self.counters.seen = target
+
+
+def _check_says_nothing(mask: torch.Tensor | None) -> None:
+    """Refuses a mask over one new token that sees itself if it may add something to its logit."""
+    if mask is not None and mask.is_floating_point():
+        raise UnsupportedFeatureError(
+            "The model made an additive mask for a single token, of which only the device knows whether it says "
+            "anything, so its steps cannot be captured; load it with attn_implementation='sdpa'."
+        )
 
 
 def _in_one_kernel(store: PagedStore, new: AttentionCall) -> bool:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from kvcompress_hf.kernels import DecodePlan, Logits
 from kvcompress_hf.observers import checked
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.store import PagedStore
@@ -26,48 +27,57 @@ class LayerWork(Past):
     """
 
     _reading_again = False  # tokens are looked at once more, and not stored
+    _capturing = False  # a pass is captured, and not run
 
     def _decode(self, layer: LayerState, store: PagedStore, new: AttentionCall, centred: bool) -> torch.Tensor:
         """Appends one token to the tail and attends to everything; its key is centred on the way if it is not yet."""
-        tensors = store.tensors
-        moved = layer.plan_key[0] != tensors.version or layer.tail_used >= layer.plan_room
-        if moved and (layer.tail_used >= store.tail_capacity or store.tail_is_shared):
-            room = layer.tail_used + 1
-            store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
-            self.note_peak()
+        if layer.plan_key[0] != store.tensors.version or layer.tail_used >= layer.plan_room:
+            self._keep_tail_room(layer, store)
         observer = self._observer
-        sum_field = square_field = None
         fields: dict[str, torch.Tensor] | None = None
         if observer is not None and self._counts_steps:
             if self.recording:
                 layer.held.append(new.detached())  # without the tag, which leads back to this cache
             else:
-                sum_field, square_field = self._sum_field, self._square_field
                 fields = self._before_counting(observer, layer, store, new)
         before = store.tail_lengths[layer.index].clone() if fields else None
         valid = new.valid
         with store.reading:  # pages and tables stay where they are
-            plan_key = (tensors.version, layer.group, new.logits, sum_field, square_field, centred)
-            plan = tensors.plans.get(layer.index)
-            if plan is None or layer.plan_key != plan_key:
-                plan = tensors.plans[layer.index] = store.backend.plan_decode(
-                    store.rows(layer.index),
-                    replace(store.tail(layer.index), used=layer.tail_used),
-                    logits=new.logits,
-                    q_heads=new.query.shape[1],
-                    sum_field=sum_field,
-                    square_field=square_field,
-                    key_shift=None if centred else store.key_shift_of(layer.index),
-                    rotates_values=store.rotates_values,
-                )
-                layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
-                if layer.index == store.layers - 1:
-                    self.note_peak()
+            plan = self._plan_of(layer, store, new.logits, centred)
             output = plan.run(new.query, new.key, new.value, layer.seen, None if valid is None else valid[:, 0])
         if before is not None and fields is not None:
             packing.write_tail_fields(store, layer, before, valid, fields)
         layer.grows(1, valid)
         return output
+
+    def _keep_tail_room(self, layer: LayerState, store: PagedStore) -> None:
+        """Makes the tail private and large enough for a token more."""
+        if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
+            room = layer.tail_used + 1
+            store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
+            self.note_peak()
+
+    def _plan_of(self, layer: LayerState, store: PagedStore, logits: Logits, centred: bool) -> DecodePlan:
+        """The decode plan of a layer, made anew where something it reads has moved; who asks holds `store.reading`."""
+        tensors = store.tensors
+        sum_field, square_field = (None, None) if self.recording else (self._sum_field, self._square_field)
+        plan_key = (tensors.version, layer.group, logits, sum_field, square_field, centred)
+        plan = tensors.plans.get(layer.index)
+        if plan is None or layer.plan_key != plan_key:
+            plan = tensors.plans[layer.index] = store.backend.plan_decode(
+                store.rows(layer.index),
+                replace(store.tail(layer.index), used=layer.tail_used),
+                logits=logits,
+                q_heads=layer.group * store.geometry.kv_heads,
+                sum_field=sum_field,
+                square_field=square_field,
+                key_shift=None if centred else store.key_shift_of(layer.index),
+                rotates_values=store.rotates_values,
+            )
+            layer.plan_key, layer.plan_room = plan_key, store.tail_capacity
+            if layer.index == store.layers - 1:
+                self.note_peak()
+        return plan
 
     def _before_counting(
         self, observer: Observer, layer: LayerState, store: PagedStore, new: AttentionCall
@@ -77,7 +87,8 @@ class LayerWork(Past):
             if store.arena.shared:
                 store.own_all()
             self.rollback.counts(layer, new)
-            if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every:
+            # Before a pass that has been captured this is done for all layers at once.
+            if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every and not self._capturing:
                 store.clear_field(str(self._sum_field), layer.index)
         if self._remembers:
             self._remember(observer, layer, store, new)

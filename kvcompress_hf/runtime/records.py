@@ -26,6 +26,8 @@ class RunStatistics:
         seconds_packing (`float`): Wall time spent packing, in seconds.
         seconds_planning (`float`): Wall time spent observing, planning and evicting, in seconds.
         peak_bytes (`int`): Most bytes the cache ever held.
+        captures (`int`): Times a decode step was captured into a graph of the device.
+        replays (`int`): Decode steps that were replayed from one.
     """
 
     packings: int = 0
@@ -34,6 +36,8 @@ class RunStatistics:
     seconds_packing: float = 0.0
     seconds_planning: float = 0.0
     peak_bytes: int = 0
+    captures: int = 0
+    replays: int = 0
 
 
 @dataclass(slots=True)

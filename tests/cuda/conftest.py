@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress_hf import kernels
 from kvcompress_hf.kernels import Logits, ReferenceBackend, Rows, Tail, page_layout
 from kvcompress_hf.kernels.cuda import CudaBackend
 from kvcompress_hf.kernels.host_shim import ORDERS, ShimError, build_shim, shim_backend
+from kvcompress_hf.kernels.host_shim.recording import RecordingLauncher, TapeCapturer
+from kvcompress_hf.patches import graph
 
 SHIM_DIR = Path(__file__).parents[2] / "build" / "host_shim"
 SLAB_SHIFT = 2  # four pages per slab, so that rows spread over several
@@ -39,6 +42,21 @@ def backend(request: pytest.FixtureRequest, shim_library: Path) -> CudaBackend:
 def shim(shim_library: Path) -> CudaBackend:
     """The CUDA backend on the CPU, for tests where the schedule cannot matter."""
     return shim_backend(shim_library, "shuffled")
+
+
+@pytest.fixture
+def capturers(monkeypatch, shim_library):
+    """The capturers that calls of `generate` have made; caches made from here on use a backend that they record."""
+    launcher, made = RecordingLauncher(shim_library, "shuffled"), []
+
+    def new(device):
+        made.append(TapeCapturer(launcher))
+        return made[-1]
+
+    backend = CudaBackend(launcher)
+    monkeypatch.setattr(kernels, "get_backend", lambda device: backend)
+    monkeypatch.setattr(graph, "capturer_for", new)
+    return made
 
 
 @dataclasses.dataclass

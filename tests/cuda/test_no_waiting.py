@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
+from kvcompress_hf.runtime.attention import PagedAttention
 
 ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "equal.default")
 
@@ -96,6 +97,26 @@ def test_decoding_asks_nothing(model, monkeypatch, shim, preset, changes, max_by
     assert 30 < quiet < 36
 
 
+def test_a_replayed_step_asks_nothing(model, capturers, monkeypatch):
+    asked, ids = [], torch.randint(3, 101, (2, 50))
+    replay = PagedAttention.replay
+
+    def watched(self, start):
+        packings = self.statistics.packings
+        with monkeypatch.context() as patch, Questions(patch) as questions:
+            done = replay(self, start)
+        if self.statistics.packings == packings:
+            asked.append(list(questions.asked))
+        return done
+
+    monkeypatch.setattr(PagedAttention, "replay", watched)
+    for preset, changes in (("k8v4", {}), ("auto", {"budget": 0.3}), ("kv-compress", {"budget": 0.5})):
+        asked.clear()
+        with kvc.patched(model, preset, linears="stock", **changes):
+            model.generate(ids, max_new_tokens=40, do_sample=False, kvcompress={"graph": True})
+        assert len(asked) > 30 and not any(asked)
+
+
 # What is counted here runs on a device that only pretends to be one (far_device.py), in a process of its own.
 FAR = pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -172,6 +193,12 @@ def test_so_do_other_recipes(shim_library):
 def test_a_device_that_is_not_asked_holds_the_same(shim_library):
     """The same slots and bytes as where everything is asked: lists may be longer than what is in them."""
     far("waits.py", "--same", "kv-compress", "events")
+
+
+@FAR
+def test_replayed_steps_ask_no_more_and_hold_the_same(shim_library):
+    """Captured and replayed on the device, run one by one on the host."""
+    check_limits({name: LIMITS[name] for name in ("k8v4", "auto", "kv-compress")}, "--replayed", "--same")
 
 
 @FAR

@@ -22,12 +22,15 @@ from far_device import FAR, FarDevice, taken
 
 import kvcompress_hf as kvc
 from kvcompress_hf import kernels
-from kvcompress_hf.kernels import Backend, Logits, ReferenceBackend, get_backend
-from kvcompress_hf.kernels.host_shim import build_shim, shim_backend
+from kvcompress_hf.kernels import ReferenceBackend, get_backend
+from kvcompress_hf.kernels.cuda import CudaBackend
+from kvcompress_hf.kernels.host_shim import build_shim
+from kvcompress_hf.kernels.host_shim.recording import RecordingLauncher, TapeCapturer
 from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.waiting import to_device
 from kvcompress_hf.runtime.attention import PagedAttention
 from kvcompress_hf.runtime.call import AttentionCall
+from kvcompress_hf.runtime.replay import Capturer, StepReplay
 
 LAYERS, BATCH, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 2, 4, 2, 64
 PROMPT, STEPS = 70, 18
@@ -79,9 +82,10 @@ def steps_of(
     padding: int = 0,
     masks: bool = False,
     events: bool = False,
+    capturer: Capturer | None = None,
     **changes: Any,
 ) -> Iterator[tuple[str, dict[str, int], Callable[[], tuple[object, ...]]]]:
-    """Runs a prompt and decoding steps.
+    """Runs a prompt and decoding steps; with a capturer all but the first of these are replayed.
 
     Yields:
         The kind of each step, its waits by place, and a function that tells what is stored.
@@ -90,7 +94,6 @@ def steps_of(
     windows = [None] * (LAYERS - 1) + [window]
     turning = 1e4 ** -(torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     reindexed = turning if recipe.positions == "reindexed" else None
-    logits = {width: Logits(HEAD_DIM**-0.5, window=width) for width in windows}
     attention = PagedAttention([recipe], windows, max_bytes=max_bytes, inv_freq=reindexed)
     attention.rotations = [Rotation(turning)] * LAYERS
     forks: list[PagedAttention] = []
@@ -102,13 +105,30 @@ def steps_of(
         return to_device(x, device).transpose(1, 2)
 
     outputs: list[torch.Tensor] = []  # of the last step, of each layer
+    static: list[tuple[torch.Tensor, ...]] = []  # where a captured step finds its queries, keys and values
+    replays: list[tuple[PagedAttention, StepReplay]] = []
+
+    def attend(news: list[tuple[torch.Tensor, ...]], mask: torch.Tensor | None) -> list[torch.Tensor]:
+        dense = [torch.zeros_like(new[0].transpose(1, 2)) for new in news]
+        outputs = []
+        for layer, (new, width, out) in enumerate(zip(news, windows, dense, strict=True)):
+            logits = attention.layers[layer].logits_of(HEAD_DIM**-0.5, None, width, None)
+            outputs.append(attention.attend(layer, AttentionCall(*new, logits), mask, lambda out=out: out))
+        return outputs
 
     def forward(tokens: int, mask: torch.Tensor | None) -> None:
-        outputs.clear()
-        for layer, width in enumerate(windows):
-            out = torch.zeros((BATCH, tokens, Q_HEADS, HEAD_DIM), dtype=torch.float16, device=device)
-            new = randn(Q_HEADS, tokens), randn(KV_HEADS, tokens), randn(KV_HEADS, tokens)
-            outputs.append(attention.attend(layer, AttentionCall(*new, logits[width]), mask, lambda out=out: out))
+        news = [(randn(Q_HEADS, tokens), randn(KV_HEADS, tokens), randn(KV_HEADS, tokens)) for _ in windows]
+        if capturer is None or tokens > 1 or not static:
+            outputs[:] = attend(news, mask)
+            if tokens == 1 and capturer is not None:
+                static[:] = [tuple(each.clone() for each in new) for new in news]
+            return
+        if not replays or replays[-1][0] is not attention:
+            replays.append((attention, StepReplay(attention, capturer)))
+        for here, new in zip(static, news, strict=True):
+            for buffer, each in zip(here, new, strict=True):
+                buffer.copy_(each)
+        outputs[:] = replays[-1][1].step(lambda: attend(static, None))
 
     mask = None
     if padding:
@@ -143,19 +163,25 @@ def steps_of(
         forward(1, torch.ones((BATCH, 1, 1, 1), dtype=torch.bool, device=device) if masks else None)
         packings, plans = attention.statistics.packings - before[0], attention.statistics.plans - before[1]
         yield ("plan" if plans else "packing" if packings else "quiet"), taken(), stored
+    if capturer is not None and not attention.statistics.replays:
+        raise AssertionError("no step was replayed")
 
 
-def backend_for(device: torch.device, order: str, reference: bool) -> Backend:
+def backend_for(device: torch.device, order: str, reference: bool) -> Any:
     """The CUDA kernels on the CPU for a device, or plain torch: what a device without kernels gets."""
     if reference:
         return get_backend(device) if device == FAR else ReferenceBackend()
-    backend = shim_backend(build_shim(Path(__file__).parents[2] / "build" / "host_shim"), order)
-    backend.launcher.device_type = device.type
-    return backend
+    launcher = RecordingLauncher(build_shim(Path(__file__).parents[2] / "build" / "host_shim"), order)
+    launcher.device_type = device.type
+    return CudaBackend(launcher)
 
 
 def count(
-    names: list[str], order: str = "ascending", same: bool = False, reference: bool = False
+    names: list[str],
+    order: str = "ascending",
+    same: bool = False,
+    reference: bool = False,
+    replayed: bool = False,
 ) -> dict[str, dict[str, list[dict[str, int]]]]:
     """All steps of some cases: waits by place, by case and kind of step.
 
@@ -165,6 +191,7 @@ def count(
         same: Check against the same kernels on host tensors, where all asking is done: the same slots, bytes and
             outputs.
         reference: Plain torch instead of the kernels.
+        replayed: Capture and replay steps on the device.
     """
     result: dict[str, dict[str, list[dict[str, int]]]] = {}
     for name in names:
@@ -173,8 +200,9 @@ def count(
         for device in (FAR, torch.device("cpu")) if same else (FAR,):
             backend = backend_for(device, order, reference)
             kernels.get_backend = lambda device, backend=backend: backend
+            capturer = TapeCapturer(backend.launcher) if replayed and device == FAR else None
             with torch.no_grad(), FarDevice():
-                for kind, waits, stored in steps_of(device, **CASES[name]):
+                for kind, waits, stored in steps_of(device, capturer=capturer, **CASES[name]):
                     if device == FAR:
                         result[name].setdefault(kind, []).append(waits)
                     if kind != "quiet":
@@ -192,8 +220,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print all that was counted")
     parser.add_argument("--same", action="store_true", help="check that a device holds what the host does")
     parser.add_argument("--reference", action="store_true", help="plain torch in place of the kernels")
+    parser.add_argument("--replayed", action="store_true", help="capture steps and replay them, as a CUDA graph")
     options = parser.parse_args()
-    result = count(options.cases or list(CASES), same=options.same, reference=options.reference)
+    result = count(
+        options.cases or list(CASES), same=options.same, reference=options.reference, replayed=options.replayed
+    )
     if options.json:
         sys.stdout.write(json.dumps(result) + "\n")
         return

@@ -215,7 +215,9 @@ def test_nothing_of_a_cache_stays_on_the_model(build_model, run_generate):
         "_prefill",
         "_prepare_cache_for_generation",
         "_prepare_generation_config",
+        "_valid_auto_compile_criteria",
         "generate",
+        "get_compiled_call",
         "init_continuous_batching",
         "prepare_inputs_for_generation",
     }
