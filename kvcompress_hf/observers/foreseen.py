@@ -21,8 +21,8 @@ from kvcompress_hf.paging.waiting import known
 
 __all__ = ["foreseen_queries", "foreseen_scores"]
 
-_PAIRS = 512  # tokens that the map is found from
-_OTHERS = 64  # keys that stand for all in the softmax of a pair
+_PAIRS = 512  # that the map is found from, at most
+_OTHERS = 64  # keys that stand for all in the softmax of a pair, at most
 _RIDGE = 0.01  # of the mean variance of a key's channels
 _LEAST = 1e-4  # weight of a pair that does not look at each other at all
 _COPIES = 3e-5  # mean weight of pairs, without that, from which on a head is taken for one that copies
@@ -107,12 +107,12 @@ def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tenso
     Returns:
         `torch.Tensor`: In the shape and dtype of `query`; that of the last token is its own.
     """
-    place, pairs = torch.arange(key.shape[2], device=key.device), _pairs(key)
+    pairs, place = _pairs(key), torch.arange(key.shape[2], device=key.device)
     weight = weight + _LEAST
     weight = (weight / weight.sum(-1, keepdim=True))[..., None]
     unturned = rotation.turn(key.float(), -place)
-    asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1))
-    asked, found = rotation.turn(asked, -pairs), unturned[:, :, None, pairs + 1]
+    asked = rotation.turn(query[:, :, pairs].float(), -place[pairs]).unflatten(1, (key.shape[1], -1))
+    found = unturned[:, :, None, 1:][..., pairs, :]
     mean_query, mean_key = (weight * asked).sum(-2, keepdim=True), (weight * found).sum(-2, keepdim=True)
     found = found - mean_key
     weighted = (weight * found).transpose(-1, -2)
@@ -138,19 +138,19 @@ def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rota
         `torch.Tensor`: Squared probabilities, of evenly spaced tokens, float32 `[batch, kv_heads, group, pairs]`.
     """
     tokens, pairs = key.shape[2], _pairs(key)
-    others = torch.linspace(0, tokens - 1, min(_OTHERS, tokens), device=key.device).long()
+    others = key[:, :, None, :: math.ceil(tokens / _OTHERS)].float()
     asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1)) * logits.scale
-    turned = rotation.turn(asked, torch.full_like(pairs, tokens))
-    far = turned @ key[:, :, None, others].float().transpose(-1, -2)
-    ahead = (turned * key[:, :, None, pairs + 1]).sum(-1)
+    turned = rotation.turn(asked, torch.full((), tokens, device=key.device))
+    far = turned @ others.transpose(-1, -2)
+    ahead = (turned * key[:, :, None, 1:][..., pairs, :]).sum(-1)
     itself = (asked * key[:, :, None, pairs]).sum(-1)
     if logits.softcap is not None:
         far, ahead, itself = (logits.softcap * (each / logits.softcap).tanh() for each in (far, ahead, itself))
-    total = torch.logaddexp(far.logsumexp(-1) + math.log(tokens / others.numel()), torch.logaddexp(ahead, itself))
+    total = torch.logaddexp(far.logsumexp(-1) + math.log(tokens / others.shape[-2]), torch.logaddexp(ahead, itself))
     return (2 * (ahead - total)).exp()
 
 
-def _pairs(key: torch.Tensor) -> torch.Tensor:
-    """The first tokens of the pairs that are looked at, `int64` `[pairs]`."""
-    tokens = key.shape[2]
-    return torch.linspace(0, tokens - 2, min(_PAIRS, tokens - 1), device=key.device).long()
+def _pairs(key: torch.Tensor) -> slice:
+    """The first tokens of the pairs that are looked at; the last token of all is nobody's first."""
+    last = key.shape[2] - 1
+    return slice(0, last, math.ceil(last / _PAIRS))
