@@ -204,6 +204,25 @@ class KvcShares(Structure):
     )
 
 
+class KvcKeyShift(Structure):
+    _fields_ = _fields(
+        ptr="k q",
+        i64="k_b k_h k_t q_b q_h q_t",
+        ptr_b="valid shift",
+        f32="most",
+        i32="bits dtype head_dim batch kv_heads group n n_q reserved",
+    )
+
+
+class KvcTierLosses(Structure):
+    _fields_ = [
+        *_fields(ptr="k v q", i64="k_b k_h k_t v_b v_h v_t q_b q_h q_t", ptr_b="count loss"),
+        ("key_bits", c_int32 * MAX_TIERS),
+        ("value_bits", c_int32 * MAX_TIERS),
+        *_fields(f32="scale", i32="tiers dtype head_dim batch kv_heads group n"),
+    ]
+
+
 OPERATIONS: dict[str, type[Structure]] = {
     "append": KvcAppend,
     "pack": KvcPack,
@@ -225,6 +244,8 @@ OPERATIONS: dict[str, type[Structure]] = {
     "places": KvcPlaces,
     "tally": KvcTally,
     "shares": KvcShares,
+    "key_shift": KvcKeyShift,
+    "tier_losses": KvcTierLosses,
 }
 
 

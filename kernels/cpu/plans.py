@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import abi, checks
-from ..arguments import fill_rows, pointer
+from ..arguments import fill_rows, fill_strides, pointer
+from ..layout import DTYPES, MAX_HEAD_DIM, SLOT_MULTIPLE
 from ..plan_operations import Hulls, PlanOperations
 from ..types import Rows
 
@@ -145,6 +146,88 @@ class CpuPlanOperations(PlanOperations):
         c.targets = targets.data_ptr()
         self._call("shares", c)
         return targets
+
+    def key_shift(self, keys: Tensor, query: Tensor, valid: Tensor | None, bits: int, most: float) -> Tensor:
+        _check_states(keys, query)
+        batch, kv_heads, n, head_dim = keys.shape
+        q_heads, n_q = query.shape[1:3]
+        if n_q > n or bits not in (2, 4, 8):
+            raise ValueError(f"there must be no more queries ({n_q}) than keys ({n}), of 2, 4 or 8 bits, not {bits}")
+        if valid is not None:
+            checks.check_tensor("valid", valid, (batch, n), torch.bool, CPU, contiguous=False)
+            valid = valid.contiguous()
+        shift = torch.empty(batch, kv_heads, 1, head_dim)
+        if not shift.numel():
+            return shift.to(keys.dtype)
+        c = abi.KvcKeyShift(
+            most=most,
+            bits=bits,
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            n=n,
+            n_q=n_q,
+        )
+        c.k, c.q, c.valid, c.shift = keys.data_ptr(), query.data_ptr(), pointer(valid), shift.data_ptr()
+        fill_strides(c, "k", keys)
+        fill_strides(c, "q", query)
+        self._call("key_shift", c)
+        return shift.to(keys.dtype)
+
+    def tier_losses(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        tiers: Sequence[tuple[int, int]],
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        _check_states(keys, query, values)
+        batch, kv_heads, n, head_dim = keys.shape
+        checks.check_tensor("query", query, (batch, None, n, head_dim), keys.dtype, CPU)
+        _check_tiers(len(tiers))
+        count = None
+        if padding is not None:
+            checks.check_tensor("padding", padding, (batch,), torch.int64, CPU, contiguous=False)
+            count = (n - padding).clamp(0, n)
+        loss = torch.empty(batch, kv_heads, len(tiers))
+        if not loss.numel():
+            return loss
+        c = abi.KvcTierLosses(
+            scale=scale,
+            tiers=len(tiers),
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=query.shape[1] // kv_heads,
+            n=n,
+        )
+        for tier, (key_bits, value_bits) in enumerate(tiers):
+            c.key_bits[tier], c.value_bits[tier] = key_bits, value_bits
+        c.k, c.v, c.q, c.loss = keys.data_ptr(), values.data_ptr(), query.data_ptr(), loss.data_ptr()
+        c.count = pointer(count)
+        for name, states in (("k", keys), ("v", values), ("q", query)):
+            fill_strides(c, name, states)
+        self._call("tier_losses", c)
+        return loss
+
+
+def _check_states(keys: Tensor, query: Tensor, values: Tensor | None = None) -> None:
+    if keys.dtype not in DTYPES:
+        raise ValueError(f"keys must be {', '.join(map(str, DTYPES))}, got {keys.dtype}")
+    checks.check_tensor("keys", keys, (None, None, None, None), keys.dtype, CPU)
+    batch, kv_heads, n, head_dim = keys.shape
+    if head_dim % SLOT_MULTIPLE or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be a multiple of {SLOT_MULTIPLE} up to {MAX_HEAD_DIM}, got {head_dim}")
+    checks.check_tensor("query", query, (batch, None, None, head_dim), keys.dtype, CPU)
+    if kv_heads == 0 or query.shape[1] % kv_heads or query.shape[1] == 0:
+        raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {query.shape[1]}")
+    if values is not None:
+        checks.check_tensor("values", values, (batch, kv_heads, n, head_dim), keys.dtype, CPU)
 
 
 def _check_tiers(tiers: int) -> None:

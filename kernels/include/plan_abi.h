@@ -1,5 +1,5 @@
 // The C ABI of the operations for plans (kernels/cpu/plan.cpp), as abi.h is that of the operations on pages. Only CPU
-// backends have them. Arrays are contiguous.
+// backends have them. Arrays are contiguous, but for keys, values and queries (kernels/cpu/losses.cpp).
 #ifndef KVC_PLAN_ABI_H
 #define KVC_PLAN_ABI_H
 #include "abi.h"
@@ -74,4 +74,25 @@ typedef struct {  // the rate-distortion plan (plans/rate_distortion.py)
   int32_t tiers, shift;                   // bins are bits of a score >> shift, counted from the top
   int32_t guesses, reserved;
 } KvcShares;
+
+typedef struct {  // what is taken off the keys of each head (paging/key_shift.py)
+  const void *k, *q;                      // k [batch, kv_heads, n, D]; the last n_q queries, scaled, [batch, q_heads, n_q, D]
+  int64_t k_b, k_h, k_t, q_b, q_h, q_t;
+  const uint8_t* valid;                   // [batch, n] 0 = padding; null = all valid
+  float* shift;                           // [batch, kv_heads, D], zero for heads that do not gain
+  float most;                             // a head gains if no more than this share of its squared error is left
+  int32_t bits, dtype, head_dim;          // of codes; of 4 and fewer, keys are rotated
+  int32_t batch, kv_heads, group, n, n_q;
+  int32_t reserved;
+} KvcKeyShift;
+
+typedef struct {  // what storing a slot in a tier loses, over what evicting it would (plans/distortion.py)
+  const void *k, *v, *q;                  // [batch, kv_heads, n, D] and [batch, q_heads, n, D], native dtype
+  int64_t k_b, k_h, k_t, v_b, v_h, v_t, q_b, q_h, q_t;
+  const int64_t* count;                   // [batch] tokens that are no padding, which is in front; null = n
+  float* loss;                            // [batch, kv_heads, tiers]; NaN for a sequence without tokens
+  int32_t key_bits[KVC_MAX_TIERS], value_bits[KVC_MAX_TIERS];  // 0 = native
+  float scale;                            // on logits
+  int32_t tiers, dtype, head_dim, batch, kv_heads, group, n;
+} KvcTierLosses;
 #endif
