@@ -185,11 +185,11 @@ class KvcPrices(Structure):
 
 
 class KvcHoles(Structure):
-    _fields_ = _fields(ptr="keep before kept row hole mover", i64="rows slots room found")
+    _fields_ = _fields(ptr="marks before kept row hole mover", i64="rows slots room found", i32="gone reserved")
 
 
 class KvcPlaces(Structure):
-    _fields_ = _fields(ptr="chosen count row slot rank", i64="rows slots room found")
+    _fields_ = _fields(ptr="marks length count row slot rank", i64="rows slots room found", i32="wanted reserved")
 
 
 class KvcTally(Structure):

@@ -124,13 +124,14 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
-    def holes(self, keep: Tensor, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    def holes(self, marks: Tensor, gone: int, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
         """The moves that bring the slots of each row that stay to its front: the last ones fill the holes.
 
         Args:
-            keep: bool `[rows, slots]`; what lies beyond a row's length is not looked at.
+            marks: int8 `[rows, slots]`; what lies beyond a row's length is not looked at.
+            gone: A slot goes where its mark is this.
             before: int32 `[rows]`, the lengths.
-            kept: int32 `[rows]`, how many slots stay.
+            kept: int32 `[rows]`, how many slots stay; a row that all stay of is not looked at.
             room: As many moves as there may be.
 
         Returns:
@@ -141,15 +142,17 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
-    def places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots that are chosen, row after row.
+    def places(self, marks: Tensor, wanted: int, lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots with a mark, row after row.
 
         Args:
-            chosen: bool `[rows, slots]`.
-            counts: int32 `[rows]`, how many of each row.
+            marks: int8 `[rows, slots]`; what lies beyond a row's length is not looked at.
+            wanted: The mark.
+            lengths: int32 `[rows]`.
+            counts: int32 `[rows]`, how many of each row; where that is 0, the row is not looked at.
 
         Returns:
-            Row, slot, and how many chosen slots of the row come before, int32 `[n]` each.
+            Row, slot, and how many such slots of the row come before, int32 `[n]` each.
         """
 
     @abc.abstractmethod

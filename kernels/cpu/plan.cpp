@@ -168,14 +168,14 @@ int holes(KvcHoles* args) {
   const KvcHoles& a = *args;
   int64_t found = 0;
   for (int64_t row = 0; row < a.rows; row++) {
-    const uint8_t* keep = a.keep + row * a.slots;
+    const int8_t* marks = a.marks + row * a.slots;
     const int64_t before = a.before[row], kept = a.kept[row];
     if (kept >= before || before > a.slots) continue;
     int64_t mover = before;
     for (int64_t hole = 0; hole < kept; hole++) {
-      if (keep[hole]) continue;
+      if (marks[hole] != a.gone) continue;
       do mover--;
-      while (mover >= kept && !keep[mover]);
+      while (mover >= kept && marks[mover] == a.gone);
       if (mover < kept || found == a.room) return KVC_BAD_ARGUMENT;  // kept is not how many stay
       a.row[found] = static_cast<int32_t>(row);
       a.hole[found] = static_cast<int32_t>(hole);
@@ -190,10 +190,11 @@ int places(KvcPlaces* args) {
   const KvcPlaces& a = *args;
   int64_t found = 0;
   for (int64_t row = 0; row < a.rows; row++) {
-    const uint8_t* chosen = a.chosen + row * a.slots;
+    const int8_t* marks = a.marks + row * a.slots;
+    const int64_t length = a.length[row] < a.slots ? a.length[row] : a.slots;
     int32_t left = a.count[row];
-    for (int64_t slot = 0, rank = 0; slot < a.slots && left > 0; slot++) {
-      if (!chosen[slot]) continue;
+    for (int64_t slot = 0, rank = 0; slot < length && left > 0; slot++) {
+      if (marks[slot] != a.wanted) continue;
       if (found == a.room) return KVC_BAD_ARGUMENT;
       a.row[found] = static_cast<int32_t>(row);
       a.slot[found] = static_cast<int32_t>(slot);

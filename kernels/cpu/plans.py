@@ -73,25 +73,26 @@ class CpuPlanOperations(PlanOperations):
         self._call("prices", c)
         return price
 
-    def holes(self, keep: Tensor, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-        checks.check_tensor("keep", keep, (None, None), torch.bool, CPU, contiguous=False)
+    def holes(self, marks: Tensor, gone: int, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        checks.check_tensor("marks", marks, (None, None), torch.int8, CPU, contiguous=False)
         for name, each in (("before", before), ("kept", kept)):
-            checks.check_tensor(name, each, keep.shape[:1], torch.int32, CPU, contiguous=False)
-        inputs = [each.contiguous() for each in (keep, before, kept)]
+            checks.check_tensor(name, each, marks.shape[:1], torch.int32, CPU, contiguous=False)
+        inputs = [each.contiguous() for each in (marks, before, kept)]
         found = [torch.empty(room, dtype=torch.int32) for _ in range(3)]
-        c = abi.KvcHoles(rows=keep.shape[0], slots=keep.shape[1], room=room)
-        c.keep, c.before, c.kept, c.row, c.hole, c.mover = (each.data_ptr() for each in (*inputs, *found))
+        c = abi.KvcHoles(rows=marks.shape[0], slots=marks.shape[1], room=room, gone=gone)
+        c.marks, c.before, c.kept, c.row, c.hole, c.mover = (each.data_ptr() for each in (*inputs, *found))
         self._call("holes", c)
         row, hole, mover = (each[: c.found] for each in found)
         return row, hole, mover
 
-    def places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        checks.check_tensor("chosen", chosen, (None, None), torch.bool, CPU, contiguous=False)
-        checks.check_tensor("counts", counts, chosen.shape[:1], torch.int32, CPU, contiguous=False)
-        inputs = [each.contiguous() for each in (chosen, counts)]
+    def places(self, marks: Tensor, wanted: int, lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        checks.check_tensor("marks", marks, (None, None), torch.int8, CPU, contiguous=False)
+        for name, each in (("lengths", lengths), ("counts", counts)):
+            checks.check_tensor(name, each, marks.shape[:1], torch.int32, CPU, contiguous=False)
+        inputs = [each.contiguous() for each in (marks, lengths, counts)]
         found = [torch.empty(int(counts.sum()), dtype=torch.int32) for _ in range(3)]
-        c = abi.KvcPlaces(rows=chosen.shape[0], slots=chosen.shape[1], room=found[0].numel())
-        c.chosen, c.count, c.row, c.slot, c.rank = (each.data_ptr() for each in (*inputs, *found))
+        c = abi.KvcPlaces(rows=marks.shape[0], slots=marks.shape[1], room=found[0].numel(), wanted=wanted)
+        c.marks, c.length, c.count, c.row, c.slot, c.rank = (each.data_ptr() for each in (*inputs, *found))
         self._call("places", c)
         row, slot, rank = (each[: c.found] for each in found)
         return row, slot, rank

@@ -34,19 +34,22 @@ typedef struct {  // the score of the (first + page * step)-th lowest candidate 
 } KvcPrices;
 
 typedef struct {  // slots that stay and lie behind the first kept[row], from the last down, and holes among those, from 0 up
-  const uint8_t* keep;                    // [rows, slots]
+  const int8_t* marks;                    // [rows, slots]; a slot goes where this is `gone`
   const int32_t *before, *kept;           // [rows] slots held, and how many of them stay; rows that lose none are left out
   int32_t *row, *hole, *mover;            // [room]
   int64_t rows, slots, room;
   int64_t found;                          // out
+  int32_t gone, reserved;
 } KvcHoles;
 
-typedef struct {  // where chosen is set, row after row, and how many of the row come before
-  const uint8_t* chosen;                  // [rows, slots]
-  const int32_t* count;                   // [rows] how many are chosen; rows with 0 are not looked at
+typedef struct {  // where a mark is `wanted`, row after row, and how many such of the row come before
+  const int8_t* marks;                    // [rows, slots]
+  const int32_t* length;                  // [rows] slots that are looked at
+  const int32_t* count;                   // [rows] how many are wanted; rows with 0 are not looked at
   int32_t *row, *slot, *rank;             // [room]
   int64_t rows, slots, room;
   int64_t found;                          // out
+  int32_t wanted, reserved;
 } KvcPlaces;
 
 typedef struct {  // targets brought into order, and how many slots of each tier go to each tier
