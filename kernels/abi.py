@@ -189,11 +189,11 @@ class KvcPrices(Structure):
 
 
 class KvcHoles(Structure):
-    _fields_ = _fields(ptr="keep before kept row hole mover", i64="rows slots room found")
+    _fields_ = _fields(ptr="marks before kept row hole mover", i64="rows slots room found", i32="gone reserved")
 
 
 class KvcPlaces(Structure):
-    _fields_ = _fields(ptr="chosen count row slot rank", i64="rows slots room found")
+    _fields_ = _fields(ptr="marks length count row slot rank", i64="rows slots room found", i32="wanted reserved")
 
 
 class KvcTally(Structure):
@@ -206,6 +206,25 @@ class KvcShares(Structure):
         i64="batch rows slots",
         i32="tiers shift guesses reserved",
     )
+
+
+class KvcKeyShift(Structure):
+    _fields_ = _fields(
+        ptr="k q",
+        i64="k_b k_h k_t q_b q_h q_t",
+        ptr_b="valid shift",
+        f32="most",
+        i32="bits dtype head_dim batch kv_heads group n n_q reserved",
+    )
+
+
+class KvcTierLosses(Structure):
+    _fields_ = [
+        *_fields(ptr="k v q", i64="k_b k_h k_t v_b v_h v_t q_b q_h q_t", ptr_b="count loss"),
+        ("key_bits", c_int32 * MAX_TIERS),
+        ("value_bits", c_int32 * MAX_TIERS),
+        *_fields(f32="scale", i32="tiers dtype head_dim batch kv_heads group n"),
+    ]
 
 
 OPERATIONS: dict[str, type[Structure]] = {
@@ -230,6 +249,8 @@ OPERATIONS: dict[str, type[Structure]] = {
     "places": KvcPlaces,
     "tally": KvcTally,
     "shares": KvcShares,
+    "key_shift": KvcKeyShift,
+    "tier_losses": KvcTierLosses,
 }
 
 

@@ -1,4 +1,7 @@
-"""The arithmetic of plans that a backend may do natively; `kvcompress_hf/plans` has the same in torch."""
+"""The arithmetic of plans, and of how keys are stored, that a backend may do natively.
+
+`kvcompress_hf/plans` and `paging/key_shift.py` have the same in torch.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,53 @@ class Hulls:
 
 
 class PlanOperations(abc.ABC):
-    """What plans ask of a backend that has native code for it. Nothing that is stored changes."""
+    """What plans and stores ask of a backend that has native code for it. Nothing that is stored changes."""
+
+    @abc.abstractmethod
+    def key_shift(self, keys: Tensor, query: Tensor, valid: Tensor | None, bits: int, most: float) -> Tensor:
+        """The steady mean of the keys of each head, zero for heads that do not gain when it is taken off.
+
+        Args:
+            keys: `[batch, kv_heads, tokens, head_dim]`, float32, float16 or bfloat16.
+            query: The last queries times the factor on the logits, `[batch, q_heads, queries, head_dim]`, same dtype;
+                the last 32 are looked at.
+            valid: bool `[batch, tokens]`, false for padding; `None` = all valid.
+            bits: Bits of the keys' codes.
+            most: A head gains if no more than this share of the squared error of its logits is left.
+
+        Returns:
+            `[batch, kv_heads, 1, head_dim]` in the dtype of `keys`.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, or there are more queries than keys.
+        """
+
+    @abc.abstractmethod
+    def tier_losses(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        tiers: Sequence[tuple[int, int]],
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """What storing a slot in each tier loses, as a fraction of what evicting it would lose.
+
+        Args:
+            query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16.
+            keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
+            values: `[batch, kv_heads, tokens, head_dim]`, same dtype.
+            scale: Factor on the logits.
+            tiers: Key and value bits of each tier, (0, 0) for native.
+            padding: int64 `[batch]`, padding tokens at the front of each sequence; `None` = none.
+
+        Returns:
+            float32 `[batch, kv_heads, tiers]`, NaN for a sequence that is all padding.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
 
     @abc.abstractmethod
     def gather(self, rows: Rows, tier: int, field: str, out: Tensor, wanted: Tensor | None = None) -> None:
@@ -75,13 +124,14 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
-    def holes(self, keep: Tensor, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    def holes(self, marks: Tensor, gone: int, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
         """The moves that bring the slots of each row that stay to its front: the last ones fill the holes.
 
         Args:
-            keep: bool `[rows, slots]`; what lies beyond a row's length is not looked at.
+            marks: int8 `[rows, slots]`; what lies beyond a row's length is not looked at.
+            gone: A slot goes where its mark is this.
             before: int32 `[rows]`, the lengths.
-            kept: int32 `[rows]`, how many slots stay.
+            kept: int32 `[rows]`, how many slots stay; a row that all stay of is not looked at.
             room: As many moves as there may be.
 
         Returns:
@@ -92,15 +142,17 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
-    def places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The slots that are chosen, row after row.
+    def places(self, marks: Tensor, wanted: int, lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots with a mark, row after row.
 
         Args:
-            chosen: bool `[rows, slots]`.
-            counts: int32 `[rows]`, how many of each row.
+            marks: int8 `[rows, slots]`; what lies beyond a row's length is not looked at.
+            wanted: The mark.
+            lengths: int32 `[rows]`.
+            counts: int32 `[rows]`, how many of each row; where that is 0, the row is not looked at.
 
         Returns:
-            Row, slot, and how many chosen slots of the row come before, int32 `[n]` each.
+            Row, slot, and how many such slots of the row come before, int32 `[n]` each.
         """
 
     @abc.abstractmethod

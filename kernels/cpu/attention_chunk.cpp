@@ -116,7 +116,7 @@ int chunk(KvcChunk* a) {
   c.a = a;
   c.layout = &layout;
   c.logits = logits_of(a->scale, a->softcap);
-  c.forms = forms_of(layout, false);
+  c.forms = forms_of(a->rows, false);
   c.past.pages = {&a->rows, &a->tail, a->kv_heads, a->position_field, a->window != 0, element_bytes(layout.dtype)};
   c.past.fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->v), a->k_b, a->k_h, a->k_t, a->v_b,
                   a->v_h, a->v_t, a->n_k, a->key_position, !a->allowed};

@@ -104,22 +104,6 @@ static inline void store_floats(void* p, int64_t at, const float* x, int n, int 
   }
 }
 
-// Words at .. at + 4 of four vectors, transposed: those with the same number side by side, 64 bytes apart.
-KVC_INLINE void put_words(char* out, const char* const* from, int at) {
-  typedef int32_t words __attribute__((vector_size(16)));
-  words x[4];
-  KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(&x[r], from[r] + at, 16);
-  const words a0 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
-  const words a1 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
-  const words b0 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
-  const words b1 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
-  x[0] = __builtin_shufflevector(a0, b0, 0, 1, 4, 5);
-  x[1] = __builtin_shufflevector(a0, b0, 2, 3, 6, 7);
-  x[2] = __builtin_shufflevector(a1, b1, 0, 1, 4, 5);
-  x[3] = __builtin_shufflevector(a1, b1, 2, 3, 6, 7);
-  KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(out + 64 * r, &x[r], 16);
-}
-
 // ---- tiles -----------------------------------------------------------------------------------------------------
 enum TileKind { kNative, kRows, kCodes };  // keys in blocks of 16; keys row-major (the tail); codes
 
@@ -383,11 +367,13 @@ struct Forms {  // which forms of a query the layout's tiers need; narrow: in 8 
 KVC_INLINE bool is_mixed(int key_bits, int value_bits) {
   return KVC_WIDTH == 64 && key_bits == 8 && is_narrow(value_bits);
 }
-static inline Forms forms_of(const KvcLayout& layout, bool narrow) {
+static inline Forms forms_of(const KvcRows& rows, bool narrow) {
   Forms f = {false, false, false, narrow};
-  for (int t = 0; t < layout.n_tiers; ++t) {
-    const KvcTier& tier = layout.tier[t];
-    if (!tier.key_bits) continue;
+  for (int t = 0; t < rows.layout->n_tiers; ++t) {
+    const KvcTier& tier = rows.layout->tier[t];
+    int row = 0;
+    while (row < rows.rows && rows.length[t][row] <= 0) ++row;
+    if (!tier.key_bits || row == rows.rows) continue;  // nobody asks for it
     if (tier.rotate_keys) f.rotated = true;
     else if (narrow && is_mixed(tier.key_bits, tier.value_bits)) f.mixed = true;
     else f.plain = true;

@@ -389,7 +389,7 @@ int decode(KvcDecode* a) {
   d.a = a;
   d.layout = &layout;
   d.logits = logits_of(a->scale, a->softcap);
-  d.forms = forms_of(layout, true);
+  d.forms = forms_of(a->rows, true);
   d.heads4 = (a->group + kHeads - 1) / kHeads;
   d.statistics = a->sum_field >= 0 || a->square_field >= 0;
   Line& line = d.line;

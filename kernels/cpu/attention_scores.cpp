@@ -186,7 +186,7 @@ int scores(KvcScores* a) {
   s.a = a;
   s.layout = &layout;
   s.logits = logits_of(a->scale, a->softcap);
-  s.forms = forms_of(layout, false);
+  s.forms = forms_of(a->rows, false);
   s.past.pages = {&a->rows, &a->tail, a->kv_heads, a->position_field, a->window != 0 || a->exclude != 0,
                   element_bytes(layout.dtype)};
   s.past.fresh = {static_cast<const char*>(a->k), static_cast<const char*>(a->k), a->k_b, a->k_h, a->k_t, a->k_b,

@@ -93,6 +93,8 @@ KVC_OPERATION(holes, KvcHoles)
 KVC_OPERATION(places, KvcPlaces)
 KVC_OPERATION(tally, KvcTally)
 KVC_OPERATION(shares, KvcShares)
+KVC_OPERATION(key_shift, KvcKeyShift)
+KVC_OPERATION(tier_losses, KvcTierLosses)
 
 // Bytes of the argument struct of an operation (or of "layout"), for Python to check its mirror; -1 = unknown.
 KVC_EXPORT int64_t kvc_sizeof(const char* name) {
@@ -108,7 +110,7 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
       {"non_causal", sizeof(KvcNonCausal)},  {"linear", sizeof(KvcLinear)},
       {"gather", sizeof(KvcGather)}, {"lowest", sizeof(KvcLowest)}, {"prices", sizeof(KvcPrices)},
       {"holes", sizeof(KvcHoles)},   {"places", sizeof(KvcPlaces)}, {"tally", sizeof(KvcTally)},
-      {"shares", sizeof(KvcShares)},
+      {"shares", sizeof(KvcShares)}, {"key_shift", sizeof(KvcKeyShift)}, {"tier_losses", sizeof(KvcTierLosses)},
   };
   for (const auto& entry : sizes) {
     if (strcmp(entry.name, name) == 0) return static_cast<int64_t>(entry.bytes);

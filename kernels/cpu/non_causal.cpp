@@ -3,8 +3,8 @@
 // few keys: those near the block, and far ones that stand for all others, which are put side by side once per call.
 // Logits of four query rows exist at a time. Keys belong to two blocks; even blocks add up first, then the odd ones, so
 // that no two threads add to one key, and sums do not depend on how many threads there are.
-#include "attention_core.h"
 #include "ops.h"
+#include "products.h"
 
 namespace kvc {
 namespace KVC_ISA {
@@ -22,7 +22,6 @@ constexpr int kHere = kHalf + kMargin;
 constexpr int kColumns = kNearHalf + kFar + kHere;  // logits of a row: near, sinks, sample, near from where it stands
 constexpr int kSampleAt = kNearHalf + 16, kHereAt = kNearHalf + kFar;
 constexpr int kAhead = 4;              // queries between the one that is fetched and the one that is worked on
-constexpr int kOnce = KVC_WIDTH == 64 ? 5 : 2;  // vectors of keys in registers
 constexpr int kMaxPairs = KVC_MAX_HEAD_DIM / 2;
 static_assert(kMargin == 16 && kHalf == 16, "near keys come in vectors of 16");
 
@@ -52,29 +51,7 @@ KVC_INLINE void dots(const char* const* keys, const char* const* rows, int d, co
                      vf* top) {
   for (int part = 0; part < kParts; ++part) {
     vf sum[N][kHeads];
-    KVC_UNROLL for (int b = 0; b < N; ++b) KVC_UNROLL for (int h = 0; h < kHeads; ++h) sum[b][h] = vf{};
-    const int n = PAIRS ? d / 2 : d;
-    for (int i = 0; i < n; ++i) {
-#if KVC_ISA_avx512
-      if (PAIRS) {
-        __m512bh k[N];
-        KVC_UNROLL for (int b = 0; b < N; ++b) k[b] = (__m512bh)_mm512_loadu_si512(keys[b] + 64 * i);
-        KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
-          int32_t pair;
-          memcpy(&pair, rows[h] + 4 * i, 4);
-          const __m512bh q = (__m512bh)_mm512_set1_epi32(pair);
-          KVC_UNROLL for (int b = 0; b < N; ++b) sum[b][h] = _mm512_dpbf16_ps(sum[b][h], k[b], q);
-        }
-        continue;
-      }
-#endif
-      vf k[N];
-      KVC_UNROLL for (int b = 0; b < N; ++b) k[b] = load(keys[b] + 64 * i + part * KVC_WIDTH);
-      KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
-        const vf q = all(reinterpret_cast<const float*>(rows[h])[i]);
-        KVC_UNROLL for (int b = 0; b < N; ++b) sum[b][h] = k[b] * q + sum[b][h];
-      }
-    }
+    products<PAIRS, N>(keys, rows, d, part, sum);
     KVC_UNROLL for (int b = 0; b < N; ++b) KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
       const int column = at + 16 * b + kLanes * part;
       vf x = sum[b][h] * all(logits.scale);
@@ -132,9 +109,7 @@ struct NonCausal {
       else if (pairs) from[r] = static_cast<const char*>(a->k) + 2 * at;
       else load_floats(floats[r], a->k, at, a->head_dim, a->dtype);
     }
-    char* out = vectors + i / 16 * vectors_bytes(16) + i % 16 * 4;
-    const int words = pairs ? a->head_dim / 2 : a->head_dim;
-    for (int w = 0; w < words; w += 4, out += 256) put_words(out, from, 4 * w);
+    put_four(vectors + i / 16 * vectors_bytes(16) + i % 16 * 4, from, pairs ? a->head_dim / 2 : a->head_dim);
   }
   void put_near(int b, int kv_head, int64_t start, char* near) const {
     for (int i = 0; i < kNear; i += 4) {

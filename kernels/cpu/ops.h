@@ -35,6 +35,8 @@
   int places(KvcPlaces*);         \
   int tally(KvcTally*);           \
   int shares(KvcShares*);         \
+  int key_shift(KvcKeyShift*);    \
+  int tier_losses(KvcTierLosses*);\
   }                               \
   }
 KVC_DECLARE_OPS(avx512)

@@ -119,45 +119,43 @@ void rotate(float* x, int head_dim, int block) {
   for (int i = 0; i < head_dim * kBlock; i++) x[i] *= norm;
 }
 
-// Stored (fp16) scale and offset of a slot from its range, and whether they had to be clamped.
-struct Affine {
-  uint16_t scale, offset;
-  float step, zero;  // the stored numbers as floats
-  bool overflow;
+// Stored (fp16) scales and offsets of 16 slots from their ranges, and which of them had to be clamped.
+struct Affines {
+  alignas(64) uint16_t scale[kBlock], offset[kBlock];
+  alignas(64) float step[kBlock], zero[kBlock];  // the stored numbers as floats
+  uint32_t overflow;                             // bit = slot
+
+  static vf clamped(vf x, float low) {  // NaN becomes 0
+    x = x == x ? x : vf{};
+    return min(max(x, all(low)), all(kHalfMax));
+  }
+  void set(const float* lows, const float* highs, int bits, float two_bit_range) {
+    overflow = 0;
+    for (int i = 0; i < kBlock; i += kLanes) {
+      vf low = load(lows + i), high = load(highs + i);
+      if (bits == 2) {
+        const vf centre = low * all(0.5f) + high * all(0.5f);
+        const vf half = (high * all(0.5f) - low * all(0.5f)) * all(two_bit_range);
+        low = centre - half;
+        high = centre + half;
+      }
+      const vf wide = (high - low) / all(static_cast<float>((1 << bits) - 1));
+      const vi fits = (max(low, -low) <= all(kHalfMax)) & (max(high, -high) <= all(kHalfMax)) & (wide <= all(kHalfMax));
+      for (int e = 0; e < kLanes; e++) overflow |= fits[e] ? 0u : 1u << (i + e);
+      kvc::KVC_ISA::to_f16(scale + i, clamped(wide, 0.f));
+      kvc::KVC_ISA::to_f16(offset + i, clamped(low, -kHalfMax) + vf{});  // + 0: no negative zero
+      store(step + i, from_f16(scale + i));
+      store(zero + i, from_f16(offset + i));
+    }
+  }
 };
 
-float clamped(float x, float low) {  // NaN becomes 0
-  if (!(x == x)) return 0.f;
-  return x < low ? low : x > kHalfMax ? kHalfMax : x;
-}
-
-Affine affine(float low, float high, int bits, float two_bit_range) {
-  if (bits == 2) {
-    const float centre = low * 0.5f + high * 0.5f;
-    const float half = (high * 0.5f - low * 0.5f) * two_bit_range;
-    low = centre - half;
-    high = centre + half;
-  }
-  const float scale = (high - low) / static_cast<float>((1 << bits) - 1);
-  Affine a;
-  a.overflow = !(std::fabs(low) <= kHalfMax && std::fabs(high) <= kHalfMax && scale <= kHalfMax);
-  a.scale = kvc::KVC_ISA::to_f16(clamped(scale, 0.f));
-  a.offset = kvc::KVC_ISA::to_f16(clamped(low, -kHalfMax) + 0.f);  // + 0: no negative zero
-  a.step = half_to_float(a.scale);
-  a.zero = half_to_float(a.offset);
-  return a;
-}
-
-// Rounds to the nearest code, half to even: adding 1.5 * 2^23 leaves the integer in the low bits.
-inline uint32_t code_of(float x, float zero, float step, float top) {
-  float t = (x - zero) / step;
-  t = step > 0.f ? t : 0.f;
-  t = t > 0.f ? t : 0.f;  // NaN too
-  t = t < top ? t : top;
-  t += 12582912.f;
-  uint32_t bits;
-  memcpy(&bits, &t, 4);
-  return bits - 0x4B400000u;
+// Rounds to the nearest codes, half to even: adding 1.5 * 2^23 leaves the integer in the low bits.
+KVC_INLINE vi codes_of(vf x, vf zero, vf step, float top) {
+  vf t = step > vf{} ? (x - zero) / step : vf{};
+  t = t > vf{} ? t : vf{};  // NaN too
+  t = t < all(top) ? t : all(top);
+  return (vi)(t + all(12582912.f)) - 0x4B400000;
 }
 
 // How channels of 16 keys are rounded one after the other, each making good the errors of those before it.
@@ -185,8 +183,9 @@ struct Feedback {
       const float* of = collected[r];
       KVC_LANES { wanted[l] = r ? wanted[l] + factor * of[l] : factor * of[l]; }
     }
+    for (int i = 0; i < kBlock; i += kLanes)
+      store(code + i, codes_of(load(x + i) - load(wanted + i), load(zero + i), load(step + i), top));
     KVC_LANES {
-      code[l] = code_of(x[l] - wanted[l], zero[l], step[l], top);
       const float e = static_cast<float>(static_cast<int32_t>(code[l])) * step[l] + zero[l] - x[l];
       error[l] = std::fabs(e) <= kHalfMax ? e : 0.f;  // of an infinity nothing can be made good
     }
@@ -204,10 +203,16 @@ struct Scratch {
   alignas(64) float keys[KVC_MAX_HEAD_DIM * kBlock];    // [dim][16 slots]
   alignas(64) float values[kBlock * KVC_MAX_HEAD_DIM];  // [16 slots][dim]
   alignas(64) uint32_t codes[kBlock * KVC_MAX_HEAD_DIM];
-  alignas(64) float row[KVC_MAX_HEAD_DIM];
+  alignas(64) float rows[kBlock * KVC_MAX_HEAD_DIM];    // keys as they come, [16 slots][dim]
 
-  void set_key(int lane, int head_dim) {  // from row
-    for (int d = 0; d < head_dim; d++) keys[d * kBlock + lane] = row[d];
+  float* row(int lane, int head_dim) { return rows + lane * head_dim; }
+  void set_keys(int head_dim) {  // from rows
+    for (int lane = 0; lane < kBlock; lane += 4) {
+      const char* from[4];
+      for (int r = 0; r < 4; r++) from[r] = reinterpret_cast<const char*>(row(lane + r, head_dim));
+      char* to = reinterpret_cast<char*>(keys + lane);
+      for (int d = 0; d < head_dim; d += 4) put_words(to + d * kBlock * 4, from, 4 * d);
+    }
   }
 };
 
@@ -215,7 +220,7 @@ struct Scratch {
 template <int BITS>
 uint32_t store_keys(const Tier& t, uint8_t* page, int first, uint32_t active, Scratch& scratch) {
   float* x = scratch.keys;
-  alignas(64) float low[kBlock], high[kBlock], zero[kBlock], step[kBlock];
+  alignas(64) float low[kBlock], high[kBlock];
   alignas(64) uint32_t keep[kBlock], nan[kBlock];
   KVC_LANES { low[l] = INFINITY, high[l] = -INFINITY, nan[l] = 0; }
   for (int d = 0; d < t.head_dim; d++) {
@@ -228,18 +233,16 @@ uint32_t store_keys(const Tier& t, uint8_t* page, int first, uint32_t active, Sc
       high[l] = y > high[l] ? y : high[l];
     }
   }
-  uint32_t overflow = 0;
+  Affines a;
+  a.set(low, high, BITS, kTwoBitKeys);
+  uint32_t overflow = a.overflow;
   uint16_t* params = t.key_params(page) + first;
   for (int l = 0; l < kBlock; l++) {
-    const bool on = active >> l & 1;
-    keep[l] = on ? 0u : ~0u;
-    zero[l] = 0, step[l] = 0;
-    if (!on) continue;
-    const Affine a = affine(low[l], high[l], BITS, kTwoBitKeys);
-    params[l] = a.scale;
-    params[t.slots + l] = a.offset;
-    zero[l] = a.zero, step[l] = a.step;
-    if (a.overflow || nan[l]) overflow |= 1u << l;
+    keep[l] = active >> l & 1 ? 0u : ~0u;
+    if (keep[l]) continue;
+    params[l] = a.scale[l];
+    params[t.slots + l] = a.offset[l];
+    if (nan[l]) overflow |= 1u << l;
   }
   constexpr int kPerByte = 8 / BITS;
   constexpr float kTop = (1 << BITS) - 1;
@@ -252,60 +255,64 @@ uint32_t store_keys(const Tier& t, uint8_t* page, int first, uint32_t active, Sc
         const float* row = x + d * kBlock;
         if (scratch.feedback.on) {
           alignas(64) uint32_t code[kBlock];
-          scratch.feedback.codes(d, row, zero, step, kTop, code);
+          scratch.feedback.codes(d, row, a.zero, a.step, kTop, code);
           KVC_LANES { word[l] |= code[l] << shift; }
-        } else {
-          KVC_LANES { word[l] |= code_of(row[l], zero[l], step[l], kTop) << shift; }
+          continue;
+        }
+        for (int l = 0; l < kBlock; l += kLanes) {
+          const vi code = codes_of(load(row + l), load(a.zero + l), load(a.step + l), kTop);
+          store(word + l, load_int(word + l) | code << shift);
         }
       }
     }
     uint32_t* to = words + i * kBlock;
     KVC_LANES { to[l] = (to[l] & keep[l]) | (word[l] & ~keep[l]); }
   }
-  return overflow;
+  return overflow & active;
 }
 
 // Quantises scratch.values of the slots in `active` into a block; returns the lanes that overflowed.
 template <int BITS>
 uint32_t store_values(const Tier& t, uint8_t* page, int first, uint32_t active, Scratch& scratch) {
-  uint32_t overflow = 0;
-  uint16_t* params = t.value_params(page) + first;
+  alignas(64) float lows[kBlock] = {}, highs[kBlock] = {};
+  uint32_t nans = 0;
   constexpr float kTop = (1 << BITS) - 1;
   for (int s = 0; s < kBlock; s++) {
     if (!(active >> s & 1)) continue;
     float* x = scratch.values + s * t.head_dim;
-    alignas(64) float low[kBlock], high[kBlock];
-    alignas(64) uint32_t nan[kBlock];
-    KVC_LANES { low[l] = INFINITY, high[l] = -INFINITY, nan[l] = 0; }
-    for (int d = 0; d < t.head_dim; d += kBlock) {
-      float* part = x + d;
-      KVC_LANES {
-        const float y = part[l] == part[l] ? part[l] : 0.f;
-        nan[l] |= part[l] == part[l] ? 0u : 1u;
-        part[l] = y;
-        low[l] = y < low[l] ? y : low[l];
-        high[l] = y > high[l] ? y : high[l];
-      }
+    vf low = all(INFINITY), high = all(-INFINITY);
+    vi nan = vi{};
+    for (int d = 0; d < t.head_dim; d += kLanes) {
+      const vf y = load(x + d);
+      const vi is = y == y;
+      nan = nan | ~is;
+      const vf clean = is ? y : vf{};
+      store(x + d, clean);
+      low = min(low, clean);
+      high = max(high, clean);
     }
-    for (int l = 1; l < kBlock; l++) {
-      low[0] = low[l] < low[0] ? low[l] : low[0];
-      high[0] = high[l] > high[0] ? high[l] : high[0];
-      nan[0] |= nan[l];
-    }
-    const Affine a = affine(low[0], high[0], BITS, kTwoBitValues);
-    params[s] = a.scale;
-    params[t.slots + s] = a.offset;
-    if (a.overflow || nan[0]) overflow |= 1u << s;
+    lows[s] = -reduce_max(-low);
+    highs[s] = reduce_max(high);
+    alignas(64) int32_t any[kLanes];
+    store(any, nan);
+    for (int l = 0; l < kLanes; l++) nans |= any[l] ? 1u << s : 0u;
+  }
+  Affines a;
+  a.set(lows, highs, BITS, kTwoBitValues);
+  const uint32_t overflow = (a.overflow | nans) & active;
+  uint16_t* params = t.value_params(page) + first;
+  for (int s = 0; s < kBlock; s++) {
+    if (!(active >> s & 1)) continue;
+    params[s] = a.scale[s];
+    params[t.slots + s] = a.offset[s];
+    const float* x = scratch.values + s * t.head_dim;
     uint32_t* codes = scratch.codes + s * t.head_dim;
     const int shift = t.value_shift(s);
     // About the same centre, 1.5 steps from either end.
-    const float zero = BITS == 2 ? a.zero + a.step * (1.5f * (1.f - kTwoBitSearch)) : a.zero;
-    const float step = BITS == 2 ? a.step * kTwoBitSearch : a.step;
-    for (int d = 0; d < t.head_dim; d += kBlock) {
-      const float* part = x + d;
-      uint32_t* to = codes + d;
-      KVC_LANES { to[l] = code_of(part[l], zero, step, kTop) << shift; }
-    }
+    const float zero = BITS == 2 ? a.zero[s] + a.step[s] * (1.5f * (1.f - kTwoBitSearch)) : a.zero[s];
+    const float step = BITS == 2 ? a.step[s] * kTwoBitSearch : a.step[s];
+    for (int d = 0; d < t.head_dim; d += kLanes)
+      store(codes + d, codes_of(load(x + d), all(zero), all(step), kTop) << shift);
   }
   constexpr int kGroup = 32 / BITS;
   for (int g = 0; g < kBlock; g += kGroup) {
@@ -415,7 +422,7 @@ int pack_block(const KvcPack& a, const Tier& t, int b, int h, int from, int unti
   const char* v = static_cast<const char*>(a.v) + (b * a.v_b + h * a.v_h) * t.element;
   const int32_t* index = a.index ? a.index + b * a.index_b + h * a.index_h : nullptr;
   uint32_t active = 0;
-  if (!t.native && until - from < kBlock) memset(scratch.keys, 0, sizeof(float) * t.head_dim * kBlock);
+  if (!t.native && until - from < kBlock) memset(scratch.rows, 0, sizeof(float) * t.head_dim * kBlock);
   for (int i = from; i < until; i++) {
     const int token = index ? index[i] : i;
     const int lane = slot - first + i - from;
@@ -429,11 +436,11 @@ int pack_block(const KvcPack& a, const Tier& t, int b, int h, int from, int unti
       continue;
     }
     active |= 1u << lane;
-    to_floats(key, t.layout->dtype, t.head_dim, scratch.row);
-    scratch.set_key(lane, t.head_dim);
+    to_floats(key, t.layout->dtype, t.head_dim, scratch.row(lane, t.head_dim));
     to_floats(value, t.layout->dtype, t.head_dim, scratch.values + lane * t.head_dim);
   }
   if (t.native) return 0;
+  scratch.set_keys(t.head_dim);
   if (t.tier->rotate_keys) rotate(scratch.keys, t.head_dim, t.layout->rotation_block);
   scratch.feedback.set(a.rows, *t.layout, *t.tier, row);
   return __builtin_popcount(store_block(t, page, first, active, scratch));
@@ -464,23 +471,56 @@ void move_slot(const KvcMove& a, const Tier& t, int row, int dst, int src) {
   }
 }
 
+// Quantised keys of some slots, still rotated, as floats side by side: only their words are looked for one by one.
+struct CodedKeys {
+  alignas(64) uint32_t words[KVC_MAX_HEAD_DIM / 4 * kBlock];
+  alignas(64) float scale[kBlock] = {}, offset[kBlock] = {};
+
+  void add(const Tier& t, uint8_t* page, int slot, int lane) {
+    const uint32_t* from = t.key(page, slot);
+    for (int w = 0; w < t.key_words; w++) words[w * kBlock + lane] = from[w * kBlock];
+    scale[lane] = half_to_float(t.key_params(page)[slot]);
+    offset[lane] = half_to_float(t.key_params(page)[t.slots + slot]);
+  }
+  void read(const Tier& t, float* keys) const {
+    const int bits = t.tier->key_bits, per_byte = 8 / bits;
+    const uint32_t mask = (1u << bits) - 1;
+    for (int i = 0; i < t.key_words; i++) {
+      const uint32_t* word = words + i * kBlock;
+      for (int j = 0; j < per_byte; j++) {
+        for (int e = 0; e < 4; e++) {
+          const int shift = 8 * e + bits * j;
+          float* to = keys + (4 * (per_byte * i + j) + e) * kBlock;
+          KVC_LANES { to[l] = static_cast<float>(static_cast<int32_t>(word[l] >> shift & mask)) * scale[l] + offset[l]; }
+        }
+      }
+    }
+  }
+};
+
 // Re-quantises entries from..until, all of one row and one block of the destination tier.
 int retier_block(const KvcRetier& a, const Tier& s, const Tier& d, int from, int until, Scratch& scratch) {
   const int row = a.row[from];
   uint8_t* to = page_of(a.rows, a.dst_tier, row, a.dst[from]);
   const int first = a.dst[from] % d.slots / kBlock * kBlock;
   uint32_t active = 0;
-  memset(scratch.keys, 0, sizeof(float) * d.head_dim * kBlock);
+  CodedKeys coded;
+  if (until - from < kBlock) {
+    memset(scratch.rows, 0, sizeof(float) * d.head_dim * kBlock);
+    memset(coded.words, 0, sizeof coded.words);
+  }
   for (int i = from; i < until; i++) {
     uint8_t* of = page_of(a.rows, a.src_tier, row, a.src[i]);
     const int slot = a.src[i] % s.slots;
     const int lane = a.dst[i] % d.slots - first;
     active |= 1u << lane;
-    read_key(s, of, slot, scratch.row);
-    scratch.set_key(lane, d.head_dim);
+    if (s.native) read_key(s, of, slot, scratch.row(lane, d.head_dim));
+    else coded.add(s, of, slot, lane);
     read_value(s, of, slot, scratch.values + lane * d.head_dim);
     for (int f = 0; f < d.n_fields; f++) d.field(to, f)[first + lane] = s.field(of, f)[slot];
   }
+  if (s.native) scratch.set_keys(d.head_dim);
+  else coded.read(s, scratch.keys);
   if (s.tier->rotate_keys != d.tier->rotate_keys) {  // the transform is its own inverse
     rotate(scratch.keys, d.head_dim, d.layout->rotation_block);
   }
@@ -489,8 +529,8 @@ int retier_block(const KvcRetier& a, const Tier& s, const Tier& d, int from, int
   alignas(64) char k[4 * KVC_MAX_HEAD_DIM], v[4 * KVC_MAX_HEAD_DIM];
   for (int lane = 0; lane < kBlock; lane++) {
     if (!(active >> lane & 1)) continue;
-    for (int i = 0; i < d.head_dim; i++) scratch.row[i] = scratch.keys[i * kBlock + lane];
-    from_floats(scratch.row, d.layout->dtype, d.head_dim, k);
+    for (int i = 0; i < d.head_dim; i++) scratch.rows[i] = scratch.keys[i * kBlock + lane];
+    from_floats(scratch.rows, d.layout->dtype, d.head_dim, k);
     from_floats(scratch.values + lane * d.head_dim, d.layout->dtype, d.head_dim, v);
     store_native(d, to, first + lane, k, v);
   }
@@ -665,15 +705,14 @@ int dense(KvcDense* args) {
       uint8_t* page = page_of(a.rows, a.tier, row, first);
       float* k = a.k + (row * a.stride + first) * t.head_dim;
       float* v = a.v + (row * a.stride + first) * t.head_dim;
-      if (n < kBlock) memset(scratch.keys, 0, sizeof(float) * t.head_dim * kBlock);
+      if (n < kBlock) memset(scratch.rows, 0, sizeof(float) * t.head_dim * kBlock);
       for (int lane = 0; lane < n; lane++) {
         const int slot = first % t.slots + lane;
         read_value(t, page, slot, v + lane * t.head_dim);
-        float* key = t.tier->rotate_keys ? scratch.row : k + lane * t.head_dim;
-        read_key(t, page, slot, key);
-        if (t.tier->rotate_keys) scratch.set_key(lane, t.head_dim);
+        read_key(t, page, slot, t.tier->rotate_keys ? scratch.row(lane, t.head_dim) : k + lane * t.head_dim);
       }
       if (!t.tier->rotate_keys) continue;
+      scratch.set_keys(t.head_dim);
       rotate(scratch.keys, t.head_dim, t.layout->rotation_block);
       for (int lane = 0; lane < n; lane++) {
         for (int d = 0; d < t.head_dim; d++) k[lane * t.head_dim + d] = scratch.keys[d * kBlock + lane];

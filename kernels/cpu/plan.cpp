@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention_core.h"
 #include "ops.h"
 #include "tables.h"
 
@@ -168,14 +169,14 @@ int holes(KvcHoles* args) {
   const KvcHoles& a = *args;
   int64_t found = 0;
   for (int64_t row = 0; row < a.rows; row++) {
-    const uint8_t* keep = a.keep + row * a.slots;
+    const int8_t* marks = a.marks + row * a.slots;
     const int64_t before = a.before[row], kept = a.kept[row];
     if (kept >= before || before > a.slots) continue;
     int64_t mover = before;
     for (int64_t hole = 0; hole < kept; hole++) {
-      if (keep[hole]) continue;
+      if (marks[hole] != a.gone) continue;
       do mover--;
-      while (mover >= kept && !keep[mover]);
+      while (mover >= kept && marks[mover] == a.gone);
       if (mover < kept || found == a.room) return KVC_BAD_ARGUMENT;  // kept is not how many stay
       a.row[found] = static_cast<int32_t>(row);
       a.hole[found] = static_cast<int32_t>(hole);
@@ -190,10 +191,11 @@ int places(KvcPlaces* args) {
   const KvcPlaces& a = *args;
   int64_t found = 0;
   for (int64_t row = 0; row < a.rows; row++) {
-    const uint8_t* chosen = a.chosen + row * a.slots;
+    const int8_t* marks = a.marks + row * a.slots;
+    const int64_t length = a.length[row] < a.slots ? a.length[row] : a.slots;
     int32_t left = a.count[row];
-    for (int64_t slot = 0, rank = 0; slot < a.slots && left > 0; slot++) {
-      if (!chosen[slot]) continue;
+    for (int64_t slot = 0, rank = 0; slot < length && left > 0; slot++) {
+      if (marks[slot] != a.wanted) continue;
       if (found == a.room) return KVC_BAD_ARGUMENT;
       a.row[found] = static_cast<int32_t>(row);
       a.slot[found] = static_cast<int32_t>(slot);
@@ -205,6 +207,29 @@ int places(KvcPlaces* args) {
   return KVC_OK;
 }
 
+namespace {
+
+// The slots of a row in one tier. Bytes might alias all else, so the compiler is told that they do not.
+void tally_tier(const int8_t* __restrict in, const uint8_t* __restrict filled, int64_t n, int8_t from, int tiers,
+                int8_t* __restrict out, int32_t* __restrict counts) {
+  for (int64_t i = 0; i < n; i++) {
+    const int8_t to = in[i] < from ? from : in[i];  // slots only move down
+    out[i] = (in[i] < 0) | (filled[i] == 0) ? -1 : to;
+  }
+  for (int to = from; to < tiers; to++) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < n;) {  // in bytes as long as they hold the sum
+      const int64_t until = i + 240 < n ? i + 240 : n;
+      uint8_t some = 0;
+      for (; i < until; i++) some += out[i] == to;
+      found += some;
+    }
+    counts[to] = found;
+  }
+}
+
+}  // namespace
+
 int tally(KvcTally* args) {
   const KvcTally& a = *args;
   const int64_t rows = static_cast<int64_t>(a.batch) * a.rows;
@@ -212,18 +237,10 @@ int tally(KvcTally* args) {
   for (int64_t row = 0; row < rows; row++) {
     int32_t* counts = a.counts + row * a.tiers * a.tiers;
     memset(counts, 0, sizeof(int32_t) * a.tiers * a.tiers);
-    const int8_t* in = a.targets + row * a.slots;
-    const uint8_t* filled = a.filled + row * a.slots;
-    int8_t* out = a.out + row * a.slots;
     for (int from = 0; from < a.tiers; from++) {
-      int32_t found[KVC_MAX_TIERS] = {0};
-      for (int64_t i = a.begin[from]; i < a.begin[from + 1]; i++) {
-        const int8_t to = in[i] < from ? from : in[i];  // slots only move down
-        out[i] = in[i] < 0 || !filled[i] ? -1 : to;
-      }
-      for (int to = from; to < a.tiers; to++)
-        for (int64_t i = a.begin[from]; i < a.begin[from + 1]; i++) found[to] += out[i] == to;
-      memcpy(counts + from * a.tiers, found, sizeof(int32_t) * a.tiers);
+      const int64_t begin = a.begin[from], at = row * a.slots + begin;
+      tally_tier(a.targets + at, a.filled + at, a.begin[from + 1] - begin, static_cast<int8_t>(from), a.tiers,
+                 a.out + at, counts + from * a.tiers);
     }
   }
   return KVC_OK;
@@ -417,21 +434,30 @@ struct Shares {
   }
 
   void share_out(const int* thresholds) const {
-    const int64_t base = b * a.rows * a.slots;
     for (int64_t row = 0; row < a.rows; row++) {
-      const int* at = thresholds + row * kSteps;
-      for (int64_t i = 0; i < a.slots; i++) {
-        const int64_t slot = base + row * a.slots + i;
-        int result = -1;
-        for (int step = 0; step < steps; step++)
-          if (depth[row * a.slots + i] < at[step]) result = tier[step];
-        if (result < 0 && a.protects[slot]) result = tier[0];
-        const int lowered = result < a.tier_of[i] ? a.tier_of[i] : result;
-        a.targets[slot] = static_cast<int8_t>(result < 0 || !a.filled[slot] ? -1 : lowered);
-      }
+      const int64_t slot = (b * a.rows + row) * a.slots;
+      share_row(thresholds + row * kSteps, depth + row * a.slots, a.filled + slot, a.protects + slot, a.tier_of,
+                a.slots, a.targets + slot);
+    }
+  }
+  void share_row(const int* at, const uint16_t* __restrict deep, const uint8_t* __restrict filled,
+                 const uint8_t* __restrict protects, const int32_t* __restrict tier_of, int64_t n,
+                 int8_t* __restrict out) const {
+    const int8_t cheapest = static_cast<int8_t>(tier[0]);
+    for (int64_t i = 0; i < n; i++) out[i] = (deep[i] < at[0]) | (protects[i] != 0) ? cheapest : -1;
+    for (int step = 1; step < steps; step++) {
+      const uint16_t least = static_cast<uint16_t>(at[step]);
+      const int8_t better = static_cast<int8_t>(tier[step]);
+      for (int64_t i = 0; i < n; i++) out[i] = deep[i] < least ? better : out[i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+      const int8_t lowest = static_cast<int8_t>(tier_of[i]), result = out[i];
+      out[i] = (result < 0) | (filled[i] == 0) ? -1 : result < lowest ? lowest : result;
     }
   }
 };
+
+thread_local Arena arena;
 
 }  // namespace
 
@@ -442,21 +468,24 @@ int shares(KvcShares* args) {
   for (int64_t b = 0; b < a.batch; b++) {
     Shares one{a, b, a.steps[b], a.tiers, 0, a.hull_tier + b * kSteps, a.offset + b * kSteps, nullptr, nullptr, nullptr};
     one.last = kBins + one.offset[one.steps - 1];
-    Buffer<int32_t> below(static_cast<int64_t>(a.rows) * a.tiers * 2 * kPerRow);
-    Buffer<int32_t> pages(static_cast<int64_t>(a.rows) * (one.last + 1));
-    Buffer<uint16_t> depth(static_cast<int64_t>(a.rows) * a.slots);
-    Buffer<int> thresholds(static_cast<int64_t>(a.rows) * kSteps);
-    if (!below.at || !pages.at || !depth.at || !thresholds.at) {
+    int* thresholds = nullptr;
+    Carve carve = {nullptr};
+    for (int pass = 0; pass < 2; pass++) {
+      one.below = carve.take<int32_t>(a.rows * a.tiers * 2 * kPerRow);
+      one.pages = carve.take<int32_t>(a.rows * (one.last + 1));
+      one.depth = carve.take<uint16_t>(a.rows * a.slots);
+      thresholds = carve.take<int>(a.rows * kSteps);
+      if (pass == 0) carve = {arena.reserve(carve.at)};
+      if (!carve.base) break;
+    }
+    if (!carve.base) {
       failed = 1;
       continue;
     }
-    one.below = below.at, one.pages = pages.at, one.depth = depth.at;
     one.count();
-    if (!one.solve(thresholds.at)) {
-      failed = 1;
-      continue;
-    }
-    one.share_out(thresholds.at);
+    if (one.solve(thresholds)) one.share_out(thresholds);
+    else failed = 1;
+    arena.trim();
   }
   return failed ? KVC_NO_MEMORY : KVC_OK;
 }

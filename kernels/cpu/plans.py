@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import abi, checks
-from ..arguments import fill_rows, pointer
+from ..arguments import fill_rows, fill_strides, pointer
+from ..layout import DTYPES, MAX_HEAD_DIM, SLOT_MULTIPLE
 from ..plan_operations import Hulls, PlanOperations
 from ..types import Rows
 
@@ -72,25 +73,26 @@ class CpuPlanOperations(PlanOperations):
         self._call("prices", c)
         return price
 
-    def holes(self, keep: Tensor, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-        checks.check_tensor("keep", keep, (None, None), torch.bool, CPU, contiguous=False)
+    def holes(self, marks: Tensor, gone: int, before: Tensor, kept: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        checks.check_tensor("marks", marks, (None, None), torch.int8, CPU, contiguous=False)
         for name, each in (("before", before), ("kept", kept)):
-            checks.check_tensor(name, each, keep.shape[:1], torch.int32, CPU, contiguous=False)
-        inputs = [each.contiguous() for each in (keep, before, kept)]
+            checks.check_tensor(name, each, marks.shape[:1], torch.int32, CPU, contiguous=False)
+        inputs = [each.contiguous() for each in (marks, before, kept)]
         found = [torch.empty(room, dtype=torch.int32) for _ in range(3)]
-        c = abi.KvcHoles(rows=keep.shape[0], slots=keep.shape[1], room=room)
-        c.keep, c.before, c.kept, c.row, c.hole, c.mover = (each.data_ptr() for each in (*inputs, *found))
+        c = abi.KvcHoles(rows=marks.shape[0], slots=marks.shape[1], room=room, gone=gone)
+        c.marks, c.before, c.kept, c.row, c.hole, c.mover = (each.data_ptr() for each in (*inputs, *found))
         self._call("holes", c)
         row, hole, mover = (each[: c.found] for each in found)
         return row, hole, mover
 
-    def places(self, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        checks.check_tensor("chosen", chosen, (None, None), torch.bool, CPU, contiguous=False)
-        checks.check_tensor("counts", counts, chosen.shape[:1], torch.int32, CPU, contiguous=False)
-        inputs = [each.contiguous() for each in (chosen, counts)]
+    def places(self, marks: Tensor, wanted: int, lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        checks.check_tensor("marks", marks, (None, None), torch.int8, CPU, contiguous=False)
+        for name, each in (("lengths", lengths), ("counts", counts)):
+            checks.check_tensor(name, each, marks.shape[:1], torch.int32, CPU, contiguous=False)
+        inputs = [each.contiguous() for each in (marks, lengths, counts)]
         found = [torch.empty(int(counts.sum()), dtype=torch.int32) for _ in range(3)]
-        c = abi.KvcPlaces(rows=chosen.shape[0], slots=chosen.shape[1], room=found[0].numel())
-        c.chosen, c.count, c.row, c.slot, c.rank = (each.data_ptr() for each in (*inputs, *found))
+        c = abi.KvcPlaces(rows=marks.shape[0], slots=marks.shape[1], room=found[0].numel(), wanted=wanted)
+        c.marks, c.length, c.count, c.row, c.slot, c.rank = (each.data_ptr() for each in (*inputs, *found))
         self._call("places", c)
         row, slot, rank = (each[: c.found] for each in found)
         return row, slot, rank
@@ -145,6 +147,88 @@ class CpuPlanOperations(PlanOperations):
         c.targets = targets.data_ptr()
         self._call("shares", c)
         return targets
+
+    def key_shift(self, keys: Tensor, query: Tensor, valid: Tensor | None, bits: int, most: float) -> Tensor:
+        _check_states(keys, query)
+        batch, kv_heads, n, head_dim = keys.shape
+        q_heads, n_q = query.shape[1:3]
+        if n_q > n or bits not in (2, 4, 8):
+            raise ValueError(f"there must be no more queries ({n_q}) than keys ({n}), of 2, 4 or 8 bits, not {bits}")
+        if valid is not None:
+            checks.check_tensor("valid", valid, (batch, n), torch.bool, CPU, contiguous=False)
+            valid = valid.contiguous()
+        shift = torch.empty(batch, kv_heads, 1, head_dim)
+        if not shift.numel():
+            return shift.to(keys.dtype)
+        c = abi.KvcKeyShift(
+            most=most,
+            bits=bits,
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            n=n,
+            n_q=n_q,
+        )
+        c.k, c.q, c.valid, c.shift = keys.data_ptr(), query.data_ptr(), pointer(valid), shift.data_ptr()
+        fill_strides(c, "k", keys)
+        fill_strides(c, "q", query)
+        self._call("key_shift", c)
+        return shift.to(keys.dtype)
+
+    def tier_losses(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        tiers: Sequence[tuple[int, int]],
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        _check_states(keys, query, values)
+        batch, kv_heads, n, head_dim = keys.shape
+        checks.check_tensor("query", query, (batch, None, n, head_dim), keys.dtype, CPU)
+        _check_tiers(len(tiers))
+        count = None
+        if padding is not None:
+            checks.check_tensor("padding", padding, (batch,), torch.int64, CPU, contiguous=False)
+            count = (n - padding).clamp(0, n)
+        loss = torch.empty(batch, kv_heads, len(tiers))
+        if not loss.numel():
+            return loss
+        c = abi.KvcTierLosses(
+            scale=scale,
+            tiers=len(tiers),
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=query.shape[1] // kv_heads,
+            n=n,
+        )
+        for tier, (key_bits, value_bits) in enumerate(tiers):
+            c.key_bits[tier], c.value_bits[tier] = key_bits, value_bits
+        c.k, c.v, c.q, c.loss = keys.data_ptr(), values.data_ptr(), query.data_ptr(), loss.data_ptr()
+        c.count = pointer(count)
+        for name, states in (("k", keys), ("v", values), ("q", query)):
+            fill_strides(c, name, states)
+        self._call("tier_losses", c)
+        return loss
+
+
+def _check_states(keys: Tensor, query: Tensor, values: Tensor | None = None) -> None:
+    if keys.dtype not in DTYPES:
+        raise ValueError(f"keys must be {', '.join(map(str, DTYPES))}, got {keys.dtype}")
+    checks.check_tensor("keys", keys, (None, None, None, None), keys.dtype, CPU)
+    batch, kv_heads, n, head_dim = keys.shape
+    if head_dim % SLOT_MULTIPLE or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be a multiple of {SLOT_MULTIPLE} up to {MAX_HEAD_DIM}, got {head_dim}")
+    checks.check_tensor("query", query, (batch, None, None, head_dim), keys.dtype, CPU)
+    if kv_heads == 0 or query.shape[1] % kv_heads or query.shape[1] == 0:
+        raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {query.shape[1]}")
+    if values is not None:
+        checks.check_tensor("values", values, (batch, kv_heads, n, head_dim), keys.dtype, CPU)
 
 
 def _check_tiers(tiers: int) -> None:

@@ -144,6 +144,22 @@ KVC_INLINE vf exp2(vf x) {
 KVC_INLINE vf rough_log2(vf x) { return __builtin_convertvector((vi)x, vf) * all(1.1920929e-7f) - all(127.f); }
 KVC_INLINE float exp2(float x) { return exp2(all(x))[0]; }
 
+// Words at .. at + 4 of four vectors, transposed: those with the same number side by side, 64 bytes apart.
+KVC_INLINE void put_words(char* out, const char* const* from, int at) {
+  typedef int32_t words __attribute__((vector_size(16)));
+  words x[4];
+  KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(&x[r], from[r] + at, 16);
+  const words a0 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+  const words a1 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+  const words b0 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+  const words b1 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+  x[0] = __builtin_shufflevector(a0, b0, 0, 1, 4, 5);
+  x[1] = __builtin_shufflevector(a0, b0, 2, 3, 6, 7);
+  x[2] = __builtin_shufflevector(a1, b1, 0, 1, 4, 5);
+  x[3] = __builtin_shufflevector(a1, b1, 2, 3, 6, 7);
+  KVC_UNROLL for (int r = 0; r < 4; ++r) memcpy(out + 64 * r, &x[r], 16);
+}
+
 // ---- 16-bit floats ---------------------------------------------------------------------------------------------
 KVC_INLINE vf from_bf16(const void* p) {
   const vu u = __builtin_convertvector(*static_cast<const vh_loose*>(p), vu);

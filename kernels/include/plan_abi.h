@@ -1,5 +1,5 @@
 // The C ABI of the operations for plans (kernels/cpu/plan.cpp), as abi.h is that of the operations on pages. Only CPU
-// backends have them. Arrays are contiguous.
+// backends have them. Arrays are contiguous, but for keys, values and queries (kernels/cpu/losses.cpp).
 #ifndef KVC_PLAN_ABI_H
 #define KVC_PLAN_ABI_H
 #include "abi.h"
@@ -34,19 +34,22 @@ typedef struct {  // the score of the (first + page * step)-th lowest candidate 
 } KvcPrices;
 
 typedef struct {  // slots that stay and lie behind the first kept[row], from the last down, and holes among those, from 0 up
-  const uint8_t* keep;                    // [rows, slots]
+  const int8_t* marks;                    // [rows, slots]; a slot goes where this is `gone`
   const int32_t *before, *kept;           // [rows] slots held, and how many of them stay; rows that lose none are left out
   int32_t *row, *hole, *mover;            // [room]
   int64_t rows, slots, room;
   int64_t found;                          // out
+  int32_t gone, reserved;
 } KvcHoles;
 
-typedef struct {  // where chosen is set, row after row, and how many of the row come before
-  const uint8_t* chosen;                  // [rows, slots]
-  const int32_t* count;                   // [rows] how many are chosen; rows with 0 are not looked at
+typedef struct {  // where a mark is `wanted`, row after row, and how many such of the row come before
+  const int8_t* marks;                    // [rows, slots]
+  const int32_t* length;                  // [rows] slots that are looked at
+  const int32_t* count;                   // [rows] how many are wanted; rows with 0 are not looked at
   int32_t *row, *slot, *rank;             // [room]
   int64_t rows, slots, room;
   int64_t found;                          // out
+  int32_t wanted, reserved;
 } KvcPlaces;
 
 typedef struct {  // targets brought into order, and how many slots of each tier go to each tier
@@ -74,4 +77,25 @@ typedef struct {  // the rate-distortion plan (plans/rate_distortion.py)
   int32_t tiers, shift;                   // bins are bits of a score >> shift, counted from the top
   int32_t guesses, reserved;
 } KvcShares;
+
+typedef struct {  // what is taken off the keys of each head (paging/key_shift.py)
+  const void *k, *q;                      // k [batch, kv_heads, n, D]; the last n_q queries, scaled, [batch, q_heads, n_q, D]
+  int64_t k_b, k_h, k_t, q_b, q_h, q_t;
+  const uint8_t* valid;                   // [batch, n] 0 = padding; null = all valid
+  float* shift;                           // [batch, kv_heads, D], zero for heads that do not gain
+  float most;                             // a head gains if no more than this share of its squared error is left
+  int32_t bits, dtype, head_dim;          // of codes; of 4 and fewer, keys are rotated
+  int32_t batch, kv_heads, group, n, n_q;
+  int32_t reserved;
+} KvcKeyShift;
+
+typedef struct {  // what storing a slot in a tier loses, over what evicting it would (plans/distortion.py)
+  const void *k, *v, *q;                  // [batch, kv_heads, n, D] and [batch, q_heads, n, D], native dtype
+  int64_t k_b, k_h, k_t, v_b, v_h, v_t, q_b, q_h, q_t;
+  const int64_t* count;                   // [batch] tokens that are no padding, which is in front; null = n
+  float* loss;                            // [batch, kv_heads, tiers]; NaN for a sequence without tokens
+  int32_t key_bits[KVC_MAX_TIERS], value_bits[KVC_MAX_TIERS];  // 0 = native
+  float scale;                            // on logits
+  int32_t tiers, dtype, head_dim, batch, kv_heads, group, n;
+} KvcTierLosses;
 #endif

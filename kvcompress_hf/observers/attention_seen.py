@@ -39,19 +39,19 @@ class AttentionSeen:
         """Slots in the order of their positions, empty ones last: `int64` `[batch, kv_heads, slots]`."""
         return torch.where(self.filled, self.positions, torch.iinfo(torch.int32).max).argsort(dim=-1, stable=True)
 
-    def reduce(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def reduce(self, function: Callable[[torch.Tensor, Callable[[], torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         """Reduces the scores per query head to one per KV head.
 
         Args:
-            function (`Callable`): From scores `[batch, kv_heads, group, slots]`, zero where nothing is stored, and the
-                order of positions to `[batch, kv_heads, slots]`.
+            function (`Callable`): From scores `[batch, kv_heads, group, slots]`, zero where nothing is stored, and
+                [`AttentionSeen.order`] to `[batch, kv_heads, slots]`.
 
         Returns:
             `torch.Tensor`: float32 `[batch, kv_heads, slots]`, zero where nothing is stored.
         """
         batch, kv_heads, slots = self.positions.shape
         scores = self.scores.view(batch, kv_heads, -1, slots)
-        reduced = function(torch.where(self.filled[:, :, None], scores, 0.0), self.order())
+        reduced = function(torch.where(self.filled[:, :, None], scores, 0.0), self.order)
         return torch.where(self.filled, reduced, 0.0)
 
     def write(self, reduced: torch.Tensor, field: str, add: bool, largest: bool = False) -> torch.Tensor:
@@ -197,29 +197,34 @@ def _place(
     past, tail_scores, fresh = scores
     batch, kv_heads, tokens = len(tail_scores), store.geometry.kv_heads, len(new_positions)
     rows, tail = store.rows(layer), store.tail(layer)
-    device = new_positions.device
+    device, pieces = new_positions.device, [*past, tail_scores, fresh]
     positions, filled = [], []
     for tier, part in enumerate(past):
         width = part.shape[-1]
-        positions.append(store.backend.read_field(rows, tier, "position", width).view(batch, kv_heads, width))
-        filled.append(torch.arange(width, device=device) < rows.lengths[tier].view(batch, kv_heads, 1))
+        if width:
+            positions.append(store.backend.read_field(rows, tier, "position", width).view(batch, kv_heads, width))
+            filled.append(torch.arange(width, device=device) < rows.lengths[tier].view(batch, kv_heads, 1))
     capacity = tail_scores.shape[-1]
-    in_tail = torch.arange(capacity, device=device) < tail.lengths[:, None]
-    positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
-    filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
+    if capacity:
+        in_tail = torch.arange(capacity, device=device) < tail.lengths[:, None]
+        positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
+        filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
     positions.append(new_positions.expand(batch, kv_heads, tokens))
     real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if valid is None else valid
     filled.append(real[:, None].expand(batch, kv_heads, tokens))
-    pieces = [*past, tail_scores, fresh]
     return AttentionSeen(
         store=store,
         layer=layer,
         valid=valid,
-        scores=torch.cat(pieces, dim=-1),
+        scores=_joined([part for part in pieces if part.shape[-1]] or [fresh]),
         widths=tuple(part.shape[-1] for part in pieces),
-        positions=torch.cat(positions, dim=-1),
-        filled=torch.cat(filled, dim=-1),
+        positions=_joined(positions),
+        filled=_joined(filled),
     )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def pool_in_order(scores: torch.Tensor, order: torch.Tensor, width: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Window scores: what the last queries of a prompt attend to (KV-Compress, SnapKV, LeanKV), and what all may."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,9 +127,9 @@ class WindowScores(Observer):
         seen = attention_seen(chunk, observing, self.power, self.exclude)
         decoding = self.observes_steps and tokens == 1 and chunk.new.position > 0
 
-        def pooled(scores: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-            scores = pool_in_order(scores, order, 1 if decoding else self.pool)
-            return self._of_group(scores)
+        def pooled(scores: torch.Tensor, order: Callable[[], torch.Tensor]) -> torch.Tensor:
+            pools = self.pool > 1 and not decoding
+            return self._of_group(pool_in_order(scores, order(), self.pool) if pools else scores)
 
         score = seen.write(seen.reduce(pooled), "score", add=decoding, largest=self.non_causal and not decoding)
         again = non_causal_scores(chunk, self.foresee) if self.non_causal and not decoding else None

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvcompress_hf.paging.key_shift import gains, steady_mean
+from kvcompress_hf.paging.key_shift import steady_mean, wanted_shift
 from kvcompress_hf.paging.sequence_tensors import Declared, SequenceTensors
 
 KEY_SHIFT = Declared(
@@ -45,7 +45,7 @@ class KeyCentring:
             layer (`int`): Index of the layer.
             keys (`torch.Tensor`): The first keys, `[batch, kv_heads, tokens, head_dim]`.
             real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
-            query (`torch.Tensor`, *optional*): Where given, a head is centred only if it gains, see [`gains`].
+            query (`torch.Tensor`, *optional*): Where given, a head is centred only if it gains, see [`wanted_shift`].
             bits (`int`): Bits of the keys' codes.
             sequences (`torch.Tensor`, *optional*): `bool` `[batch]`, those that have stored nothing yet; all when left
                 out.
@@ -53,9 +53,7 @@ class KeyCentring:
         old = self.shift
         with torch.inference_mode(False):
             shift = self.tensors.zeros("key_shift") if old is None else old.clone()  # forks may share it
-        mean = steady_mean(keys, real)
-        if query is not None:
-            mean = torch.where(gains(keys, mean, query, real, bits), mean, 0.0)
+        mean = steady_mean(keys, real) if query is None else wanted_shift(keys, query, real, bits)
         shift[layer] = mean if sequences is None else torch.where(sequences[:, None, None, None], mean, shift[layer])
         self.tensors.values["key_shift"] = shift
         self.tensors.moved()

@@ -10,6 +10,7 @@ follows. A channel is trusted only as far as the quarters of the prompt agree on
 
 import torch
 
+from kvcompress_hf.kernels import get_backend
 from kvcompress_hf.kernels.quantize import affine_parameters, hadamard
 
 _QUERIES = 32  # the last ones of the first chunk say which keys matter
@@ -19,6 +20,29 @@ _LEFT_OF_4_BITS, _LEFT_OF_8_BITS = 0.9, 0.25
 _PARTS = 4
 _LEAST_TOKENS = 16  # of a sequence; fewer say nothing about a mean
 _MOST_TOKENS = 1024  # of a sequence that are looked at, evenly spread
+
+
+def wanted_shift(keys: torch.Tensor, query: torch.Tensor, real: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """The steady mean of the heads that gain by it, zero for the others.
+
+    Args:
+        keys (`torch.Tensor`): `[batch, kv_heads, tokens, head_dim]`.
+        query (`torch.Tensor`): As for [`gains`].
+        real (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding.
+        bits (`int`): Bits of the keys' codes.
+
+    Returns:
+        `torch.Tensor`: `[batch, kv_heads, 1, head_dim]` in the dtype of `keys`.
+    """
+    native = get_backend(keys.device).plans
+    if native is not None:
+        return native.key_shift(keys, query, real, bits, _left(bits))
+    mean = steady_mean(keys, real)
+    return torch.where(gains(keys, mean, query, real, bits), mean, 0.0)
+
+
+def _left(bits: int) -> float:
+    return _LEFT_OF_4_BITS if bits <= 4 else _LEFT_OF_8_BITS
 
 
 def steady_mean(keys: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,15 +140,11 @@ def gains(
         of_query = torch.linalg.vecdot(noise, weight).unflatten(2, (-1, looking.shape[-1]))
         return (of_query * looking).sum((2, 3))
 
-    most = _LEFT_OF_4_BITS if bits <= 4 else _LEFT_OF_8_BITS
-    return (error(sampled - shift.float()) < most * error(sampled))[..., None, None]
+    return (error(sampled - shift.float()) < _left(bits) * error(sampled))[..., None, None]
 
 
 def _rounding(states: torch.Tensor, bits: int) -> torch.Tensor:
-    """What quantising changes in float32 `[..., head_dim]`: [`dequantize`] of [`quantize`], less the states.
-
-    In place where it can be: prompts wait for this.
-    """
+    """What quantising changes in float32 `[..., head_dim]`: [`dequantize`] of [`quantize`], less the states."""
     scale, offset, _ = affine_parameters(states, bits)
     step, low = scale.float()[..., None], offset.float()[..., None]
     codes = (states - low).div_(step.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(0, 2**bits - 1).round_()

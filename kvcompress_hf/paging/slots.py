@@ -270,7 +270,7 @@ def apply_targets(
             kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
             if remembers:
                 remember_evicted(store, tier, decided < 0, store.lengths_on_host()[tier] - on_host(kept))
-            _drop(store, tier, decided < 0, kept, decided, stay, *turning)
+            _drop(store, tier, (decided, -1), kept, decided, stay, *turning)
             if turning and inv_freq is not None:
                 by, seed = turning
                 store.turn_keys(tier, by, seed, inv_freq)
@@ -334,9 +334,12 @@ def _turns(parts: Sequence[StorePart], slots: Slots, decision: Decision) -> tupl
     return newer_evicted(slots.positions, slots.filled, stays < 0), slots.seen - slots.positions
 
 
-def _drop(store: PagedStore, tier: int, gone: torch.Tensor, kept: torch.Tensor, *decided: torch.Tensor) -> None:
-    """Evicts slots; what was decided on the others, each `[store rows, slots]`, moves along with them."""
-    moved = store.evict(tier, ~gone, kept)
+def _drop(
+    store: PagedStore, tier: int, marked: tuple[torch.Tensor, int], kept: torch.Tensor, *decided: torch.Tensor
+) -> None:
+    """Evicts the slots with a mark; what was decided on the others, each `[store rows, slots]`, moves with them."""
+    marks, gone = marked
+    moved = store.evict(tier, marks, kept, gone)
     if moved is not None:
         row, source, target = moved
         for values in decided:
@@ -365,20 +368,20 @@ def _lower(
         count = derive(counts, lambda of_row, mine=mine: of_row * to_device(mine, of_row.device))  # type: ignore[misc]
         if not bool(on_host(count).any()):
             continue
-        filled = torch.arange(decided.shape[1], device=decided.device) < store.lengths[tier][:, None]
-        chosen = filled & (decided == lower) & to_device(mine, decided.device)[:, None]
+        marked = decided, lower
         try:
-            store.demote(tier, lower, chosen, count)
+            store.demote(tier, lower, decided, count)
         except CacheMemoryError:
             if rows.numel() > 1:
                 groups += rows.tensor_split(2)
                 continue
-            chosen = chosen & ~protected
-            count = chosen.sum(1, dtype=torch.int32)
+            filled = torch.arange(decided.shape[1], device=decided.device) < store.lengths[tier][:, None]
+            chosen = filled & (decided == lower) & to_device(mine, decided.device)[:, None] & ~protected
+            count, marked = chosen.sum(1, dtype=torch.int32), (chosen, 1)
             if remembers:
                 remember_evicted(store, tier, chosen, on_host(count))
         kept = store.lengths[tier] - count
-        _drop(store, tier, chosen, known_as(kept, store.lengths_on_host()[tier] - on_host(count)), decided, protected)
+        _drop(store, tier, marked, known_as(kept, store.lengths_on_host()[tier] - on_host(count)), decided, protected)
 
 
 def _by_sequence(values: torch.Tensor, part: StorePart) -> torch.Tensor:

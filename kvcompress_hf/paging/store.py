@@ -440,7 +440,7 @@ class PagedStore(StoredRows):
 
     @changes_pages
     def evict(
-        self, tier: int, keep: torch.Tensor, kept: torch.Tensor | None = None
+        self, tier: int, marks: torch.Tensor, kept: torch.Tensor | None = None, gone: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Drops slots: the last survivors fill the holes, and pages that come free go back to the arena.
 
@@ -449,20 +449,23 @@ class PagedStore(StoredRows):
 
         Args:
             tier (`int`): Index of the tier.
-            keep (`torch.Tensor`): `bool` `[rows, slots]` over all layers; what lies beyond a row's length is ignored.
-            kept (`torch.Tensor`, *optional*): `int32` `[rows]`, how many that are; best if known on the host.
+            marks (`torch.Tensor`): `bool` or `int8` `[rows, slots]` over all layers; what lies beyond a row's length
+                is ignored.
+            kept (`torch.Tensor`, *optional*): `int32` `[rows]`, how many slots stay; best if known on the host. A row
+                that all are to stay of is left alone, whatever its marks.
+            gone (`int`): Slots with this mark go: with a mask, those where it is false.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]` or `None`: The rows, old slots and new slots of what has
             moved, `int64` `[n]` each; a move may be named twice. `None` if nothing has.
         """
         if kept is None:
-            kept = self._filled(tier, keep).sum(1, dtype=torch.int32)
+            kept = self._filled(tier, marks != gone).sum(1, dtype=torch.int32)
         here, before = on_host(kept), self.lengths_on_host()[tier]
         moves = torch.minimum(here, before - here)  # of each row at most
         moved = None
         if bool(moves.any()):
-            row, target, source = self._moves(tier, keep, kept, moves)
+            row, target, source = self._moves(tier, (marks, gone), kept, moves)
             if row.numel():
                 if self.arena.shared:
                     pages = torch.unique(torch.stack([row, target // self.layout.tiers[tier].slots]), dim=1)
@@ -480,14 +483,16 @@ class PagedStore(StoredRows):
         return mask & (torch.arange(mask.shape[1], device=mask.device) < self.lengths[tier][:, None])
 
     def _moves(
-        self, tier: int, keep: torch.Tensor, kept: torch.Tensor, most: torch.Tensor
+        self, tier: int, marked: tuple[torch.Tensor, int], kept: torch.Tensor, most: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The moves that fill the holes of rows, at most so many of each: row, hole and mover, `int64` `[n]` each."""
+        (marks, gone), lengths = marked, self.lengths[tier]
         if self.backend.plans is not None:
-            found = self.backend.plans.holes(keep, self.lengths[tier], kept, int(most.sum()))
+            found = self.backend.plans.holes(marks.view(torch.int8), gone, lengths, kept, int(most.sum()))
             row, target, source = (each.long() for each in found)
             return row, target, source
-        keep, column = self._filled(tier, keep), torch.arange(keep.shape[1], device=keep.device)
+        keep = self._filled(tier, (marks != gone) | (kept >= lengths)[:, None])
+        column = torch.arange(keep.shape[1], device=keep.device)
         holes, movers = ~keep & (column < kept[:, None]), keep & (column >= kept[:, None])
         return moves_into_holes(holes, movers, int(most.sum()), int(most.argmax()))
 
@@ -547,28 +552,29 @@ class PagedStore(StoredRows):
         return padded.view(-1, pages, slots)
 
     @changes_pages
-    def demote(self, tier: int, lower: int, chosen: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+    def demote(self, tier: int, lower: int, targets: torch.Tensor, counts: torch.Tensor) -> None:
         """Copies slots into a lower tier, re-quantised from what is stored; [`PagedStore.evict`] then drops them here.
 
         Args:
             tier (`int`): Index of the tier they are in.
             lower (`int`): Index of the tier that receives them.
-            chosen (`torch.Tensor`): `bool` `[rows, slots]` over all layers, within each row's length.
-            counts (`torch.Tensor`, *optional*): `int32` `[rows]`, how many of each; best if known on the host.
+            targets (`torch.Tensor`): `int8` `[rows, slots]` over all layers: `lower` for those that are copied; what
+                lies beyond a row's length is ignored.
+            counts (`torch.Tensor`): `int32` `[rows]`, how many of each; best if known on the host. Where that is 0,
+                the row is left alone, whatever its targets.
 
         Raises:
             CacheMemoryError: If the arena is full; nothing has changed then.
         """
-        if counts is None:
-            counts = chosen.sum(1, dtype=torch.int32)
         here = on_host(counts)
         total = int(here.sum())
         if not total:
             return
-        self._tables.reserve(lower, slice(0, chosen.shape[0]), here)
+        self._tables.reserve(lower, slice(0, targets.shape[0]), here)
         if self.backend.plans is not None:
-            row, source, rank = self.backend.plans.places(chosen, here)
+            row, source, rank = self.backend.plans.places(targets, lower, self.lengths[tier], here)
         else:
+            chosen = self._filled(tier, (targets == lower) & (counts > 0)[:, None])
             at, slot = places(chosen, total)
             rank = chosen.cumsum(1, dtype=torch.int32)[at, slot] - 1
             row, source = at.to(torch.int32), slot.to(torch.int32)

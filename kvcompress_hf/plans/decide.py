@@ -8,7 +8,9 @@ import torch
 from kvcompress_hf.paging.slots import Decision, Slots, StorePart
 from kvcompress_hf.paging.waiting import ask, known, known_as, to_device
 from kvcompress_hf.plans.apart import plan_targets
-from kvcompress_hf.plans.base import Plan, PlanView
+from kvcompress_hf.plans.base import ENTRY_BYTES, Plan, PlanView, ragged_entries
+
+_TRIES = 2  # to meet the budget, besides the first
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ def decide(
 ) -> tuple[Decision, list[torch.Tensor]]:
     """Asks every plan for its targets, and the device how many slots go where.
 
-    The device is asked once, and once more each time that page tables alone exceed a budget (twice at most).
+    The device is asked once, and once more each time that page tables alone exceed a budget (twice at most). They are
+    taken to become as ragged as they are now, which is seldom wrong by more than what whole pages leave.
 
     Args:
         parts (`Sequence[StorePart]`): The stores, as they were gathered.
@@ -42,7 +45,9 @@ def decide(
     Returns:
         `tuple[Decision, list[torch.Tensor]]`: The decision, its counts known on the host; and the others, there too.
     """
-    tried = [_attempt(ruling.plan, ruling.view) for ruling in rulings]
+    tables = torch.stack([ragged_entries(of_tier) for part in parts for of_tier in part.store.pages_of_rows()]).sum(0)
+    tables *= ENTRY_BYTES
+    tried = [_attempt(ruling.plan, ruling.view, tables[ruling.sequences]) for ruling in rulings]
     while True:
         targets, protected = _as_they_are(slots), torch.zeros_like(slots.filled)
         for ruling, trial in zip(rulings, tried, strict=True):
@@ -69,7 +74,7 @@ def _as_they_are(slots: Slots) -> torch.Tensor:
 class _Attempt:
     """Targets of a plan, and what page tables alone take beyond the budget with them.
 
-    How ragged the rows become, and so how much of the tables stays empty, is not known before.
+    How ragged the rows become, and so how much of the tables stays empty, is not known for sure before.
 
     Args:
         plan (`Plan`): The plan.
@@ -77,6 +82,7 @@ class _Attempt:
         targets (`torch.Tensor`): `[batch, rows, slots]`, see [`Plan.targets`].
         excess (`torch.Tensor`): `int64` `[batch]`, bytes beyond the budget; zero, or where the device would have to be
             waited for to see it.
+        spared (`torch.Tensor`): `int64` `[batch]`, bytes that the plan was to leave free for tables.
         left (`int`): How often it may be tried again for less.
     """
 
@@ -84,6 +90,7 @@ class _Attempt:
     view: PlanView
     targets: torch.Tensor
     excess: torch.Tensor
+    spared: torch.Tensor
     left: int
 
     def again(self) -> "_Attempt":
@@ -92,28 +99,34 @@ class _Attempt:
         Returns:
             `_Attempt`: The same attempt with other targets.
         """
-        return _attempt(self.plan, self.view, self.excess, self.left - 1)
+        return _attempt(self.plan, self.view, self.spared + self.excess, self.left - 1)
 
 
-def _attempt(plan: Plan, view: PlanView, excess: torch.Tensor | None = None, left: int = 2) -> _Attempt:
+def _attempt(plan: Plan, view: PlanView, spared: torch.Tensor, left: int = _TRIES) -> _Attempt:
     """Plans, and plans again for less where the page tables alone exceed the budget and that is seen at once.
 
     Args:
         plan (`Plan`): The plan.
         view (`PlanView`): Every slot.
-        excess (`torch.Tensor`, *optional*): `int64` `[batch]`, bytes to leave free.
+        spared (`torch.Tensor`): `int64` `[batch]`, bytes to leave free for tables; at first what they take now. Where
+            room is left for the next packings, tables have that until then, and nothing is spared at first.
         left (`int`): How often it may be tried again.
 
     Returns:
         `_Attempt`: The targets, and an excess that is to be asked for where the device is to be waited for.
     """
-    view_left = view if excess is None else replace(view, allowed_bytes=view.bytes_allowed() - excess)
-    targets = plan_targets(plan, view_left)
-    if view.allowed_bytes is None or view.counts_slots or not left:
-        return _Attempt(plan, view, targets, torch.zeros(targets.shape[0], dtype=torch.int64), 0)
+    none = torch.zeros_like(spared)
+    if view.allowed_bytes is None or view.counts_slots:
+        return _Attempt(plan, view, plan_targets(plan, view), none, none, 0)
+    if view.room is not None and left == _TRIES:
+        spared = none
+    spared = to_device(spared, view.filled.device)
+    targets = plan_targets(plan, replace(view, allowed_bytes=view.allowed_bytes - spared))
+    if not left:
+        return _Attempt(plan, view, targets, none, spared, 0)
     held, tables = view.bytes_with_tables(targets)
     excess = held + tables - view.bytes_allowed()
     excess = torch.where(excess <= tables, excess, 0).clamp(min=0)  # more than that is what protection takes
-    tried = _Attempt(plan, view, targets, excess, left)
+    tried = _Attempt(plan, view, targets, excess, spared, left)
     here = known(excess)
     return tried if here is None or not bool(here.any()) else tried.again()

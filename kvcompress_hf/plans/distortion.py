@@ -6,8 +6,9 @@ import torch
 
 from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
 from kvcompress_hf.paging.waiting import on_host, to_device
+from kvcompress_hf.plans.native import native_for
 
-_TOKENS = 256  # newest tokens that are sampled
+MOST_MEASURED = 256  # newest tokens that are sampled
 _KEYS = 64
 _QUERIES = 16
 
@@ -39,11 +40,38 @@ def measure_distortion(
     Returns:
         `torch.Tensor`: float32 `[batch, kv_heads, tiers]`, NaN for a sequence that is all padding.
     """
+    native = native_for(keys)
+    if native is not None:
+        return native.tier_losses(query, keys, values, scale, tiers, padding)
+    return in_torch(query, keys, values, scale, tiers, padding)
+
+
+def in_torch(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    tiers: Sequence[tuple[int, int]],
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[`measure_distortion`] in torch, for every device.
+
+    Args:
+        query (`torch.Tensor`): As for [`measure_distortion`], like all that follows.
+        keys (`torch.Tensor`): Likewise.
+        values (`torch.Tensor`): Likewise.
+        scale (`float`): Likewise.
+        tiers (`Sequence[tuple[int, int]]`): Likewise.
+        padding (`torch.Tensor`, *optional*): Likewise.
+
+    Returns:
+        `torch.Tensor`: As of [`measure_distortion`].
+    """
     counts = [keys.shape[2]] * keys.shape[0] if padding is None else (keys.shape[2] - on_host(padding)).tolist()
     result = torch.full((keys.shape[0], keys.shape[1], len(tiers)), float("nan"), device=keys.device)
     for real in sorted(set(counts) - {0}):  # a sequence is measured as if it came alone
         alike = to_device(torch.tensor([i for i, count in enumerate(counts) if count == real]), keys.device)
-        q, k, v = (x[:, :, -min(real, _TOKENS) :][alike] for x in (query, keys, values))
+        q, k, v = (x[:, :, -min(real, MOST_MEASURED) :][alike] for x in (query, keys, values))
         # Where numbers leave their range, storing is as bad as evicting; NaN is for what has not been measured.
         result[alike] = _measure(q, k, v, scale, tiers).nan_to_num(nan=1.0, posinf=1.0)
     return result
@@ -53,9 +81,9 @@ def _measure(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, tiers: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
     tokens, kv_heads, dim = keys.shape[2], keys.shape[1], keys.shape[3]
-    step = max(1, min(tokens, _TOKENS) // _KEYS)
-    k = keys[:, :, -_TOKENS:][:, :, ::step].float()
-    v = values[:, :, -_TOKENS:][:, :, ::step].float()
+    step = max(1, min(tokens, MOST_MEASURED) // _KEYS)
+    k = keys[:, :, -MOST_MEASURED:][:, :, ::step].float()
+    v = values[:, :, -MOST_MEASURED:][:, :, ::step].float()
     q = query[:, :, -_QUERIES:].float()
     q = q.reshape(q.shape[0], kv_heads, -1, dim)
     block = dim & -dim

@@ -21,7 +21,7 @@ from kvcompress_hf.paging.store import PagedStore
 from kvcompress_hf.paging.waiting import ask, known_as, on_host, to_device
 from kvcompress_hf.plans.base import Plan, PlanView
 from kvcompress_hf.plans.decide import Ruling, decide
-from kvcompress_hf.plans.distortion import measure_distortion
+from kvcompress_hf.plans.distortion import MOST_MEASURED, measure_distortion
 from kvcompress_hf.plans.pressure import under_pressure
 from kvcompress_hf.plans.run import Limits, bytes_held, make_limits, make_view, prompt_on_top, slots_held
 from kvcompress_hf.recipe import TIERS, Recipe
@@ -194,10 +194,12 @@ class Compression:
         padded = None if note is None else note.counters.padding
         if before is not None and (padded is None or bool((on_host(padded) < layer.seen).all())):
             return  # every sequence had tokens before
-        padding = None if real_on_host is None else (~real_on_host).sum(1)
+        older = max(0, new.tokens - MOST_MEASURED)
+        padding = None if real_on_host is None else (~real_on_host[:, older:]).sum(1)
         tiers = [TIERS[name] for name in self.state.recipe.tiers]
-        value = new.value if layer.store is None else layer.store.rotated(new.value)
-        measured = measure_distortion(new.query, new.key, value, new.logits.scale, tiers, padding)
+        query, key, value = (states[:, :, older:] for states in (new.query, new.key, new.value))
+        value = value if layer.store is None else layer.store.rotated(value)
+        measured = measure_distortion(query, key, value, new.logits.scale, tiers, padding)
         if before is not None:
             before = to_device(before, measured.device)
             measured = torch.where(before.isnan(), measured, before)

@@ -101,18 +101,22 @@ def test_moves_and_places_are_those_of_torch(native, seed):
     most = torch.minimum(kept, before - kept)
     holes, movers = ~inside & (torch.arange(70) < kept[:, None]), inside & (torch.arange(70) >= kept[:, None])
     expected = moves_into_holes(holes, movers, int(most.sum()), 0)
-    for mine, theirs in zip(native.holes(keep, before, kept, int(most.sum())), expected, strict=True):
-        assert torch.equal(mine.long(), theirs)
-    row, slot, rank = native.places(inside, kept)
-    assert all(torch.equal(mine.long(), theirs) for mine, theirs in zip((row, slot), places(inside, 0), strict=True))
-    assert torch.equal(rank, (inside.cumsum(1, dtype=torch.int32) - 1)[inside])
+    marks = torch.randint(2, 5, keep.shape, generator=g).to(torch.int8).masked_fill_(~keep, -1)
+    for given, gone in ((keep.view(torch.int8), 0), (marks, -1)):
+        for mine, theirs in zip(native.holes(given, gone, before, kept, int(most.sum())), expected, strict=True):
+            assert torch.equal(mine.long(), theirs)
+    for given, wanted in ((keep.view(torch.int8), 1), (torch.where(keep, 3, marks), 3)):
+        row, slot, rank = native.places(given.to(torch.int8), wanted, before, kept)
+        found = zip((row, slot), places(inside, 0), strict=True)
+        assert all(torch.equal(mine.long(), theirs) for mine, theirs in found)
+        assert torch.equal(rank, (inside.cumsum(1, dtype=torch.int32) - 1)[inside])
 
 
 def test_a_wrong_count_of_what_stays_is_refused(native):
-    keep = torch.zeros(1, 16, dtype=torch.bool)
+    marks = torch.zeros(1, 16, dtype=torch.int8)
     before, kept = torch.tensor([16], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
     with pytest.raises(ValueError, match="refused"):
-        native.holes(keep, before, kept, 4)
+        native.holes(marks, 0, before, kept, 4)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,50 @@
+// Dot products of rows with keys that lie side by side: kLanes keys in a register, one channel (or two, in bf16) after
+// the other.
+#ifndef KVC_PRODUCTS_H
+#define KVC_PRODUCTS_H
+#include "attention_core.h"
+
+namespace kvc {
+namespace KVC_ISA {
+namespace {
+
+constexpr int kOnce = KVC_WIDTH == 64 ? 5 : 2;  // vectors of 16 keys whose products fit into registers
+
+// Products of kHeads rows and N vectors of 16 keys, of which `part` says which lanes. Rows and keys are floats, or
+// pairs of bf16.
+template <bool PAIRS, int N>
+KVC_INLINE void products(const char* const* keys, const char* const* rows, int d, int part, vf (&sum)[N][kHeads]) {
+  KVC_UNROLL for (int b = 0; b < N; ++b) KVC_UNROLL for (int h = 0; h < kHeads; ++h) sum[b][h] = vf{};
+  const int n = PAIRS ? d / 2 : d;
+  for (int i = 0; i < n; ++i) {
+#if KVC_ISA_avx512
+    if (PAIRS) {
+      __m512bh k[N];
+      KVC_UNROLL for (int b = 0; b < N; ++b) k[b] = (__m512bh)_mm512_loadu_si512(keys[b] + 64 * i);
+      KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
+        int32_t pair;
+        memcpy(&pair, rows[h] + 4 * i, 4);
+        const __m512bh q = (__m512bh)_mm512_set1_epi32(pair);
+        KVC_UNROLL for (int b = 0; b < N; ++b) sum[b][h] = _mm512_dpbf16_ps(sum[b][h], k[b], q);
+      }
+      continue;
+    }
+#endif
+    vf k[N];
+    KVC_UNROLL for (int b = 0; b < N; ++b) k[b] = load(keys[b] + 64 * i + part * KVC_WIDTH);
+    KVC_UNROLL for (int h = 0; h < kHeads; ++h) {
+      const vf q = all(reinterpret_cast<const float*>(rows[h])[i]);
+      KVC_UNROLL for (int b = 0; b < N; ++b) sum[b][h] = k[b] * q + sum[b][h];
+    }
+  }
+}
+
+// Four keys into neighbouring lanes of a vector of 16; `words` of each.
+KVC_INLINE void put_four(char* out, const char* const* from, int words) {
+  for (int w = 0; w < words; w += 4, out += 256) put_words(out, from, 4 * w);
+}
+
+}  // namespace
+}  // namespace KVC_ISA
+}  // namespace kvc
+#endif
