@@ -56,7 +56,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
     "auto": (
         Recipe(
             name="auto",
-            observer=WindowScores(window=32, power=2, pool=1, mean=True, non_causal=True),
+            observer=WindowScores(window=32, power=2, pool=1, mean=True, non_causal=True, foresee=True),
             protect=Protect(sinks=4, recent=16),
             budget=Budget(0.25),
             plan=_RATE_DISTORTION,
