@@ -52,7 +52,7 @@ def test_facts_are_found_and_an_eighth_of_the_bytes_keeps_them(model, prompts):
 
 def test_answers_to_questions_that_come_later_are_kept_too(model, prompts):
     tokenizer, asked = prompts
-    window = dataclasses.replace(kvc.get_preset("auto").observer, non_causal=False)
+    window = dataclasses.replace(kvc.get_preset("auto").observer, non_causal=False, foresee=False)
 
     def right(**changes):
         found = 0
