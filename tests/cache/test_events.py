@@ -79,9 +79,9 @@ def test_sequences_take_turns_and_each_as_if_alone(stock):
     model = kvc.patch(copy.deepcopy(stock), "auto")
     plan = kvc.RateDistortion(small=0.0, headroom=1 / 8)
     recipe = kvc.get_preset("auto").with_overrides(plan=plan, budget=0.15)
-    ids = tokens(4, 1300, seed=5)
-    together, plans, _ = run(model, recipe, ids, 100)
-    alone = [run(model, recipe, ids[i : i + 1], 100) for i in range(4)]
+    ids = tokens(4, 1400, seed=5)
+    together, plans, _ = run(model, recipe, ids, 200)
+    alone = [run(model, recipe, ids[i : i + 1], 200) for i in range(4)]
     assert len({tuple(mine) for _, mine, _ in alone}) > 1  # not all at the same steps
     for i, (mine, own, _) in enumerate(alone):
         # Matrix products over other batch sizes round differently, and a code may flip to its neighbour.
