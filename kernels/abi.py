@@ -227,6 +227,15 @@ class KvcTierLosses(Structure):
     ]
 
 
+class KvcForesee(Structure):
+    _fields_ = _fields(
+        ptr="k",
+        i64="k_b k_h k_t",
+        ptr_b="mapping offset inv_freq out",
+        i32="pairs start interleaved dtype head_dim batch kv_heads group n reserved",
+    )
+
+
 OPERATIONS: dict[str, type[Structure]] = {
     "append": KvcAppend,
     "pack": KvcPack,
@@ -251,6 +260,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "shares": KvcShares,
     "key_shift": KvcKeyShift,
     "tier_losses": KvcTierLosses,
+    "foresee": KvcForesee,
 }
 
 

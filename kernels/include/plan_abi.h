@@ -98,4 +98,14 @@ typedef struct {  // what storing a slot in a tier loses, over what evicting it 
   float scale;                            // on logits
   int32_t tiers, dtype, head_dim, batch, kv_heads, group, n;
 } KvcTierLosses;
+
+typedef struct {  // queries as if each token knew the next one (observers/foreseen.py)
+  const void* k;                          // [batch, kv_heads, n, D], native dtype, with rotary embedding
+  int64_t k_b, k_h, k_t;
+  const float *mapping, *offset;          // [batch, q_heads, D, D] and [batch, q_heads, D]: key @ mapping + offset
+  const float* inv_freq;                  // [pairs]
+  void* out;                              // [batch, q_heads, n, D]; the last token's is left as it is
+  int32_t pairs, start, interleaved, dtype, head_dim;
+  int32_t batch, kv_heads, group, n, reserved;
+} KvcForesee;
 #endif

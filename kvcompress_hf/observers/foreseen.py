@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcompress_hf.kernels import Backend, Logits
+from kvcompress_hf.kernels import Backend, Logits, get_backend
 from kvcompress_hf.kernels.rotation import Rotation
 from kvcompress_hf.paging.waiting import known
 
@@ -107,12 +107,33 @@ def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tenso
     Returns:
         `torch.Tensor`: In the shape and dtype of `query`; that of the last token is its own.
     """
+    mapping, offset = _maps(query, key, weight, rotation)
+    native = get_backend(key.device).plans
+    if native is not None:
+        return native.foresee(query, key, mapping, offset, rotation)
+    return mapped(query, key, mapping, offset, rotation)
+
+
+def mapped(
+    query: torch.Tensor, key: torch.Tensor, mapping: torch.Tensor, offset: torch.Tensor, rotation: Rotation
+) -> torch.Tensor:
+    """[`PlanOperations.foresee`] in torch."""
+    place = torch.arange(key.shape[2], device=key.device)
+    unturned = rotation.turn(key[:, :, 1:].float(), -place[1:])
+    maps, offsets = (each.unflatten(1, (key.shape[1], -1)).to(query.dtype) for each in (mapping, offset))
+    foreseen = unturned[:, :, None].to(query.dtype) @ maps + offsets[..., None, :]
+    return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
+
+
+def _maps(
+    query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ridge regression: `[batch, q_heads, head_dim, head_dim]`, and what is added, `[batch, q_heads, head_dim]`."""
     pairs, place = _pairs(key), torch.arange(key.shape[2], device=key.device)
     weight = weight + _LEAST
     weight = (weight / weight.sum(-1, keepdim=True))[..., None]
-    unturned = rotation.turn(key.float(), -place)
     asked = rotation.turn(query[:, :, pairs].float(), -place[pairs]).unflatten(1, (key.shape[1], -1))
-    found = unturned[:, :, None, 1:][..., pairs, :]
+    found = rotation.turn(key[:, :, 1:][:, :, pairs].float(), -place[1:][pairs])[:, :, None]
     mean_query, mean_key = (weight * asked).sum(-2, keepdim=True), (weight * found).sum(-2, keepdim=True)
     found = found - mean_key
     weighted = (weight * found).transpose(-1, -2)
@@ -121,8 +142,7 @@ def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tenso
     spread.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
     mapping = torch.linalg.solve_ex(spread, weighted @ (asked - mean_query))[0]  # the ridge leaves nothing singular
     offset = mean_query - mean_key @ mapping
-    foreseen = unturned[:, :, None, 1:].to(query.dtype) @ mapping.to(query.dtype) + offset.to(query.dtype)
-    return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
+    return mapping.flatten(1, 2), offset.flatten(1, 2).squeeze(2)
 
 
 def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation) -> torch.Tensor:
