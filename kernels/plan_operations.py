@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .rotation import Rotation
-from .types import Rows
+from .types import Logits, Rows
 
 __all__ = ["Hulls", "PlanOperations"]
 
@@ -77,6 +77,29 @@ class PlanOperations(abc.ABC):
 
         Raises:
             ValueError: A shape or dtype is wrong.
+        """
+
+    @abc.abstractmethod
+    def pair_weights(
+        self, query: Tensor, keys: Tensor, logits: Logits, rotation: Rotation, step: int, stride: int
+    ) -> Tensor:
+        """How much tokens' queries look at the next token's key when they are turned on by as many positions as tokens.
+
+        The softmax runs over that key, the token's own seen from where it stands, and some that stand for all.
+
+        Args:
+            query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16, of two tokens at least.
+            keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
+            logits: Of which scale and soft cap count.
+            rotation: How position turns queries and keys.
+            step: From one token that is looked at to the next; the last of all is not.
+            stride: From one key that stands for all to the next.
+
+        Returns:
+            Squared probabilities, float32 `[batch, q_heads, pairs]`.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, there are too few tokens, or a step is not positive.
         """
 
     @abc.abstractmethod

@@ -157,8 +157,19 @@ def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rota
     Returns:
         `torch.Tensor`: Squared probabilities, of evenly spaced tokens, float32 `[batch, kv_heads, group, pairs]`.
     """
+    native = get_backend(key.device).plans
+    if native is None:
+        return pair_weights_in_torch(query, key, logits=logits, rotation=rotation)
+    weight = native.pair_weights(query, key, logits, rotation, _pairs(key).step, _stride(key))
+    return weight.unflatten(1, (key.shape[1], -1))
+
+
+def pair_weights_in_torch(
+    query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation
+) -> torch.Tensor:
+    """[`pair_weights`] on any device."""
     tokens, pairs = key.shape[2], _pairs(key)
-    others = key[:, :, None, :: math.ceil(tokens / _OTHERS)].float()
+    others = key[:, :, None, :: _stride(key)].float()
     asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1)) * logits.scale
     turned = rotation.turn(asked, torch.full((), tokens, device=key.device))
     far = turned @ others.transpose(-1, -2)
@@ -174,3 +185,8 @@ def _pairs(key: torch.Tensor) -> slice:
     """The first tokens of the pairs that are looked at; the last token of all is nobody's first."""
     last = key.shape[2] - 1
     return slice(0, last, math.ceil(last / _PAIRS))
+
+
+def _stride(key: torch.Tensor) -> int:
+    """From one key that stands for all to the next."""
+    return math.ceil(key.shape[2] / _OTHERS)
