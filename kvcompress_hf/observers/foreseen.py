@@ -44,7 +44,7 @@ def foreseen_scores(
         backend (`Backend`): Whose scores.
         query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding.
         key (`torch.Tensor`): As they will be stored, `[batch, kv_heads, tokens, head_dim]`.
-        whole (`torch.Tensor`): As the model made them, of the same shape.
+        whole (`torch.Tensor`): As the model made them, of the same shape; float32 is rounded to the dtype of `query`.
         logits (`Logits`): How queries and keys make logits.
         rotation (`Rotation`): How position turns queries and keys.
         valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding on one side.
@@ -53,6 +53,7 @@ def foreseen_scores(
         `torch.Tensor`: float32 `[batch, q_heads, tokens]`; 0 for padding and for other heads.
     """
     result = torch.zeros(query.shape[:3], device=query.device)
+    whole = whole.to(query.dtype)  # that models make keys in; what a store has taken off is added in float32
     if valid is None:
         _score(backend, (query, key, whole), logits, rotation, result)
         return result
