@@ -227,6 +227,25 @@ class KvcTierLosses(Structure):
     ]
 
 
+class KvcPairWeights(Structure):
+    _fields_ = _fields(
+        ptr="k q",
+        i64="k_b k_h k_t q_b q_h q_t",
+        ptr_b="inv_freq out",
+        f32="scale softcap",
+        i32="pairs start interleaved dtype head_dim batch kv_heads group n step stride reserved",
+    )
+
+
+class KvcForesee(Structure):
+    _fields_ = _fields(
+        ptr="k",
+        i64="k_b k_h k_t",
+        ptr_b="mapping offset inv_freq out",
+        i32="pairs start interleaved dtype head_dim batch kv_heads group n reserved",
+    )
+
+
 OPERATIONS: dict[str, type[Structure]] = {
     "append": KvcAppend,
     "pack": KvcPack,
@@ -251,6 +270,8 @@ OPERATIONS: dict[str, type[Structure]] = {
     "shares": KvcShares,
     "key_shift": KvcKeyShift,
     "tier_losses": KvcTierLosses,
+    "pair_weights": KvcPairWeights,
+    "foresee": KvcForesee,
 }
 
 

@@ -286,13 +286,18 @@ def check_non_causal(
     if kv_heads == 0 or q.shape[1] % kv_heads or q.shape[1] == 0:
         raise ValueError(f"q_heads must be a multiple of kv_heads ({kv_heads}), got {q.shape[1]}")
     check_logits(logits, q.shape[1], device)
+    check_rotation(rotation, head_dim)
+    if valid is not None:
+        check_tensor("valid", valid, (batch, n), torch.bool, device, contiguous=False)
+
+
+def check_rotation(rotation: Rotation, head_dim: int) -> None:
+    """Checks that a rotation turns channels that there are."""
     check_tensor("rotation.inv_freq", rotation.inv_freq, (None,), torch.float32, torch.device("cpu"), contiguous=False)
     if rotation.start < 0 or rotation.start + rotation.width > head_dim:
         raise ValueError(
             f"rotation must turn channels of 0 to {head_dim - 1}, got {rotation.width} from {rotation.start} on"
         )
-    if valid is not None:
-        check_tensor("valid", valid, (batch, n), torch.bool, device, contiguous=False)
 
 
 def check_linear(weight: Tensor, bias: Tensor | None) -> None:

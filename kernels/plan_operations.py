@@ -1,6 +1,6 @@
-"""The arithmetic of plans, and of how keys are stored, that a backend may do natively.
+"""The arithmetic of plans, of how keys are stored, and of foreseen queries, that a backend may do natively.
 
-`kvcompress_hf/plans` and `paging/key_shift.py` have the same in torch.
+`kvcompress_hf/plans`, `paging/key_shift.py` and `observers/foreseen.py` have the same in torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .types import Rows
+from .rotation import Rotation
+from .types import Logits, Rows
 
 __all__ = ["Hulls", "PlanOperations"]
 
@@ -30,7 +31,7 @@ class Hulls:
 
 
 class PlanOperations(abc.ABC):
-    """What plans and stores ask of a backend that has native code for it. Nothing that is stored changes."""
+    """What plans, stores and observers ask of a backend that has native code for it. Nothing that is stored changes."""
 
     @abc.abstractmethod
     def key_shift(self, keys: Tensor, query: Tensor, valid: Tensor | None, bits: int, most: float) -> Tensor:
@@ -73,6 +74,49 @@ class PlanOperations(abc.ABC):
 
         Returns:
             float32 `[batch, kv_heads, tiers]`, NaN for a sequence that is all padding.
+
+        Raises:
+            ValueError: A shape or dtype is wrong.
+        """
+
+    @abc.abstractmethod
+    def pair_weights(
+        self, query: Tensor, keys: Tensor, logits: Logits, rotation: Rotation, step: int, stride: int
+    ) -> Tensor:
+        """How much tokens' queries look at the next token's key when they are turned on by as many positions as tokens.
+
+        The softmax runs over that key, the token's own seen from where it stands, and some that stand for all.
+
+        Args:
+            query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16, of two tokens at least.
+            keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
+            logits: Of which scale and soft cap count.
+            rotation: How position turns queries and keys.
+            step: From one token that is looked at to the next; the last of all is not.
+            stride: From one key that stands for all to the next.
+
+        Returns:
+            Squared probabilities, float32 `[batch, q_heads, pairs]`.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, there are too few tokens, or a step is not positive.
+        """
+
+    @abc.abstractmethod
+    def foresee(self, query: Tensor, keys: Tensor, mapping: Tensor, offset: Tensor, rotation: Rotation) -> Tensor:
+        """Makes each token's query from the next one's key, by a linear map of each query head.
+
+        The key, turned back to position 0, is mapped, and the result turned to where the query stands.
+
+        Args:
+            query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16, of a token at least.
+            keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
+            mapping: From channels of keys to channels of queries, float32 `[batch, q_heads, head_dim, head_dim]`.
+            offset: Added to what is mapped, float32 `[batch, q_heads, head_dim]`.
+            rotation: How position turns queries and keys.
+
+        Returns:
+            `[batch, q_heads, tokens, head_dim]` in the dtype of `query`; that of the last token is its own.
 
         Raises:
             ValueError: A shape or dtype is wrong.

@@ -53,22 +53,8 @@ void to_rounding(float* x, int d, int bits, bool values) {
   }
 }
 
-// How keys of a block lie side by side, and rows of queries that meet them: as floats, or pairs of bf16.
-struct Form {
-  bool pairs;
-  int head_dim;
-  int64_t row_bytes() const { return (int64_t)head_dim * (pairs ? 2 : 4); }
-  void put_row(char* to, const float* x) const { store_floats(to, 0, x, head_dim, pairs ? KVC_BF16 : KVC_F32); }
-  // Four vectors of floats to places i .. i + 4 of a block.
-  void put(char* block, int i, const float (*x)[KVC_MAX_HEAD_DIM]) const {
-    alignas(64) char rows[4][4 * KVC_MAX_HEAD_DIM];
-    const char* from[4];
-    for (int r = 0; r < 4; ++r) {
-      put_row(rows[r], x[r]);
-      from[r] = rows[r];
-    }
-    put_four(block + i / 16 * 16 * row_bytes() + i % 16 * 4, from, pairs ? head_dim / 2 : head_dim);
-  }
+// Blocks of keys, and rows of queries that meet them.
+struct Blocks : Form {
   int64_t block_bytes() const { return kKeys * row_bytes(); }
   // Products of four rows with the first `used` keys of a block, `used` rounded up to 16: out[4][kKeys].
   void dot(const char* block, const char* rows, int used, float (*out)[kKeys]) const {
@@ -112,11 +98,11 @@ struct Tokens {  // of a sequence
 
 struct KeyShift {
   const KvcKeyShift* a;
-  Form plain, turned;  // logits are made of keys and queries as they are; errors of turned ones
-  Tokens* tokens;      // [batch]
-  float* mean;         // [rows][D], turned where errors are
+  Blocks plain, turned;  // logits are made of keys and queries as they are; errors of turned ones
+  Tokens* tokens;        // [batch]
+  float* mean;           // [rows][D], turned where errors are
   char *looks, *turned_looks;  // [rows][row of queries]
-  Seen* seen;          // [rows][blocks][row of queries]
+  Seen* seen;            // [rows][blocks][row of queries]
   int queries, query_rows, blocks;
 
   bool real(int b, int t) const { return !a->valid || a->valid[(int64_t)b * a->n + t]; }
@@ -285,7 +271,7 @@ struct KeyShift {
 // ---- tier_losses -----------------------------------------------------------------------------------------------
 struct TierLosses {
   const KvcTierLosses* a;
-  Form form;
+  Blocks form;
 
   struct Sample {  // of a sequence's newest tokens
     int first, step, keys, queries;

@@ -5,6 +5,7 @@
 // that no two threads add to one key, and sums do not depend on how many threads there are.
 #include "ops.h"
 #include "products.h"
+#include "turns.h"
 
 namespace kvc {
 namespace KVC_ISA {
@@ -22,7 +23,6 @@ constexpr int kHere = kHalf + kMargin;
 constexpr int kColumns = kNearHalf + kFar + kHere;  // logits of a row: near, sinks, sample, near from where it stands
 constexpr int kSampleAt = kNearHalf + 16, kHereAt = kNearHalf + kFar;
 constexpr int kAhead = 4;              // queries between the one that is fetched and the one that is worked on
-constexpr int kMaxPairs = KVC_MAX_HEAD_DIM / 2;
 static_assert(kMargin == 16 && kHalf == 16, "near keys come in vectors of 16");
 
 struct Place {       // of a sequence's tokens, counted from the first that is not padding
@@ -69,7 +69,7 @@ struct NonCausal {
   bool pairs;
   Place* places;            // [batch]
   char* far;                // [batch * kv_heads][kFar / 16] vectors of keys
-  const double *cos, *sin;  // [pairs] of a turn by one position
+  Turns turns;
 
   int64_t vectors_bytes(int keys) const { return (int64_t)keys * a->head_dim * (pairs ? 2 : 4); }
   int64_t elt() const { return element_bytes(a->dtype); }
@@ -132,43 +132,7 @@ struct NonCausal {
     if (w.batch == b && w.block == block) return;
     w.batch = b;
     w.block = block;
-    double c[kMaxPairs], s[kMaxPairs];
-    const double by = (double)places[b].count - (block * kBlock - places[b].first);
-    for (int i = 0; i < a->pairs; ++i) {
-      c[i] = __builtin_cos(by * a->inv_freq[i]);
-      s[i] = __builtin_sin(by * a->inv_freq[i]);
-    }
-    for (int t = 0; t < kBlock; ++t)
-      for (int i = 0; i < a->pairs; ++i) {
-        const double x = c[i], y = s[i];
-        w.cos[t * a->pairs + i] = (float)x;
-        w.sin[t * a->pairs + i] = (float)y;
-        c[i] = x * cos[i] + y * sin[i];  // one position less
-        s[i] = y * cos[i] - x * sin[i];
-      }
-  }
-  void turn(float* x, const float* c, const float* s) const {
-    float* first = x + a->start;
-    if (a->interleaved) {
-      for (int i = 0; i < a->pairs; ++i) {
-        const float u = first[2 * i], v = first[2 * i + 1];
-        first[2 * i] = u * c[i] - v * s[i];
-        first[2 * i + 1] = v * c[i] + u * s[i];
-      }
-      return;
-    }
-    float* second = first + a->pairs;
-    int i = 0;
-    for (; i + kLanes <= a->pairs; i += kLanes) {
-      const vf u = load(first + i), v = load(second + i), x0 = load(c + i), y0 = load(s + i);
-      store(first + i, u * x0 - v * y0);
-      store(second + i, v * x0 + u * y0);
-    }
-    for (; i < a->pairs; ++i) {
-      const float u = first[i], v = second[i];
-      first[i] = u * c[i] - v * s[i];
-      second[i] = v * c[i] + u * s[i];
-    }
+    turns.table((double)places[b].count - (block * kBlock - places[b].first), -1, kBlock, w.cos, w.sin);
   }
   // Brings a key or query into the cache ahead of its turn; where there is none, nothing happens.
   void fetch(const void* p, int64_t at) const {
@@ -193,7 +157,7 @@ struct NonCausal {
     load_floats(x, a->q, at, d, a->dtype);
     if (pairs) memcpy(w.here[h], static_cast<const char*>(a->q) + 2 * at, 2 * d);
     else memcpy(w.here[h], x, sizeof(float) * d);
-    turn(x, w.cos + in_block * a->pairs, w.sin + in_block * a->pairs);
+    turns.turn(x, w.cos + in_block * a->pairs, w.sin + in_block * a->pairs);
     if (pairs || a->dtype == KVC_F32) return store_floats(w.ahead[h], 0, x, d, a->dtype);
     alignas(64) char rounded[2 * KVC_MAX_HEAD_DIM];
     store_floats(rounded, 0, x, d, a->dtype);
@@ -327,14 +291,13 @@ int non_causal(KvcNonCausal* a) {
   int threads = max_threads();
   if ((double)a->n * rows * a->group * kColumns * a->head_dim < 1.5e6 * threads) threads = 1;
 
-  double *cos = nullptr, *sin = nullptr;
   char* workers = nullptr;
   const int64_t worker_bytes = (sizeof(Worker) + (a->group - 1) * sizeof(Worker::sums) + 63) & ~int64_t(63);
   Carve carve = {nullptr};
   for (int pass = 0; pass < 2; ++pass) {
     workers = carve.take<char>(worker_bytes * threads);
-    cos = carve.take<double>(a->pairs);
-    sin = carve.take<double>(a->pairs);
+    c.turns.cos = carve.take<double>(a->pairs);
+    c.turns.sin = carve.take<double>(a->pairs);
     c.places = carve.take<Place>(a->batch);
     c.far = carve.take<char>(c.vectors_bytes(kFar) * rows);
     if (pass == 0) {
@@ -343,12 +306,7 @@ int non_causal(KvcNonCausal* a) {
       carve = {base};
     }
   }
-  for (int i = 0; i < a->pairs; ++i) {
-    cos[i] = __builtin_cos((double)a->inv_freq[i]);
-    sin[i] = __builtin_sin((double)a->inv_freq[i]);
-  }
-  c.cos = cos;
-  c.sin = sin;
+  c.turns.set(a->inv_freq, a->pairs, a->start, a->interleaved);
   for (int b = 0; b < a->batch; ++b) c.find_places(b);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -37,6 +37,8 @@
   int shares(KvcShares*);         \
   int key_shift(KvcKeyShift*);    \
   int tier_losses(KvcTierLosses*);\
+  int pair_weights(KvcPairWeights*);\
+  int foresee(KvcForesee*);       \
   }                               \
   }
 KVC_DECLARE_OPS(avx512)

@@ -12,7 +12,8 @@ from .. import abi, checks
 from ..arguments import fill_rows, fill_strides, pointer
 from ..layout import DTYPES, MAX_HEAD_DIM, SLOT_MULTIPLE
 from ..plan_operations import Hulls, PlanOperations
-from ..types import Rows
+from ..rotation import Rotation
+from ..types import Logits, Rows
 
 __all__ = ["CpuPlanOperations"]
 
@@ -215,6 +216,69 @@ class CpuPlanOperations(PlanOperations):
             fill_strides(c, name, states)
         self._call("tier_losses", c)
         return loss
+
+    def pair_weights(
+        self, query: Tensor, keys: Tensor, logits: Logits, rotation: Rotation, step: int, stride: int
+    ) -> Tensor:
+        _check_states(keys, query)
+        batch, kv_heads, n, head_dim = keys.shape
+        q_heads = query.shape[1]
+        checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
+        checks.check_rotation(rotation, head_dim)
+        if n < 2 or step < 1 or stride < 1:
+            raise ValueError(f"there must be two tokens, and steps of one, at least, got {n}, and {step} and {stride}")
+        weight = torch.empty(batch, q_heads, (n - 2) // step + 1)
+        inv_freq = rotation.inv_freq.contiguous()
+        c = abi.KvcPairWeights(
+            scale=logits.scale,
+            softcap=logits.softcap or 0.0,
+            pairs=inv_freq.numel(),
+            start=rotation.start,
+            interleaved=rotation.interleaved,
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            n=n,
+            step=step,
+            stride=stride,
+        )
+        c.q, c.k, c.inv_freq, c.out = query.data_ptr(), keys.data_ptr(), inv_freq.data_ptr(), weight.data_ptr()
+        fill_strides(c, "q", query)
+        fill_strides(c, "k", keys)
+        self._call("pair_weights", c)
+        return weight
+
+    def foresee(self, query: Tensor, keys: Tensor, mapping: Tensor, offset: Tensor, rotation: Rotation) -> Tensor:
+        _check_states(keys, query)
+        batch, kv_heads, n, head_dim = keys.shape
+        q_heads = query.shape[1]
+        checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
+        checks.check_tensor("mapping", mapping, (batch, q_heads, head_dim, head_dim), torch.float32, CPU, False)
+        checks.check_tensor("offset", offset, (batch, q_heads, head_dim), torch.float32, CPU, False)
+        checks.check_rotation(rotation, head_dim)
+        if not n:
+            raise ValueError("foresee needs a token at least")
+        out = torch.empty(query.shape, dtype=query.dtype)
+        kept = [each.contiguous() for each in (mapping, offset, rotation.inv_freq)]
+        c = abi.KvcForesee(
+            pairs=kept[2].numel(),
+            start=rotation.start,
+            interleaved=rotation.interleaved,
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            n=n,
+        )
+        c.mapping, c.offset, c.inv_freq = (each.data_ptr() for each in kept)
+        c.k, c.out = keys.data_ptr(), out.data_ptr()
+        fill_strides(c, "k", keys)
+        self._call("foresee", c)
+        out[:, :, -1] = query[:, :, -1]
+        return out
 
 
 def _check_states(keys: Tensor, query: Tensor, values: Tensor | None = None) -> None:

@@ -44,6 +44,24 @@ KVC_INLINE void put_four(char* out, const char* const* from, int words) {
   for (int w = 0; w < words; w += 4, out += 256) put_words(out, from, 4 * w);
 }
 
+// How keys lie side by side, and rows that meet them: as floats, or pairs of bf16.
+struct Form {
+  bool pairs;
+  int head_dim;
+  int64_t row_bytes() const { return (int64_t)head_dim * (pairs ? 2 : 4); }
+  void put_row(char* to, const float* x) const { store_floats(to, 0, x, head_dim, pairs ? KVC_BF16 : KVC_F32); }
+  // Four vectors of floats to places i .. i + 4, where every 16 lie side by side.
+  void put(char* vectors, int i, const float (*x)[KVC_MAX_HEAD_DIM]) const {
+    alignas(64) char rows[4][4 * KVC_MAX_HEAD_DIM];
+    const char* from[4];
+    for (int r = 0; r < 4; ++r) {
+      put_row(rows[r], x[r]);
+      from[r] = rows[r];
+    }
+    put_four(vectors + i / 16 * 16 * row_bytes() + i % 16 * 4, from, pairs ? head_dim / 2 : head_dim);
+  }
+};
+
 }  // namespace
 }  // namespace KVC_ISA
 }  // namespace kvc

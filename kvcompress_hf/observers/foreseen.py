@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcompress_hf.kernels import Backend, Logits
+from kvcompress_hf.kernels import Backend, Logits, get_backend
 from kvcompress_hf.kernels.rotation import Rotation
 from kvcompress_hf.paging.waiting import known
 
@@ -44,7 +44,7 @@ def foreseen_scores(
         backend (`Backend`): Whose scores.
         query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding.
         key (`torch.Tensor`): As they will be stored, `[batch, kv_heads, tokens, head_dim]`.
-        whole (`torch.Tensor`): As the model made them, of the same shape.
+        whole (`torch.Tensor`): As the model made them, of the same shape; float32 is rounded to the dtype of `query`.
         logits (`Logits`): How queries and keys make logits.
         rotation (`Rotation`): How position turns queries and keys.
         valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for padding on one side.
@@ -53,6 +53,7 @@ def foreseen_scores(
         `torch.Tensor`: float32 `[batch, q_heads, tokens]`; 0 for padding and for other heads.
     """
     result = torch.zeros(query.shape[:3], device=query.device)
+    whole = whole.to(query.dtype)  # that models make keys in; what a store has taken off is added in float32
     if valid is None:
         _score(backend, (query, key, whole), logits, rotation, result)
         return result
@@ -107,12 +108,33 @@ def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tenso
     Returns:
         `torch.Tensor`: In the shape and dtype of `query`; that of the last token is its own.
     """
+    mapping, offset = _maps(query, key, weight, rotation)
+    native = get_backend(key.device).plans
+    if native is not None:
+        return native.foresee(query, key, mapping, offset, rotation)
+    return mapped(query, key, mapping, offset, rotation)
+
+
+def mapped(
+    query: torch.Tensor, key: torch.Tensor, mapping: torch.Tensor, offset: torch.Tensor, rotation: Rotation
+) -> torch.Tensor:
+    """[`PlanOperations.foresee`] in torch."""
+    place = torch.arange(key.shape[2], device=key.device)
+    unturned = rotation.turn(key[:, :, 1:].float(), -place[1:])
+    maps, offsets = (each.unflatten(1, (key.shape[1], -1)).to(query.dtype) for each in (mapping, offset))
+    foreseen = unturned[:, :, None].to(query.dtype) @ maps + offsets[..., None, :]
+    return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
+
+
+def _maps(
+    query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ridge regression: `[batch, q_heads, head_dim, head_dim]`, and what is added, `[batch, q_heads, head_dim]`."""
     pairs, place = _pairs(key), torch.arange(key.shape[2], device=key.device)
     weight = weight + _LEAST
     weight = (weight / weight.sum(-1, keepdim=True))[..., None]
-    unturned = rotation.turn(key.float(), -place)
     asked = rotation.turn(query[:, :, pairs].float(), -place[pairs]).unflatten(1, (key.shape[1], -1))
-    found = unturned[:, :, None, 1:][..., pairs, :]
+    found = rotation.turn(key[:, :, 1:][:, :, pairs].float(), -place[1:][pairs])[:, :, None]
     mean_query, mean_key = (weight * asked).sum(-2, keepdim=True), (weight * found).sum(-2, keepdim=True)
     found = found - mean_key
     weighted = (weight * found).transpose(-1, -2)
@@ -121,8 +143,7 @@ def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tenso
     spread.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
     mapping = torch.linalg.solve_ex(spread, weighted @ (asked - mean_query))[0]  # the ridge leaves nothing singular
     offset = mean_query - mean_key @ mapping
-    foreseen = unturned[:, :, None, 1:].to(query.dtype) @ mapping.to(query.dtype) + offset.to(query.dtype)
-    return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
+    return mapping.flatten(1, 2), offset.flatten(1, 2).squeeze(2)
 
 
 def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation) -> torch.Tensor:
@@ -137,8 +158,19 @@ def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rota
     Returns:
         `torch.Tensor`: Squared probabilities, of evenly spaced tokens, float32 `[batch, kv_heads, group, pairs]`.
     """
+    native = get_backend(key.device).plans
+    if native is None:
+        return pair_weights_in_torch(query, key, logits=logits, rotation=rotation)
+    weight = native.pair_weights(query, key, logits, rotation, _pairs(key).step, _stride(key))
+    return weight.unflatten(1, (key.shape[1], -1))
+
+
+def pair_weights_in_torch(
+    query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation
+) -> torch.Tensor:
+    """[`pair_weights`] on any device."""
     tokens, pairs = key.shape[2], _pairs(key)
-    others = key[:, :, None, :: math.ceil(tokens / _OTHERS)].float()
+    others = key[:, :, None, :: _stride(key)].float()
     asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1)) * logits.scale
     turned = rotation.turn(asked, torch.full((), tokens, device=key.device))
     far = turned @ others.transpose(-1, -2)
@@ -154,3 +186,8 @@ def _pairs(key: torch.Tensor) -> slice:
     """The first tokens of the pairs that are looked at; the last token of all is nobody's first."""
     last = key.shape[2] - 1
     return slice(0, last, math.ceil(last / _PAIRS))
+
+
+def _stride(key: torch.Tensor) -> int:
+    """From one key that stands for all to the next."""
+    return math.ceil(key.shape[2] / _OTHERS)

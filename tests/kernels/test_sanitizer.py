@@ -25,6 +25,7 @@ CHOSEN = [
     "test_attention_decode.py::test_edges",
     "test_attention_decode.py::test_padding_and_append",
     "test_attention_sweep.py::test_random_shapes",
+    "test_foreseen.py",
     "test_linear.py::test_rows_of_the_weight_apart",
     "test_linear.py::test_shapes",
     "test_losses.py",

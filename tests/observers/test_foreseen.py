@@ -85,6 +85,13 @@ def test_sinks_go_with_their_heads():
     assert bool((found[:, 3] < scores(query, key)[:, 3]).all())
 
 
+def test_whole_keys_in_float32_are_those_of_the_model():
+    query, key, _, _ = (each.bfloat16() for each in copying(300, 0.4))
+    found = foreseen_scores(BACKEND, query, key, key.float(), logits=LOGITS, rotation=ROTATION)
+    assert torch.equal(found, foreseen_scores(BACKEND, query, key, key, logits=LOGITS, rotation=ROTATION))
+    assert bool(found.any())
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_changes_nothing(left):
     tokens, padding = 200, 37
