@@ -17,7 +17,7 @@ import torch
 
 from kvcompress_hf.kernels import Backend, Logits, get_backend
 from kvcompress_hf.kernels.rotation import Rotation
-from kvcompress_hf.paging.waiting import known
+from kvcompress_hf.paging.waiting import known, on_host
 
 __all__ = ["foreseen_queries", "foreseen_scores"]
 
@@ -57,7 +57,8 @@ def foreseen_scores(
     if valid is None:
         _score(backend, (query, key, whole), logits, rotation, result)
         return result
-    starts, counts = torch.stack((valid.to(torch.uint8).argmax(1), valid.sum(1))).tolist()
+    real = on_host(valid)
+    starts, counts = torch.stack((real.to(torch.uint8).argmax(1), real.sum(1))).tolist()
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):  # so that padding changes nothing
         part = (slice(row, row + 1), slice(None), slice(start, start + count))
         states = tuple(each[part].contiguous() for each in (query, key, whole))
@@ -74,22 +75,26 @@ def _score(
 ) -> None:
     """Writes the scores of sequences without padding."""
     query, key, whole = states
-    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    group = query.shape[1] // key.shape[1]
     if key.shape[2] < 2:
         return
     weight = pair_weights(query, whole, logits=logits, rotation=rotation)
     copies = weight.mean(-1).amax(-1) > _COPIES  # [batch, kv_heads]
     here = known(copies)
-    heads = torch.arange(kv_heads) if here is None else here.any(0).nonzero().flatten()
+    if here is None or bool(here.any(0).all()):
+        scores = backend.non_causal_scores(
+            foreseen_queries(query, whole, weight, rotation), key, logits=logits, rotation=rotation
+        )
+        result[:] = scores * copies.repeat_interleave(group, 1)[..., None]
+        return
+    heads = here.any(0).nonzero().flatten()
     if not heads.numel():
         return
     asked = (heads[:, None] * group + torch.arange(group)).flatten()
-    if heads.numel() < kv_heads:
-        query, key, whole, weight = query[:, asked], key[:, heads], whole[:, heads], weight[:, heads]
-        if logits.sinks is not None:
-            logits = replace(logits, sinks=logits.sinks[asked])
-    query = foreseen_queries(query, whole, weight, rotation)
-    scores = backend.non_causal_scores(query, key, logits=logits, rotation=rotation)
+    if logits.sinks is not None:
+        logits = replace(logits, sinks=logits.sinks[asked])
+    query = foreseen_queries(query[:, asked], whole[:, heads], weight[:, heads], rotation)
+    scores = backend.non_causal_scores(query, key[:, heads], logits=logits, rotation=rotation)
     result[:, asked] = scores * copies[:, heads].repeat_interleave(group, 1)[..., None]
 
 

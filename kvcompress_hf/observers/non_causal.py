@@ -19,6 +19,7 @@ from kvcompress_hf.observers.base import Chunk
 from kvcompress_hf.observers.foreseen import foreseen_scores
 from kvcompress_hf.paging.key_turn import Rotation
 from kvcompress_hf.paging.new_tokens import NewTokens
+from kvcompress_hf.paging.waiting import derive
 
 __all__ = ["non_causal_scores"]
 
@@ -51,7 +52,7 @@ def non_causal_scores(chunk: Chunk, foresee: bool = False) -> torch.Tensor | Non
         return _scores(chunk, chunk.rotation, foresee)
     gone = max(0, new.tokens - max(window - 1, 1))
     if gone:
-        valid = None if new.valid is None else new.valid[:, gone:].contiguous()
+        valid = None if new.valid is None else derive(new.valid, lambda to: to[:, gone:].contiguous())
         query, key, value = (states[:, :, gone:] for states in (new.query, new.key, new.value))
         within = NewTokens(query, key, value, new.logits, valid=valid)  # at position 0: no past is within reach
         scores = _scores(replace(chunk, new=within), chunk.rotation, foresee)

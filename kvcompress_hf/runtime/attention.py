@@ -17,7 +17,7 @@ import torch
 from kvcompress_hf.errors import CacheMemoryError, UnsupportedFeatureError
 from kvcompress_hf.kernels import DecodePlan
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.paging.waiting import on_host
+from kvcompress_hf.paging.waiting import known_as, on_host
 from kvcompress_hf.recipe import TIERS
 from kvcompress_hf.runtime.call import AttentionCall, centred
 from kvcompress_hf.runtime.layer_work import LayerWork
@@ -90,6 +90,8 @@ class PagedAttention(LayerWork):
         if mask is not None:
             read = self._read_mask(mask)
             new.valid = read.real_tokens(queries, tokens, batch)
+            if self._new_valid is not None and not self._reading_again:
+                known_as(new.valid, self._new_valid)
             if tokens > 1 or not position or read.biased:  # a decoded token sees all there is
                 new.mask = None if read.says_nothing(new.logits.window) else read
         layer.group = q_heads // heads

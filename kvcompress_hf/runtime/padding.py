@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcompress_hf.paging.waiting import to_device
+from kvcompress_hf.paging.waiting import known_as, to_device
 from kvcompress_hf.runtime.call import AttentionCall
 
 
@@ -102,12 +102,13 @@ def aligned(new: AttentionCall, real: Tensor | None) -> tuple[AttentionCall, Ten
     """
     if real is None or bool((real[:, 1:] >= real[:, :-1]).all()):
         return new, None
-    order = to_device(real.to(torch.uint8).argsort(dim=1, stable=True), new.key.device)
+    order_here = real.to(torch.uint8).argsort(dim=1, stable=True)
+    order = to_device(order_here, new.key.device)
 
     def moved(states: Tensor) -> Tensor:
         return states.gather(2, order[:, None, :, None].expand_as(states))
 
-    valid = None if new.valid is None else new.valid.gather(1, order)
+    valid = None if new.valid is None else known_as(new.valid.gather(1, order), real.gather(1, order_here))
     return replace(
         new, query=moved(new.query), key=moved(new.key), value=moved(new.value), valid=valid, mask=None
     ), order
