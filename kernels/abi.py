@@ -237,6 +237,16 @@ class KvcPairWeights(Structure):
     )
 
 
+class KvcFitMaps(Structure):
+    _fields_ = _fields(
+        ptr="k q",
+        i64="k_b k_h k_t q_b q_h q_t",
+        ptr_b="weight inv_freq mapping offset",
+        f32="ridge",
+        i32="pairs start interleaved dtype head_dim batch kv_heads group n step reserved",
+    )
+
+
 class KvcForesee(Structure):
     _fields_ = _fields(
         ptr="k",
@@ -271,6 +281,7 @@ OPERATIONS: dict[str, type[Structure]] = {
     "key_shift": KvcKeyShift,
     "tier_losses": KvcTierLosses,
     "pair_weights": KvcPairWeights,
+    "fit_maps": KvcFitMaps,
     "foresee": KvcForesee,
 }
 

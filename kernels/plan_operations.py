@@ -103,6 +103,29 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
+    def fit_maps(
+        self, query: Tensor, keys: Tensor, weight: Tensor, rotation: Rotation, step: int, ridge: float
+    ) -> tuple[Tensor, Tensor]:
+        """The linear map of each query head that best makes queries from the next token's keys, by ridge regression.
+
+        Both are turned back to position 0.
+
+        Args:
+            query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16, of two tokens at least.
+            keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
+            weight: Of each pair, float32 `[batch, q_heads, pairs]`, which sum to 1.
+            rotation: How position turns queries and keys.
+            step: From the first token of a pair to that of the next.
+            ridge: Added to variances, as a fraction of their mean over a key's channels.
+
+        Returns:
+            The map and what is added, as [`foresee`] takes them.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, there are too few tokens, or the step is not positive.
+        """
+
+    @abc.abstractmethod
     def foresee(self, query: Tensor, keys: Tensor, mapping: Tensor, offset: Tensor, rotation: Rotation) -> Tensor:
         """Makes each token's query from the next one's key, by a linear map of each query head.
 

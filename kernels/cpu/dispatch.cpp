@@ -96,6 +96,7 @@ KVC_OPERATION(shares, KvcShares)
 KVC_OPERATION(key_shift, KvcKeyShift)
 KVC_OPERATION(tier_losses, KvcTierLosses)
 KVC_OPERATION(pair_weights, KvcPairWeights)
+KVC_OPERATION(fit_maps, KvcFitMaps)
 KVC_OPERATION(foresee, KvcForesee)
 
 // Bytes of the argument struct of an operation (or of "layout"), for Python to check its mirror; -1 = unknown.
@@ -113,7 +114,8 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
       {"gather", sizeof(KvcGather)}, {"lowest", sizeof(KvcLowest)}, {"prices", sizeof(KvcPrices)},
       {"holes", sizeof(KvcHoles)},   {"places", sizeof(KvcPlaces)}, {"tally", sizeof(KvcTally)},
       {"shares", sizeof(KvcShares)}, {"key_shift", sizeof(KvcKeyShift)}, {"tier_losses", sizeof(KvcTierLosses)},
-      {"pair_weights", sizeof(KvcPairWeights)}, {"foresee", sizeof(KvcForesee)},
+      {"pair_weights", sizeof(KvcPairWeights)}, {"fit_maps", sizeof(KvcFitMaps)},
+      {"foresee", sizeof(KvcForesee)},
   };
   for (const auto& entry : sizes) {
     if (strcmp(entry.name, name) == 0) return static_cast<int64_t>(entry.bytes);

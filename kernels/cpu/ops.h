@@ -38,6 +38,7 @@
   int key_shift(KvcKeyShift*);    \
   int tier_losses(KvcTierLosses*);\
   int pair_weights(KvcPairWeights*);\
+  int fit_maps(KvcFitMaps*);      \
   int foresee(KvcForesee*);       \
   }                               \
   }

@@ -250,6 +250,40 @@ class CpuPlanOperations(PlanOperations):
         self._call("pair_weights", c)
         return weight
 
+    def fit_maps(
+        self, query: Tensor, keys: Tensor, weight: Tensor, rotation: Rotation, step: int, ridge: float
+    ) -> tuple[Tensor, Tensor]:
+        _check_states(keys, query)
+        batch, kv_heads, n, head_dim = keys.shape
+        q_heads = query.shape[1]
+        checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
+        checks.check_rotation(rotation, head_dim)
+        if n < 2 or step < 1:
+            raise ValueError(f"there must be two tokens, and a step of one, at least, got {n} and {step}")
+        shape = (batch, q_heads, (n - 2) // step + 1)
+        checks.check_tensor("weight", weight, shape, torch.float32, CPU, contiguous=False)
+        mapping, offset = torch.empty(batch, q_heads, head_dim, head_dim), torch.empty(batch, q_heads, head_dim)
+        weight, inv_freq = weight.contiguous(), rotation.inv_freq.contiguous()
+        c = abi.KvcFitMaps(
+            ridge=ridge,
+            pairs=inv_freq.numel(),
+            start=rotation.start,
+            interleaved=rotation.interleaved,
+            dtype=DTYPES[keys.dtype],
+            head_dim=head_dim,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=q_heads // kv_heads,
+            n=n,
+            step=step,
+        )
+        c.q, c.k, c.weight, c.inv_freq = (each.data_ptr() for each in (query, keys, weight, inv_freq))
+        c.mapping, c.offset = mapping.data_ptr(), offset.data_ptr()
+        fill_strides(c, "q", query)
+        fill_strides(c, "k", keys)
+        self._call("fit_maps", c)
+        return mapping, offset
+
     def foresee(self, query: Tensor, keys: Tensor, mapping: Tensor, offset: Tensor, rotation: Rotation) -> Tensor:
         _check_states(keys, query)
         batch, kv_heads, n, head_dim = keys.shape

@@ -13,20 +13,21 @@ struct Turns {
   const float* inv_freq;  // [pairs]
   int pairs, start;
   bool interleaved;
-  double *cos, *sin;      // [pairs] of a turn by one position
+  double *cos, *sin;      // [pairs] of a turn by one step
 
-  void set(const float* by, int count, int first, bool neighbours) {
+  // `stride`: positions of a step.
+  void set(const float* by, int count, int first, bool neighbours, double stride = 1) {
     inv_freq = by;
     pairs = count;
     start = first;
     interleaved = neighbours;
     for (int i = 0; i < pairs; ++i) {
-      cos[i] = __builtin_cos((double)inv_freq[i]);
-      sin[i] = __builtin_sin((double)inv_freq[i]);
+      cos[i] = __builtin_cos(stride * inv_freq[i]);
+      sin[i] = __builtin_sin(stride * inv_freq[i]);
     }
   }
-  // c[count][pairs] and s[count][pairs] of turns by `by`, by + step and so on; step is 1 or -1.
-  void table(double by, int step, int count, float* c, float* s) const {
+  // c[count][pairs] and s[count][pairs] of turns by `by`, a step more and so on; `way` is 1, or -1 for a step less.
+  void table(double by, int way, int count, float* c, float* s) const {
     double x[kMaxPairs], y[kMaxPairs];
     for (int i = 0; i < pairs; ++i) {
       x[i] = __builtin_cos(by * inv_freq[i]);
@@ -34,7 +35,7 @@ struct Turns {
     }
     for (int t = 0; t < count; ++t, c += pairs, s += pairs)
       for (int i = 0; i < pairs; ++i) {
-        const double u = x[i], v = y[i], one = step * sin[i];
+        const double u = x[i], v = y[i], one = way * sin[i];
         c[i] = (float)u;
         s[i] = (float)v;
         x[i] = u * cos[i] - v * one;

@@ -111,6 +111,17 @@ typedef struct {  // how well a token's query and the next one's key fit each ot
   int32_t reserved;
 } KvcPairWeights;
 
+typedef struct {  // the linear map from keys to queries that fits pairs of them best (observers/foreseen.py)
+  const void *k, *q;                      // [batch, kv_heads, n, D] and [batch, q_heads, n, D], native dtype
+  int64_t k_b, k_h, k_t, q_b, q_h, q_t;
+  const float *weight, *inv_freq;         // [batch, q_heads, (n - 2) / step + 1], which sum to 1; [pairs]
+  float *mapping, *offset;                // [batch, q_heads, D, D] and [batch, q_heads, D]
+  float ridge;                            // of the mean variance of a key's channels
+  int32_t pairs, start, interleaved, dtype, head_dim;
+  int32_t batch, kv_heads, group, n, step;
+  int32_t reserved;
+} KvcFitMaps;
+
 typedef struct {  // queries as if each token knew the next one (observers/foreseen.py)
   const void* k;                          // [batch, kv_heads, n, D], native dtype, with rotary embedding
   int64_t k_b, k_h, k_t;

@@ -113,11 +113,13 @@ def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tenso
     Returns:
         `torch.Tensor`: In the shape and dtype of `query`; that of the last token is its own.
     """
-    mapping, offset = _maps(query, key, weight, rotation)
+    weight = weight + _LEAST
+    weight = weight / weight.sum(-1, keepdim=True)
     native = get_backend(key.device).plans
-    if native is not None:
-        return native.foresee(query, key, mapping, offset, rotation)
-    return mapped(query, key, mapping, offset, rotation)
+    if native is None:
+        return mapped(query, key, *maps_in_torch(query, key, weight, rotation), rotation)
+    mapping, offset = native.fit_maps(query, key, weight.flatten(1, 2), rotation, _pairs(key).step, _RIDGE)
+    return native.foresee(query, key, mapping, offset, rotation)
 
 
 def mapped(
@@ -131,13 +133,12 @@ def mapped(
     return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
 
 
-def _maps(
+def maps_in_torch(
     query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ridge regression: `[batch, q_heads, head_dim, head_dim]`, and what is added, `[batch, q_heads, head_dim]`."""
+    """[`PlanOperations.fit_maps`] in torch; `weight` is `[batch, kv_heads, group, pairs]`."""
     pairs, place = _pairs(key), torch.arange(key.shape[2], device=key.device)
-    weight = weight + _LEAST
-    weight = (weight / weight.sum(-1, keepdim=True))[..., None]
+    weight = weight[..., None]
     asked = rotation.turn(query[:, :, pairs].float(), -place[pairs]).unflatten(1, (key.shape[1], -1))
     found = rotation.turn(key[:, :, 1:][:, :, pairs].float(), -place[1:][pairs])[:, :, None]
     mean_query, mean_key = (weight * asked).sum(-2, keepdim=True), (weight * found).sum(-2, keepdim=True)

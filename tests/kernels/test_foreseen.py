@@ -5,7 +5,7 @@ import torch
 
 from kvcompress_hf.kernels import CpuBackend, Logits, Rotation
 from kvcompress_hf.kernels.cpu.backend import instruction_sets
-from kvcompress_hf.observers.foreseen import mapped, pair_weights_in_torch
+from kvcompress_hf.observers.foreseen import mapped, maps_in_torch, pair_weights_in_torch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -52,6 +52,32 @@ def check_weights(native, query, key, rotation=None, softcap=None):
     torch.testing.assert_close(found, expected, rtol=2e-2 if query.dtype is BF16 else 2e-4, atol=1e-9)
 
 
+def check_maps(native, query, key, rotation=None):
+    (batch, q_heads, tokens, dim), kv_heads = query.shape, key.shape[1]
+    rotation = rotation_of(dim) if rotation is None else rotation
+    step = -(-(tokens - 1) // 512)
+    weight = (
+        torch.rand(batch, q_heads, len(range(0, tokens - 1, step)), generator=torch.Generator().manual_seed(1)) ** 4
+    )
+    weight = weight / weight.sum(-1, keepdim=True)
+    found = native.fit_maps(query, key, weight, rotation, step, 0.01)
+    expected = maps_in_torch(query, key, weight.unflatten(1, (kv_heads, -1)), rotation)
+    for each, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().amax()))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim"),
+    [(2, (2, 1), 16), (3, (2, 2), 16), (65, (6, 2), 64), (600, (3, 1), 80), (1100, (4, 4), 128), (40, (2, 1), 256)],
+)
+def test_maps_are_those_of_torch(native, dtype, tokens, heads, dim):
+    query, key = states(tokens, heads, dim, dtype, batch=2)
+    check_maps(native, query, key)
+    key[:, -1, :, 5] += 100  # as the biases of some models do
+    check_maps(native, query, key)
+
+
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
@@ -78,12 +104,14 @@ def test_rotations(native, dtype, interleaved, width, start):
     query, key = states(70, dtype=dtype)
     check_foresee(native, query, key, rotation_of(width, start, interleaved))
     check_weights(native, query, key, rotation_of(width, start, interleaved))
+    check_maps(native, query, key, rotation_of(width, start, interleaved))
 
 
 def test_places_far_on_and_turns_the_other_way(native):
     query, key = states(3000, (1, 1), 16)
     check_foresee(native, query, key, Rotation(-rotation_of(16).inv_freq))
     check_weights(native, query, key, Rotation(-rotation_of(16).inv_freq))
+    check_maps(native, query, key, Rotation(-rotation_of(16).inv_freq))
 
 
 def test_keys_in_any_layout(native):
@@ -91,6 +119,7 @@ def test_keys_in_any_layout(native):
     spread = torch.stack((key, key.flip(2)), 2).flatten(2, 3)[:, :, ::2].narrow(2, 0, 50)
     check_foresee(native, query.contiguous(), spread)
     check_weights(native, query.contiguous(), spread)
+    check_maps(native, query.contiguous(), spread)
 
 
 def test_wrong_arguments_of_foresee_are_named(native):
@@ -117,3 +146,16 @@ def test_wrong_arguments_of_weights_are_named(native):
     }.items():
         with pytest.raises(ValueError, match=name):
             native.pair_weights(*given)
+
+
+def test_wrong_arguments_of_maps_are_named(native):
+    query, key = states(9)
+    weight = torch.ones(1, 6, 8) / 8
+    for name, given in {
+        "query": (query[:, :, :8], key, weight, rotation_of(64), 1, 0.01),
+        "weight": (query, key, weight, rotation_of(64), 2, 0.01),
+        "rotation": (query, key, weight, rotation_of(32, 34), 1, 0.01),
+        "two tokens": (query[:, :, :1], key[:, :, :1], weight, rotation_of(64), 1, 0.01),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            native.fit_maps(*given)
