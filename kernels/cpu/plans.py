@@ -220,11 +220,8 @@ class CpuPlanOperations(PlanOperations):
     def pair_weights(
         self, query: Tensor, keys: Tensor, logits: Logits, rotation: Rotation, step: int, stride: int
     ) -> Tensor:
-        _check_states(keys, query)
-        batch, kv_heads, n, head_dim = keys.shape
-        q_heads = query.shape[1]
-        checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
-        checks.check_rotation(rotation, head_dim)
+        sizes = _check_prompt(keys, query, rotation)
+        batch, q_heads, n, _ = query.shape
         if n < 2 or step < 1 or stride < 1:
             raise ValueError(f"there must be two tokens, and steps of one, at least, got {n}, and {step} and {stride}")
         weight = torch.empty(batch, q_heads, (n - 2) // step + 1)
@@ -232,15 +229,7 @@ class CpuPlanOperations(PlanOperations):
         c = abi.KvcPairWeights(
             scale=logits.scale,
             softcap=logits.softcap or 0.0,
-            pairs=inv_freq.numel(),
-            start=rotation.start,
-            interleaved=rotation.interleaved,
-            dtype=DTYPES[keys.dtype],
-            head_dim=head_dim,
-            batch=batch,
-            kv_heads=kv_heads,
-            group=q_heads // kv_heads,
-            n=n,
+            **sizes,
             step=step,
             stride=stride,
         )
@@ -253,11 +242,8 @@ class CpuPlanOperations(PlanOperations):
     def fit_maps(
         self, query: Tensor, keys: Tensor, weight: Tensor, rotation: Rotation, step: int, ridge: float
     ) -> tuple[Tensor, Tensor]:
-        _check_states(keys, query)
-        batch, kv_heads, n, head_dim = keys.shape
-        q_heads = query.shape[1]
-        checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
-        checks.check_rotation(rotation, head_dim)
+        sizes = _check_prompt(keys, query, rotation)
+        batch, q_heads, n, head_dim = query.shape
         if n < 2 or step < 1:
             raise ValueError(f"there must be two tokens, and a step of one, at least, got {n} and {step}")
         shape = (batch, q_heads, (n - 2) // step + 1)
@@ -266,15 +252,7 @@ class CpuPlanOperations(PlanOperations):
         weight, inv_freq = weight.contiguous(), rotation.inv_freq.contiguous()
         c = abi.KvcFitMaps(
             ridge=ridge,
-            pairs=inv_freq.numel(),
-            start=rotation.start,
-            interleaved=rotation.interleaved,
-            dtype=DTYPES[keys.dtype],
-            head_dim=head_dim,
-            batch=batch,
-            kv_heads=kv_heads,
-            group=q_heads // kv_heads,
-            n=n,
+            **sizes,
             step=step,
         )
         c.q, c.k, c.weight, c.inv_freq = (each.data_ptr() for each in (query, keys, weight, inv_freq))
@@ -285,27 +263,16 @@ class CpuPlanOperations(PlanOperations):
         return mapping, offset
 
     def foresee(self, query: Tensor, keys: Tensor, mapping: Tensor, offset: Tensor, rotation: Rotation) -> Tensor:
-        _check_states(keys, query)
-        batch, kv_heads, n, head_dim = keys.shape
-        q_heads = query.shape[1]
-        checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
+        sizes = _check_prompt(keys, query, rotation)
+        batch, q_heads, n, head_dim = query.shape
         checks.check_tensor("mapping", mapping, (batch, q_heads, head_dim, head_dim), torch.float32, CPU, False)
         checks.check_tensor("offset", offset, (batch, q_heads, head_dim), torch.float32, CPU, False)
-        checks.check_rotation(rotation, head_dim)
         if not n:
             raise ValueError("foresee needs a token at least")
         out = torch.empty(query.shape, dtype=query.dtype)
         kept = [each.contiguous() for each in (mapping, offset, rotation.inv_freq)]
         c = abi.KvcForesee(
-            pairs=kept[2].numel(),
-            start=rotation.start,
-            interleaved=rotation.interleaved,
-            dtype=DTYPES[keys.dtype],
-            head_dim=head_dim,
-            batch=batch,
-            kv_heads=kv_heads,
-            group=q_heads // kv_heads,
-            n=n,
+            **sizes,
         )
         c.mapping, c.offset, c.inv_freq = (each.data_ptr() for each in kept)
         c.k, c.out = keys.data_ptr(), out.data_ptr()
@@ -313,6 +280,26 @@ class CpuPlanOperations(PlanOperations):
         self._call("foresee", c)
         out[:, :, -1] = query[:, :, -1]
         return out
+
+
+def _check_prompt(keys: Tensor, query: Tensor, rotation: Rotation) -> dict[str, int]:
+    """Checks a prompt's states and how position turns them; gives what every operation on them is told."""
+    _check_states(keys, query)
+    batch, kv_heads, n, head_dim = keys.shape
+    q_heads = query.shape[1]
+    checks.check_tensor("query", query, (batch, q_heads, n, head_dim), keys.dtype, CPU)
+    checks.check_rotation(rotation, head_dim)
+    return {
+        "pairs": rotation.inv_freq.numel(),
+        "start": rotation.start,
+        "interleaved": rotation.interleaved,
+        "dtype": DTYPES[keys.dtype],
+        "head_dim": head_dim,
+        "batch": batch,
+        "kv_heads": kv_heads,
+        "group": q_heads // kv_heads,
+        "n": n,
+    }
 
 
 def _check_states(keys: Tensor, query: Tensor, values: Tensor | None = None) -> None:

@@ -13,7 +13,7 @@ from kvcompress_hf.io.form import BLOCK, live_entries, most_capacity
 from kvcompress_hf.io.header import Header
 from kvcompress_hf.paging import stored_rows
 from kvcompress_hf.paging.arena import Arena
-from kvcompress_hf.paging.evicted import EVICTED
+from kvcompress_hf.paging.evicted import EVICTED_MEANS
 from kvcompress_hf.paging.key_centring import KEY_SHIFT
 from kvcompress_hf.paging.key_feedback import KEY_FEEDBACK
 from kvcompress_hf.paging.means import MEANS
@@ -30,7 +30,7 @@ _ENTRIES = 2**17  # of tables and lengths that are worked on at a time
 _SPARE_TAIL = 24 * 2**20  # bytes of all tails of a file that are allocated for tokens to come
 _CPU = torch.device("cpu")
 _MEANS = [each.name for each in MEANS]
-_EVICTED = [each.name for each in EVICTED]
+_EVICTED = [each.name for each in EVICTED_MEANS]
 
 
 class StorePart:

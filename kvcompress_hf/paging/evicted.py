@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvcompress_hf.paging.store import PagedStore
 
 _ROW = ("layers", "batch", "kv_heads")
-EVICTED = (
+EVICTED_MEANS = (
     # No eviction is ever taken back, so these are not either.
     Declared("evicted_means", None, (*_ROW, 2, "head_dim"), kind="metadata", changed_by="owner"),
     Declared("evicted_counts", torch.int32, _ROW, kind="metadata", changed_by="owner"),
@@ -61,7 +61,7 @@ class EvictedMeans:
             counts (`torch.Tensor`): How many they are, `int32` `[rows]`.
         """
         if "evicted_counts" not in self.tensors.values:
-            for each in EVICTED:
+            for each in EVICTED_MEANS:
                 self.tensors.make(each.name)
             self.tensors.moved()  # plans of before know nothing of them
         means, known = self.of(slice(None))

@@ -11,7 +11,7 @@ import torch
 
 from kvcompress_hf.kernels import Backend, PageLayout, Rows, Tail
 from kvcompress_hf.paging.arena import Arena, changes_pages
-from kvcompress_hf.paging.evicted import EVICTED, EvictedMeans
+from kvcompress_hf.paging.evicted import EVICTED_MEANS, EvictedMeans
 from kvcompress_hf.paging.geometry import Geometry
 from kvcompress_hf.paging.key_centring import KEY_SHIFT, KeyCentring
 from kvcompress_hf.paging.key_feedback import KEY_FEEDBACK, KeyFeedback
@@ -39,7 +39,7 @@ def declare(layout: PageLayout, device: torch.device) -> list[Declared]:
         *MEANS,
         KEY_SHIFT,
         KEY_FEEDBACK,
-        *EVICTED,
+        *EVICTED_MEANS,
         *QUERIES,
     ]
 
