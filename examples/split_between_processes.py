@@ -41,10 +41,12 @@ def main():
     parser.add_argument("--output", type=Path, help="write the answers as JSON")
     args = parser.parse_args()
 
-    state = PartialState(cpu=args.cpu)
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(state.device)
-    kvc.patch(model, args.recipe)
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    # Only now: modules that loading imports would keep the process group, and its threads, until the very end of the
+    # process, where such a thread may abort it.
+    state = PartialState(cpu=args.cpu)
+    kvc.patch(model.to(state.device), args.recipe)
 
     answers = []
     # A list is split, so shares may differ by one; no process needs to pad its share to another's length.
