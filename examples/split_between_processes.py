@@ -65,6 +65,7 @@ def main():
         print(kvc.report(model))
         if args.output:
             args.output.write_text(json.dumps(answers))
+    state.wait_for_everyone()
     state.destroy_process_group()
 
 

@@ -1,6 +1,8 @@
 """A change of a cache that is stopped, wherever that happens, leaves it as it was before, or closed with an error."""
 
+import dis
 import gc
+import linecache
 import sys
 from pathlib import Path
 
@@ -23,6 +25,15 @@ class Stopped(BaseException):
     """Stands for an interrupt, an allocator that gives up, a cancelled task: nothing catches it by its class."""
 
 
+def leaves_a_block(frame):
+    """Whether a `with` block is about to be left: Python lets no interrupt in before `__exit__`, so nor does a test."""
+    here = next(one for one in dis.get_instructions(frame.f_code) if one.offset >= frame.f_lasti)
+    first = (here.opname, here.argval)
+    return first in {("POP_BLOCK", None), ("LOAD_CONST", None)} and linecache.getline(
+        frame.f_code.co_filename, frame.f_lineno
+    ).lstrip().startswith("with ")
+
+
 class StopAt:
     """Raises `Stopped` when the n-th line of the package's inner rooms is about to run; counts them otherwise."""
 
@@ -43,7 +54,7 @@ class StopAt:
     def _local(self, frame, event, argument):
         if event == "line":
             self.count += 1
-            if self.count == self.line:
+            if self.line is not None and self.count >= self.line and not leaves_a_block(frame):
                 sys.settrace(None)
                 self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 raise Stopped

@@ -2,9 +2,11 @@
 
 import os
 import sys
+import weakref
 
 import torch
 import torch.distributed
+import torch.distributed.nn  # before a process group: its functions' defaults keep the one that is there
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -30,7 +32,11 @@ def split_prompts(folder: str) -> None:
                 one = {name: tensor[row : row + 1] for name, tensor in saved["inputs"].items()}
                 said.append(model.generate(**one, **saved["arguments"])[0].tolist())
         assert gather_object(said) == saved["tokens"].tolist(), f"{route}: other tokens than in one process"
+    state.wait_for_everyone()
+    group = weakref.ref(torch.distributed.group.WORLD)
     state.destroy_process_group()
+    # What holds it keeps its threads to the very end of the process, which one of them may abort.
+    assert group() is None, f"{route}: the process group is still held"
 
 
 def main(folder: str, split: str) -> None:
