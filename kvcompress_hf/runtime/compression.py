@@ -342,10 +342,8 @@ class Compression:
             each.nbytes // self.state.batch for each in (store.key_shift, store.key_feedback) if each is not None
         ]
         queries = store.queries.nbytes // self.state.batch
-        remembers = self.state.recipe.keeps_mean and not geometry.windowed
-        means += (
-            2 * geometry.head_dim * geometry.dtype.itemsize + 4 if remembers else 0
-        )  # of what is evicted, and how much that is
+        if self.state.recipe.keeps_mean and not geometry.windowed:  # of what is evicted, and how much that is
+            means += 2 * geometry.head_dim * geometry.dtype.itemsize + 4
         positions = 4 * store.layers * (every + 1)  # of the tail, and how many it holds
         slab = 12  # its address and size
         return rows * (every * slot + 4 * len(store.layout.tiers) + means) + positions + sum(of_keys) + queries + slab

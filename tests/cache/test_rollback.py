@@ -27,11 +27,10 @@ class Stopped(BaseException):
 
 def leaves_a_block(frame):
     """Whether a `with` block is about to be left: Python lets no interrupt in before `__exit__`, so nor does a test."""
+    if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+        return False
     here = next(one for one in dis.get_instructions(frame.f_code) if one.offset >= frame.f_lasti)
-    first = (here.opname, here.argval)
-    return first in {("POP_BLOCK", None), ("LOAD_CONST", None)} and linecache.getline(
-        frame.f_code.co_filename, frame.f_lineno
-    ).lstrip().startswith("with ")
+    return here.opname in ("LOAD_CONST", "POP_BLOCK", "SWAP", "ROT_TWO")  # who enters one loads what manages it
 
 
 class StopAt:
