@@ -227,23 +227,13 @@ class KvcTierLosses(Structure):
     ]
 
 
-class KvcPairWeights(Structure):
-    _fields_ = _fields(
-        ptr="k q",
-        i64="k_b k_h k_t q_b q_h q_t",
-        ptr_b="inv_freq out",
-        f32="scale softcap",
-        i32="pairs start interleaved dtype head_dim batch kv_heads group n step stride reserved",
-    )
-
-
 class KvcFitMaps(Structure):
     _fields_ = _fields(
         ptr="k q",
         i64="k_b k_h k_t q_b q_h q_t",
-        ptr_b="weight inv_freq mapping offset",
-        f32="ridge",
-        i32="pairs start interleaved dtype head_dim batch kv_heads group n step reserved",
+        ptr_b="inv_freq mapping offset explained",
+        f32="ridge gain",
+        i32="pairs start interleaved dtype head_dim batch kv_heads group n step apart reserved",
     )
 
 
@@ -280,7 +270,6 @@ OPERATIONS: dict[str, type[Structure]] = {
     "shares": KvcShares,
     "key_shift": KvcKeyShift,
     "tier_losses": KvcTierLosses,
-    "pair_weights": KvcPairWeights,
     "fit_maps": KvcFitMaps,
     "foresee": KvcForesee,
 }

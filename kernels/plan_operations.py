@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .rotation import Rotation
-from .types import Logits, Rows
+from .types import Rows
 
 __all__ = ["Hulls", "PlanOperations"]
 
@@ -80,32 +80,9 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pair_weights(
-        self, query: Tensor, keys: Tensor, logits: Logits, rotation: Rotation, step: int, stride: int
-    ) -> Tensor:
-        """How much tokens' queries look at the next token's key when they are turned on by as many positions as tokens.
-
-        The softmax runs over that key, the token's own seen from where it stands, and some that stand for all.
-
-        Args:
-            query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16, of two tokens at least.
-            keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
-            logits: Of which scale and soft cap count.
-            rotation: How position turns queries and keys.
-            step: From one token that is looked at to the next; the last of all is not.
-            stride: From one key that stands for all to the next.
-
-        Returns:
-            Squared probabilities, float32 `[batch, q_heads, pairs]`.
-
-        Raises:
-            ValueError: A shape or dtype is wrong, there are too few tokens, or a step is not positive.
-        """
-
-    @abc.abstractmethod
     def fit_maps(
-        self, query: Tensor, keys: Tensor, weight: Tensor, rotation: Rotation, step: int, ridge: float
-    ) -> tuple[Tensor, Tensor]:
+        self, query: Tensor, keys: Tensor, rotation: Rotation, step: int, *, apart: int, ridge: float, gain: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The linear map of each query head that best makes queries from the next token's keys, by ridge regression.
 
         Both are turned back to position 0.
@@ -113,16 +90,19 @@ class PlanOperations(abc.ABC):
         Args:
             query: `[batch, q_heads, tokens, head_dim]`, float32, float16 or bfloat16, of two tokens at least.
             keys: `[batch, kv_heads, tokens, head_dim]`, same dtype.
-            weight: Of each pair, float32 `[batch, q_heads, pairs]`, which sum to 1.
             rotation: How position turns queries and keys.
             step: From the first token of a pair to that of the next.
+            apart: One pair of so many, the last of them, is left out and tells how well the map foretells queries.
             ridge: Added to variances, as a fraction of their mean over a key's channels.
+            gain: What the map is multiplied by in the end.
 
         Returns:
-            The map and what is added, as [`foresee`] takes them.
+            The map and what is added, as [`foresee`] takes them, and the share of the variance of the left-out queries
+            that the map foretells before the gain, float32 `[batch, q_heads]`; 0 where none is left out.
 
         Raises:
-            ValueError: A shape or dtype is wrong, there are too few tokens, or the step is not positive.
+            ValueError: A shape or dtype is wrong, there are too few tokens, the step is not positive, or all pairs
+                would be left out.
         """
 
     @abc.abstractmethod

@@ -95,7 +95,6 @@ KVC_OPERATION(tally, KvcTally)
 KVC_OPERATION(shares, KvcShares)
 KVC_OPERATION(key_shift, KvcKeyShift)
 KVC_OPERATION(tier_losses, KvcTierLosses)
-KVC_OPERATION(pair_weights, KvcPairWeights)
 KVC_OPERATION(fit_maps, KvcFitMaps)
 KVC_OPERATION(foresee, KvcForesee)
 
@@ -114,8 +113,7 @@ KVC_EXPORT int64_t kvc_sizeof(const char* name) {
       {"gather", sizeof(KvcGather)}, {"lowest", sizeof(KvcLowest)}, {"prices", sizeof(KvcPrices)},
       {"holes", sizeof(KvcHoles)},   {"places", sizeof(KvcPlaces)}, {"tally", sizeof(KvcTally)},
       {"shares", sizeof(KvcShares)}, {"key_shift", sizeof(KvcKeyShift)}, {"tier_losses", sizeof(KvcTierLosses)},
-      {"pair_weights", sizeof(KvcPairWeights)}, {"fit_maps", sizeof(KvcFitMaps)},
-      {"foresee", sizeof(KvcForesee)},
+      {"fit_maps", sizeof(KvcFitMaps)}, {"foresee", sizeof(KvcForesee)},
   };
   for (const auto& entry : sizes) {
     if (strcmp(entry.name, name) == 0) return static_cast<int64_t>(entry.bytes);

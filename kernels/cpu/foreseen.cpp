@@ -1,6 +1,4 @@
 // The queries of a prompt as if each token knew the next one (observers/foreseen.py, whose torch forms are the oracles).
-// pair_weights(): how well a token's query and the next one's key fit each other. With bf16 keys and AVX-512 a query that
-// was turned is rounded to bf16 where it meets the keys that stand for all, as models round theirs.
 // foresee(): each token's query, made from the next one's key. Tokens go in blocks; all query heads of a KV head share a
 // block's keys, turned back to position 0. With bf16 keys and AVX-512 these and the maps are rounded to bf16, as in torch.
 #include "ops.h"
@@ -16,111 +14,6 @@ constexpr int kSome = KVC_WIDTH == 64 ? 4 : 2;    // vectors of 16 that are made
 static_assert(kBlock % kHeads == 0, "tokens come in fours");
 
 thread_local Arena arena;
-
-// ---- pair_weights ----------------------------------------------------------------------------------------------
-struct PairWeights {
-  const KvcPairWeights* a;
-  Form form;
-  Logits logits;
-  Turns turns;
-  float *cos, *sin;      // [pairs of channels] of the turn from a query to behind the prompt, as far for each as n
-  int firsts, far, lanes;  // pairs of tokens; keys that stand for all, and those up to a multiple of 16
-  char* others;          // [rows][lanes] vectors of keys
-  float* bias;           // [lanes] 0, or kMasked where there is no key
-
-  int64_t others_bytes() const { return lanes * form.row_bytes(); }
-  int64_t key_at(int row) const { return row / a->kv_heads * a->k_b + row % a->kv_heads * a->k_h; }
-
-  void put_others(int row) const {
-    for (int i = 0; i < lanes; i += 4) {
-      alignas(64) float x[4][KVC_MAX_HEAD_DIM];
-      for (int r = 0; r < 4; ++r) {
-        if (i + r >= far) memset(x[r], 0, sizeof x[r]);
-        else load_floats(x[r], a->k, key_at(row) + (int64_t)(i + r) * a->stride * a->k_t, a->head_dim, a->dtype);
-      }
-      form.put(others + row * others_bytes(), i, x);
-    }
-  }
-
-  float dot(const float* x, int64_t at) const {
-    alignas(64) float y[KVC_MAX_HEAD_DIM];
-    load_floats(y, a->k, at, a->head_dim, a->dtype);
-    vf sum = vf{};
-    for (int i = 0; i < a->head_dim; i += kLanes) sum = load(x + i) * load(y + i) + sum;
-    return reduce_add(sum);
-  }
-  vf finish(vf x) const {
-    x = x * all(logits.scale);
-    return logits.cap_out != 0.f ? capped(x, logits) : x;
-  }
-
-  // Logits of kHeads rows with N times 16 of the keys that stand for all: s[kHeads][lanes].
-  template <bool PAIRS, int N>
-  void look(int row, int at, const char* const* rows, float* s) const {
-    const char* keys[N];
-    for (int i = 0; i < N; ++i) keys[i] = others + row * others_bytes() + (at + i) * 16 * form.row_bytes();
-    for (int part = 0; part < kParts; ++part) {
-      vf sum[N][kHeads];
-      products<PAIRS, N>(keys, rows, a->head_dim, part, sum);
-      KVC_UNROLL for (int b = 0; b < N; ++b) {
-        const int lane = 16 * (at + b) + part * kLanes;
-        KVC_UNROLL for (int h = 0; h < kHeads; ++h)
-          store(s + h * lanes + lane, finish(sum[b][h]) + load(bias + lane));
-      }
-    }
-  }
-  template <bool PAIRS>
-  void look_at_all(int row, const char* const* rows, float* s) const {
-    int at = 0;
-    for (; at + kSome <= lanes / 16; at += kSome) look<PAIRS, kSome>(row, at, rows, s);
-    for (; at < lanes / 16; ++at) look<PAIRS, 1>(row, at, rows, s);
-  }
-
-  // The square of the next key's probability; `ahead` and `itself`: its product, and that with the token's own key.
-  float weight(const float* s, float ahead, float itself) const {
-    vf near = vf{}, top = all(kFloor), sum = vf{};
-    near[0] = ahead;
-    near[1] = itself;
-    near = finish(near);
-    for (int e = 2; e < kLanes; ++e) near[e] = kMasked;
-    top = max(top, near);
-    for (int i = 0; i < lanes; i += kLanes) top = max(top, load(s + i));
-    const vf m = all(reduce_max(top));
-    for (int i = 0; i < lanes; i += kLanes) sum = sum + exp2(load(s + i) - m);
-    near = exp2(near - m);
-    const float p = near[0] / reduce_add(sum * all((float)a->n / far) + near);
-    return p * p;
-  }
-
-  void block(int row, int block, float* s) const {
-    const int group = a->group, end = min_int(kBlock * (block + 1), firsts) * group;
-    alignas(64) float x[KVC_MAX_HEAD_DIM];
-    alignas(64) char turned[kHeads][4 * KVC_MAX_HEAD_DIM];
-    const char* rows[kHeads];
-    for (int first = block * kBlock * group; first < end; first += kHeads) {
-      float ahead[kHeads], itself[kHeads];
-      const int used = min_int(kHeads, end - first);
-      for (int h = 0; h < kHeads; ++h) {
-        rows[h] = turned[h < used ? h : 0];
-        if (h >= used) continue;
-        const int64_t t = (int64_t)((first + h) / group) * a->step, head = row % a->kv_heads * group + (first + h) % group;
-        load_floats(x, a->q, row / a->kv_heads * a->q_b + head * a->q_h + t * a->q_t, a->head_dim, a->dtype);
-        itself[h] = dot(x, key_at(row) + t * a->k_t);
-        turns.turn(x, cos, sin);
-        ahead[h] = dot(x, key_at(row) + (t + 1) * a->k_t);
-        form.put_row(turned[h], x);
-      }
-      if (form.pairs) look_at_all<true>(row, rows, s);
-      else look_at_all<false>(row, rows, s);
-      for (int h = 0; h < used; ++h) {
-        const int p = (first + h) / group, g = (first + h) % group;
-        a->out[((int64_t)row * group + g) * firsts + p] = weight(s + h * lanes, ahead[h], itself[h]);
-      }
-    }
-  }
-};
-
-// ---- foresee ---------------------------------------------------------------------------------------------------
 
 struct Worker {
   int block;  // whose turns are in cos and sin
@@ -206,48 +99,6 @@ struct Foresee {
 };
 
 }  // namespace
-
-int pair_weights(KvcPairWeights* a) {
-  PairWeights c;
-  c.a = a;
-  c.form = {KVC_WIDTH == 64 && a->dtype == KVC_BF16, a->head_dim};
-  c.logits = logits_of(a->scale, a->softcap);
-  c.firsts = (a->n - 2) / a->step + 1;
-  c.far = (a->n - 1) / a->stride + 1;
-  c.lanes = (c.far + 15) / 16 * 16;
-  const int rows = a->batch * a->kv_heads, blocks = (c.firsts + kBlock - 1) / kBlock;
-  int threads = max_threads();
-  if ((double)c.firsts * rows * a->group * c.lanes * a->head_dim < 1.5e6 * threads) threads = 1;
-  float* scratch = nullptr;
-  Carve carve = {nullptr};
-  for (int pass = 0; pass < 2; ++pass) {
-    scratch = carve.take<float>(threads * kHeads * c.lanes);
-    c.turns.cos = carve.take<double>(a->pairs);
-    c.turns.sin = carve.take<double>(a->pairs);
-    c.cos = carve.take<float>(a->pairs);
-    c.sin = carve.take<float>(a->pairs);
-    c.bias = carve.take<float>(c.lanes);
-    c.others = carve.take<char>(c.others_bytes() * rows);
-    if (pass == 0) {
-      char* base = arena.reserve(carve.at);
-      if (!base) return KVC_NO_MEMORY;
-      carve = {base};
-    }
-  }
-  c.turns.set(a->inv_freq, a->pairs, a->start, a->interleaved);
-  c.turns.table(a->n, 1, 1, c.cos, c.sin);
-  for (int i = 0; i < c.lanes; ++i) c.bias[i] = i < c.far ? 0.f : kMasked;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; ++row) c.put_others(row);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < (int64_t)blocks * rows; ++i)
-      c.block((int)(i % rows), (int)(i / rows), scratch + thread_index() * kHeads * c.lanes);
-  }
-  arena.trim();
-  return KVC_OK;
-}
 
 int foresee(KvcForesee* a) {
   Foresee c;

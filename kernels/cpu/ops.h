@@ -37,7 +37,6 @@
   int shares(KvcShares*);         \
   int key_shift(KvcKeyShift*);    \
   int tier_losses(KvcTierLosses*);\
-  int pair_weights(KvcPairWeights*);\
   int fit_maps(KvcFitMaps*);      \
   int foresee(KvcForesee*);       \
   }                               \

@@ -13,7 +13,7 @@ from ..arguments import fill_rows, fill_strides, pointer
 from ..layout import DTYPES, MAX_HEAD_DIM, SLOT_MULTIPLE
 from ..plan_operations import Hulls, PlanOperations
 from ..rotation import Rotation
-from ..types import Logits, Rows
+from ..types import Rows
 
 __all__ = ["CpuPlanOperations"]
 
@@ -217,50 +217,26 @@ class CpuPlanOperations(PlanOperations):
         self._call("tier_losses", c)
         return loss
 
-    def pair_weights(
-        self, query: Tensor, keys: Tensor, logits: Logits, rotation: Rotation, step: int, stride: int
-    ) -> Tensor:
-        sizes = _check_prompt(keys, query, rotation)
-        batch, q_heads, n, _ = query.shape
-        if n < 2 or step < 1 or stride < 1:
-            raise ValueError(f"there must be two tokens, and steps of one, at least, got {n}, and {step} and {stride}")
-        weight = torch.empty(batch, q_heads, (n - 2) // step + 1)
-        inv_freq = rotation.inv_freq.contiguous()
-        c = abi.KvcPairWeights(
-            scale=logits.scale,
-            softcap=logits.softcap or 0.0,
-            **sizes,
-            step=step,
-            stride=stride,
-        )
-        c.q, c.k, c.inv_freq, c.out = query.data_ptr(), keys.data_ptr(), inv_freq.data_ptr(), weight.data_ptr()
-        fill_strides(c, "q", query)
-        fill_strides(c, "k", keys)
-        self._call("pair_weights", c)
-        return weight
-
     def fit_maps(
-        self, query: Tensor, keys: Tensor, weight: Tensor, rotation: Rotation, step: int, ridge: float
-    ) -> tuple[Tensor, Tensor]:
+        self, query: Tensor, keys: Tensor, rotation: Rotation, step: int, *, apart: int, ridge: float, gain: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         sizes = _check_prompt(keys, query, rotation)
         batch, q_heads, n, head_dim = query.shape
-        if n < 2 or step < 1:
-            raise ValueError(f"there must be two tokens, and a step of one, at least, got {n} and {step}")
-        shape = (batch, q_heads, (n - 2) // step + 1)
-        checks.check_tensor("weight", weight, shape, torch.float32, CPU, contiguous=False)
-        mapping, offset = torch.empty(batch, q_heads, head_dim, head_dim), torch.empty(batch, q_heads, head_dim)
-        weight, inv_freq = weight.contiguous(), rotation.inv_freq.contiguous()
-        c = abi.KvcFitMaps(
-            ridge=ridge,
-            **sizes,
-            step=step,
-        )
-        c.q, c.k, c.weight, c.inv_freq = (each.data_ptr() for each in (query, keys, weight, inv_freq))
-        c.mapping, c.offset = mapping.data_ptr(), offset.data_ptr()
+        if n < 2 or step < 1 or apart < 2:
+            raise ValueError(
+                "there must be two tokens, a step of one and one pair of two apart, at least, "
+                f"got {n}, {step} and {apart}"
+            )
+        shape = (batch, q_heads, head_dim)
+        mapping, offset, explained = torch.empty(*shape, head_dim), torch.empty(shape), torch.empty(shape[:2])
+        inv_freq = rotation.inv_freq.contiguous()
+        c = abi.KvcFitMaps(ridge=ridge, gain=gain, **sizes, step=step, apart=apart)
+        c.q, c.k, c.inv_freq = query.data_ptr(), keys.data_ptr(), inv_freq.data_ptr()
+        c.mapping, c.offset, c.explained = (each.data_ptr() for each in (mapping, offset, explained))
         fill_strides(c, "q", query)
         fill_strides(c, "k", keys)
         self._call("fit_maps", c)
-        return mapping, offset
+        return mapping, offset, explained
 
     def foresee(self, query: Tensor, keys: Tensor, mapping: Tensor, offset: Tensor, rotation: Rotation) -> Tensor:
         sizes = _check_prompt(keys, query, rotation)

@@ -99,26 +99,16 @@ typedef struct {  // what storing a slot in a tier loses, over what evicting it 
   int32_t tiers, dtype, head_dim, batch, kv_heads, group, n;
 } KvcTierLosses;
 
-typedef struct {  // how well a token's query and the next one's key fit each other (observers/foreseen.py)
-  const void *k, *q;                      // [batch, kv_heads, n, D] and [batch, q_heads, n, D], native dtype
-  int64_t k_b, k_h, k_t, q_b, q_h, q_t;
-  const float* inv_freq;                  // [pairs]
-  float* out;                             // [batch, q_heads, (n - 2) / step + 1]
-  float scale, softcap;                   // of logits; softcap 0 = none
-  int32_t pairs, start, interleaved, dtype, head_dim;
-  int32_t batch, kv_heads, group, n;
-  int32_t step, stride;                   // from one first token to the next; from one key that stands for all to the next
-  int32_t reserved;
-} KvcPairWeights;
-
 typedef struct {  // the linear map from keys to queries that fits pairs of them best (observers/foreseen.py)
   const void *k, *q;                      // [batch, kv_heads, n, D] and [batch, q_heads, n, D], native dtype
   int64_t k_b, k_h, k_t, q_b, q_h, q_t;
-  const float *weight, *inv_freq;         // [batch, q_heads, (n - 2) / step + 1], which sum to 1; [pairs]
+  const float* inv_freq;                  // [pairs]
   float *mapping, *offset;                // [batch, q_heads, D, D] and [batch, q_heads, D]
-  float ridge;                            // of the mean variance of a key's channels
+  float* explained;                       // [batch, q_heads] share of queries' variance, on pairs left out
+  float ridge, gain;                      // of the mean variance of a key's channels; what maps are multiplied by
   int32_t pairs, start, interleaved, dtype, head_dim;
-  int32_t batch, kv_heads, group, n, step;
+  int32_t batch, kv_heads, group, n;
+  int32_t step, apart;                    // from one first token to the next; one pair of so many is left out
   int32_t reserved;
 } KvcFitMaps;
 

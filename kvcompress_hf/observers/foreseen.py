@@ -6,12 +6,15 @@ first have found there, the next one. When a text is read for the first time not
 queries hold a guess: they look at what the model would have foreseen, and pass by all that surprised it, which is what
 only the text can tell.
 
-So their queries are made from keys. Where a guess was right, a head's query at one token and its key at the next fit
-each other; from these pairs follows a linear map, and from the map the query that would look for any key.
+So their queries are made from keys. A guess has something of the token that did come, so that over a text a head's
+query at one token follows from its key at the next: a linear map, found by regression. What it makes of a key is the
+query that looks for that key, though as weak as guesses are vague, so it is made stronger. Heads whose queries do not
+follow from the next key do not look for the next token, and are left alone.
 """
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -19,13 +22,14 @@ from kvcompress_hf.kernels import Backend, Logits, get_backend
 from kvcompress_hf.kernels.rotation import Rotation
 from kvcompress_hf.paging.waiting import known, on_host
 
-__all__ = ["foreseen_queries", "foreseen_scores"]
+__all__ = ["Maps", "find_maps", "foreseen_queries", "foreseen_scores"]
 
-_PAIRS = 512  # that the map is found from, at most
-_OTHERS = 64  # keys that stand for all in the softmax of a pair, at most
-_RIDGE = 0.01  # of the mean variance of a key's channels
-_LEAST = 1e-4  # weight of a pair that does not look at each other at all
-_COPIES = 3e-5  # mean weight of pairs, without that, from which on a head is taken for one that copies
+_PAIRS = 512  # that the map is found from or tried on, at most
+_APART = 4  # one pair of so many is for trying
+_RIDGE = 0.1  # of the mean variance of a key's channels
+_GAIN = 2.0  # how much stronger a query of who knows is than the guess that regression finds
+_LEAST = 1e-12  # of a sum of squares
+_COPIES = 0.3  # share of queries' variance that must follow from the next key in a head that copies, over its group
 
 
 def foreseen_scores(
@@ -78,12 +82,12 @@ def _score(
     group = query.shape[1] // key.shape[1]
     if key.shape[2] < 2:
         return
-    weight = pair_weights(query, whole, logits=logits, rotation=rotation)
-    copies = weight.mean(-1).amax(-1) > _COPIES  # [batch, kv_heads]
+    maps = find_maps(query, whole, rotation)
+    copies = maps.explained.unflatten(1, (-1, group)).mean(-1) > _COPIES  # [batch, kv_heads]
     here = known(copies)
     if here is None or bool(here.any(0).all()):
         scores = backend.non_causal_scores(
-            foreseen_queries(query, whole, weight, rotation), key, logits=logits, rotation=rotation
+            foreseen_queries(query, whole, maps, rotation), key, logits=logits, rotation=rotation
         )
         result[:] = scores * copies.repeat_interleave(group, 1)[..., None]
         return
@@ -93,33 +97,64 @@ def _score(
     asked = (heads[:, None] * group + torch.arange(group)).flatten()
     if logits.sinks is not None:
         logits = replace(logits, sinks=logits.sinks[asked])
-    query = foreseen_queries(query[:, asked], whole[:, heads], weight[:, heads], rotation)
-    scores = backend.non_causal_scores(query, key[:, heads], logits=logits, rotation=rotation)
+    foreseen = foreseen_queries(query[:, asked], whole[:, heads], maps.of(asked), rotation)
+    scores = backend.non_causal_scores(foreseen, key[:, heads], logits=logits, rotation=rotation)
     result[:, asked] = scores * copies[:, heads].repeat_interleave(group, 1)[..., None]
 
 
-def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Queries of a prompt's tokens as if each knew the token after it.
+class Maps(NamedTuple):
+    """From a token's key to the query, at the token before it, that looks for it; both as at position 0.
 
-    Per query head a ridge regression maps keys to queries, both as at position 0, from pairs of a token's query and the
-    next one's key.
+    Args:
+        mapping (`torch.Tensor`): float32 `[batch, q_heads, head_dim, head_dim]`, from channels of keys.
+        offset (`torch.Tensor`): What is added, float32 `[batch, q_heads, head_dim]`.
+        explained (`torch.Tensor`): The share of queries' variance that the regression foretells on pairs that it was
+            not found from, float32 `[batch, q_heads]`; at most 1, and 0 or less where it foretells nothing.
+    """
+
+    mapping: torch.Tensor
+    offset: torch.Tensor
+    explained: torch.Tensor
+
+    def of(self, heads: torch.Tensor) -> "Maps":
+        """Those of some query heads."""
+        return Maps(*(each[:, heads] for each in self))
+
+
+def find_maps(query: torch.Tensor, key: torch.Tensor, rotation: Rotation) -> Maps:
+    """The map of each query head, by ridge regression on pairs of a token's query and the next one's key.
 
     Args:
         query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding, of two tokens at least.
         key (`torch.Tensor`): As the model made them, `[batch, kv_heads, tokens, head_dim]`.
-        weight (`torch.Tensor`): Of each pair, as from [`pair_weights`].
+        rotation (`Rotation`): How position turns queries and keys.
+
+    Returns:
+        `Maps`: The maps.
+    """
+    step = math.ceil((key.shape[2] - 1) / _PAIRS)
+    native = get_backend(key.device).plans
+    if native is None:
+        return maps_in_torch(query, key, rotation, step)
+    return Maps(*native.fit_maps(query, key, rotation, step, apart=_APART, ridge=_RIDGE, gain=_GAIN))
+
+
+def foreseen_queries(query: torch.Tensor, key: torch.Tensor, maps: Maps, rotation: Rotation) -> torch.Tensor:
+    """Queries of a prompt's tokens as if each knew the token after it.
+
+    Args:
+        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding.
+        key (`torch.Tensor`): As the model made them, `[batch, kv_heads, tokens, head_dim]`.
+        maps (`Maps`): As from [`find_maps`].
         rotation (`Rotation`): How position turns queries and keys.
 
     Returns:
         `torch.Tensor`: In the shape and dtype of `query`; that of the last token is its own.
     """
-    weight = weight + _LEAST
-    weight = weight / weight.sum(-1, keepdim=True)
     native = get_backend(key.device).plans
     if native is None:
-        return mapped(query, key, *maps_in_torch(query, key, weight, rotation), rotation)
-    mapping, offset = native.fit_maps(query, key, weight.flatten(1, 2), rotation, _pairs(key).step, _RIDGE)
-    return native.foresee(query, key, mapping, offset, rotation)
+        return mapped(query, key, maps.mapping, maps.offset, rotation)
+    return native.foresee(query, key, maps.mapping, maps.offset, rotation)
 
 
 def mapped(
@@ -133,67 +168,28 @@ def mapped(
     return torch.cat((rotation.turn(foreseen, place[:-1]).flatten(1, 2), query[:, :, -1:]), 2)
 
 
-def maps_in_torch(
-    query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`PlanOperations.fit_maps`] in torch; `weight` is `[batch, kv_heads, group, pairs]`."""
-    pairs, place = _pairs(key), torch.arange(key.shape[2], device=key.device)
-    weight = weight[..., None]
-    asked = rotation.turn(query[:, :, pairs].float(), -place[pairs]).unflatten(1, (key.shape[1], -1))
-    found = rotation.turn(key[:, :, 1:][:, :, pairs].float(), -place[1:][pairs])[:, :, None]
-    mean_query, mean_key = (weight * asked).sum(-2, keepdim=True), (weight * found).sum(-2, keepdim=True)
+def maps_in_torch(query: torch.Tensor, key: torch.Tensor, rotation: Rotation, step: int) -> Maps:
+    """[`find_maps`] on any device, from every `step`-th pair."""
+    first = torch.arange(0, key.shape[2] - 1, step, device=key.device)
+    asked, found = _pairs(query, key, rotation, torch.cat([first[i::_APART] for i in range(_APART - 1)]))
+    mean_query, mean_key = asked.mean(-2, keepdim=True), found.mean(-2, keepdim=True)
     found = found - mean_key
-    weighted = (weight * found).transpose(-1, -2)
-    spread = weighted @ found
-    ridge = _RIDGE * spread.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+    across = found.transpose(-1, -2)
+    spread = across @ found
+    ridge = _RIDGE * spread.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=_LEAST)
     spread.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
-    mapping = torch.linalg.solve_ex(spread, weighted @ (asked - mean_query))[0]  # the ridge leaves nothing singular
-    offset = mean_query - mean_key @ mapping
-    return mapping.flatten(1, 2), offset.flatten(1, 2).squeeze(2)
+    mapping = torch.linalg.solve_ex(spread, across @ (asked - mean_query))[0]  # the ridge leaves nothing singular
+    asked, found = _pairs(query, key, rotation, first[_APART - 1 :: _APART])
+    missed = (asked - mean_query - (found - mean_key) @ mapping).square().sum((-1, -2))
+    explained = 1 - (missed + _LEAST) / ((asked - mean_query).square().sum((-1, -2)) + _LEAST)
+    mapping = _GAIN * mapping
+    offset = (mean_query - mean_key @ mapping).squeeze(-2)
+    return Maps(*(each.flatten(1, 2) for each in (mapping, offset, explained)))
 
 
-def pair_weights(query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation) -> torch.Tensor:
-    """How much a token's query looks at the next token's key when it is turned behind the prompt.
-
-    Args:
-        query (`torch.Tensor`): `[batch, q_heads, tokens, head_dim]`, with rotary embedding, of two tokens at least.
-        key (`torch.Tensor`): As the model made them, `[batch, kv_heads, tokens, head_dim]`.
-        logits (`Logits`): How queries and keys make logits.
-        rotation (`Rotation`): How position turns queries and keys.
-
-    Returns:
-        `torch.Tensor`: Squared probabilities, of evenly spaced tokens, float32 `[batch, kv_heads, group, pairs]`.
-    """
-    native = get_backend(key.device).plans
-    if native is None:
-        return pair_weights_in_torch(query, key, logits=logits, rotation=rotation)
-    weight = native.pair_weights(query, key, logits, rotation, _pairs(key).step, _stride(key))
-    return weight.unflatten(1, (key.shape[1], -1))
-
-
-def pair_weights_in_torch(
-    query: torch.Tensor, key: torch.Tensor, *, logits: Logits, rotation: Rotation
-) -> torch.Tensor:
-    """[`pair_weights`] on any device."""
-    tokens, pairs = key.shape[2], _pairs(key)
-    others = key[:, :, None, :: _stride(key)].float()
-    asked = query[:, :, pairs].float().unflatten(1, (key.shape[1], -1)) * logits.scale
-    turned = rotation.turn(asked, torch.full((), tokens, device=key.device))
-    far = turned @ others.transpose(-1, -2)
-    ahead = (turned * key[:, :, None, 1:][..., pairs, :]).sum(-1)
-    itself = (asked * key[:, :, None, pairs]).sum(-1)
-    if logits.softcap is not None:
-        far, ahead, itself = (logits.softcap * (each / logits.softcap).tanh() for each in (far, ahead, itself))
-    total = torch.logaddexp(far.logsumexp(-1) + math.log(tokens / others.shape[-2]), torch.logaddexp(ahead, itself))
-    return (2 * (ahead - total)).exp()
-
-
-def _pairs(key: torch.Tensor) -> slice:
-    """The first tokens of the pairs that are looked at; the last token of all is nobody's first."""
-    last = key.shape[2] - 1
-    return slice(0, last, math.ceil(last / _PAIRS))
-
-
-def _stride(key: torch.Tensor) -> int:
-    """From one key that stands for all to the next."""
-    return math.ceil(key.shape[2] / _OTHERS)
+def _pairs(
+    query: torch.Tensor, key: torch.Tensor, rotation: Rotation, first: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of tokens and keys of the next ones, as at position 0: `[batch, kv_heads, group or 1, pairs, dim]`."""
+    asked = rotation.turn(query[:, :, first].float(), -first).unflatten(1, (key.shape[1], -1))
+    return asked, rotation.turn(key[:, :, first + 1].float(), -first - 1)[:, :, None]
