@@ -12,6 +12,7 @@ each other; from these pairs follows a linear map, and from the map the query th
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
@@ -53,7 +54,7 @@ def foreseen_scores(
         `torch.Tensor`: float32 `[batch, q_heads, tokens]`; 0 for padding and for other heads.
     """
     result = torch.zeros(query.shape[:3], device=query.device)
-    whole = whole.to(query.dtype)  # that models make keys in; what a store has taken off is added in float32
+    whole = whole.to(query.dtype)  # that models make keys in
     if valid is None:
         _score(backend, (query, key, whole), logits, rotation, result)
         return result
@@ -81,21 +82,26 @@ def _score(
     weight = pair_weights(query, whole, logits=logits, rotation=rotation)
     copies = weight.mean(-1).amax(-1) > _COPIES  # [batch, kv_heads]
     here = known(copies)
-    if here is None or bool(here.any(0).all()):
+    if here is None:
         scores = backend.non_causal_scores(
             foreseen_queries(query, whole, weight, rotation), key, logits=logits, rotation=rotation
         )
         result[:] = scores * copies.repeat_interleave(group, 1)[..., None]
         return
-    heads = here.any(0).nonzero().flatten()
-    if not heads.numel():
-        return
-    asked = (heads[:, None] * group + torch.arange(group)).flatten()
-    if logits.sinks is not None:
-        logits = replace(logits, sinks=logits.sinks[asked])
-    query = foreseen_queries(query[:, asked], whole[:, heads], weight[:, heads], rotation)
-    scores = backend.non_causal_scores(query, key[:, heads], logits=logits, rotation=rotation)
-    result[:, asked] = scores * copies[:, heads].repeat_interleave(group, 1)[..., None]
+    for heads in _neighbours(here.any(0).tolist()):
+        asked = slice(heads.start * group, heads.stop * group)
+        own = logits if logits.sinks is None else replace(logits, sinks=logits.sinks[asked])
+        foreseen = foreseen_queries(query[:, asked], whole[:, heads], weight[:, heads], rotation)
+        scores = backend.non_causal_scores(foreseen, key[:, heads], logits=own, rotation=rotation)
+        if len(here) > 1:
+            scores *= copies[:, heads].repeat_interleave(group, 1)[..., None]
+        result[:, asked] = scores
+
+
+def _neighbours(chosen: list[bool]) -> list[slice]:
+    """The chosen places, those next to each other together: a part of a tensor need not be copied."""
+    edges = [place for place, pair in enumerate(pairwise([False, *chosen, False])) if pair[0] != pair[1]]
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def foreseen_queries(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, rotation: Rotation) -> torch.Tensor:
