@@ -138,10 +138,13 @@ struct NonCausal {
   void fetch(const void* p, int64_t at) const {
     for (int i = 0; i < a->head_dim * elt(); i += 64) prefetch(static_cast<const char*>(p) + at * elt() + i);
   }
-  void fetch_keys(int row, int block) const {
-    const int64_t at = (row / a->kv_heads) * a->k_b + (row % a->kv_heads) * a->k_h;
-    for (int64_t t = (int64_t)block * kBlock - kMargin, end = t + kNear; t < end; ++t)
-      if (t >= 0 && t < a->n) fetch(a->k, at + t * a->k_t);
+  // The keys of a block, and the queries that no other one is ahead of.
+  void fetch_block(int row, int block) const {
+    const int64_t b = row / a->kv_heads, h = row % a->kv_heads, first = (int64_t)block * kBlock;
+    for (int64_t t = first - kMargin, end = t + kNear; t < end; ++t)
+      if (t >= 0 && t < a->n) fetch(a->k, b * a->k_b + h * a->k_h + t * a->k_t);
+    for (int64_t t = first; t < first + kAhead && t < a->n; ++t)
+      for (int g = 0; g < a->group; ++g) fetch(a->q, b * a->q_b + (h * a->group + g) * a->q_h + t * a->q_t);
   }
   // Query row h of the tile: as it stands, and turned and rounded to the model's dtype.
   void set_query(Worker& w, int h, int b, int q_head, int64_t t, int in_block) const {
@@ -158,7 +161,8 @@ struct NonCausal {
     if (pairs) memcpy(w.here[h], static_cast<const char*>(a->q) + 2 * at, 2 * d);
     else memcpy(w.here[h], x, sizeof(float) * d);
     turns.turn(x, w.cos + in_block * a->pairs, w.sin + in_block * a->pairs);
-    if (pairs || a->dtype == KVC_F32) return store_floats(w.ahead[h], 0, x, d, a->dtype);
+    if (pairs) return put_pairs(reinterpret_cast<char*>(w.ahead[h]), x, d);
+    if (a->dtype == KVC_F32) return store_floats(w.ahead[h], 0, x, d, a->dtype);
     alignas(64) char rounded[2 * KVC_MAX_HEAD_DIM];
     store_floats(rounded, 0, x, d, a->dtype);
     load_floats(w.ahead[h], rounded, 0, d, a->dtype);
@@ -171,12 +175,12 @@ struct NonCausal {
     w.bias_of[h] = bias;
     vi lane;
     for (int e = 0; e < kLanes; ++e) lane[e] = e;
-    vf near = vf{}, sinks = vf{}, sample = vf{};
+    vf count[kHeads] = {};  // of near keys, sinks and the sample that are seen
     for (int i = 0; i < kNearHalf; i += kLanes) {
       const vi behind = all(r + kMargin - i) - lane;  // how far the key is behind the query
       const vf x = load(hidden + i);
       const vf seen = (behind <= kMargin) & (behind >= -kMargin) ? x : all(kMasked);
-      near = near + (seen == all(0.f) ? all(1.f) : vf{});
+      count[0] = count[0] + (seen == all(0.f) ? all(1.f) : vf{});
       store(bias + i, seen);
       if (i < kHere) store(bias + kHereAt + i, behind >= 0 ? seen : all(kMasked));
     }
@@ -184,11 +188,13 @@ struct NonCausal {
       const vi at = load_int(place.far + i);
       const vi seen = (at != kNowhere) & ((at > p + kMargin) | (at < p - kMargin));
       const vf one = seen ? all(1.f) : vf{};
-      if (i < 16) sinks = sinks + one;
-      else sample = sample + one;
+      if (i < 16) count[1] = count[1] + one;
+      else count[2] = count[2] + one;
       store(bias + kNearHalf + i, seen ? vf{} : all(kMasked));
     }
-    const float drawn = reduce_add(sample), others = place.count - reduce_add(near) - reduce_add(sinks);
+    float counted[kHeads];
+    reduce_add4(count, counted);
+    const float drawn = counted[2], others = place.count - counted[0] - counted[1];
     w.others[h] = (others > 1.f ? others : 1.f) / (drawn > 1.f ? drawn : 1.f);
   }
 
@@ -265,7 +271,7 @@ struct NonCausal {
     set_turns(b, block, w);
     put_near(b, kv_head, start, w.near);
     memset(w.sums, 0, a->group * sizeof w.sums[0]);
-    fetch_keys(next_row, next_block);
+    fetch_block(next_row, next_block);
     for (int half = 0; half < kBlock / kHalf; ++half) {
       if (pairs) do_half<true>(b, kv_head, block, half, w);
       else do_half<false>(b, kv_head, block, half, w);

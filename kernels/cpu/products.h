@@ -44,12 +44,27 @@ KVC_INLINE void put_four(char* out, const char* const* from, int words) {
   for (int w = 0; w < words; w += 4, out += 256) put_words(out, from, 4 * w);
 }
 
+// n floats, a multiple of 16, rounded to bf16 for products(). The instruction takes what is next to nothing for zero.
+KVC_INLINE void put_pairs(char* out, const float* x, int n) {
+#if KVC_ISA_avx512
+  for (int i = 0; i < n; i += 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(load(x + i));
+    memcpy(out + 2 * i, &rounded, 32);
+  }
+#else
+  store_floats(out, 0, x, n, KVC_BF16);
+#endif
+}
+
 // How keys lie side by side, and rows that meet them: as floats, or pairs of bf16.
 struct Form {
   bool pairs;
   int head_dim;
   int64_t row_bytes() const { return (int64_t)head_dim * (pairs ? 2 : 4); }
-  void put_row(char* to, const float* x) const { store_floats(to, 0, x, head_dim, pairs ? KVC_BF16 : KVC_F32); }
+  void put_row(char* to, const float* x) const {
+    if (pairs) put_pairs(to, x, head_dim);
+    else store_floats(to, 0, x, head_dim, KVC_F32);
+  }
   // Four vectors of floats to places i .. i + 4, where every 16 lie side by side.
   void put(char* vectors, int i, const float (*x)[KVC_MAX_HEAD_DIM]) const {
     alignas(64) char rows[4][4 * KVC_MAX_HEAD_DIM];

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from kvcompress_hf.kernels import Rows, Tail
 from kvcompress_hf.kernels.backend import WindowScores
 from kvcompress_hf.observers.base import Chunk
 from kvcompress_hf.paging.store import PagedStore
@@ -17,23 +19,60 @@ class AttentionSeen:
     """Sums of probabilities per key, for packed slots, the tail and the new tokens.
 
     Args:
-        store (`PagedStore`): Holds the slots that were looked at.
-        layer (`int`): Index of the layer in the store.
-        valid (`torch.Tensor`, *optional*): `bool` `[batch, tokens]`, false for new tokens that are padding.
+        chunk (`Chunk`): The new tokens, and the store of the slots that were looked at.
+        rows (`Rows`): Its packed slots.
+        tail (`Tail`): Its tail.
         scores (`torch.Tensor`): float32 `[batch, q_heads, slots]`: packed slots of every tier, then the tail, then the
             new tokens.
         widths (`tuple[int, ...]`): Slots of each of these parts.
-        positions (`torch.Tensor`): `int32` `[batch, kv_heads, slots]`.
-        filled (`torch.Tensor`): `bool` `[batch, kv_heads, slots]`.
     """
 
-    store: PagedStore
-    layer: int
-    valid: torch.Tensor | None
+    chunk: Chunk
+    rows: Rows
+    tail: Tail
     scores: torch.Tensor
     widths: tuple[int, ...]
-    positions: torch.Tensor
-    filled: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`tuple[int, int, int]`: Batch, KV heads, slots."""
+        return self.scores.shape[0], self.chunk.store.geometry.kv_heads, self.scores.shape[2]
+
+    @property
+    def all_filled(self) -> bool:
+        """`bool`: Whether there is a token everywhere, as in a first chunk without padding."""
+        return self.chunk.new.valid is None and not any(self.widths[:-1])
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """`torch.Tensor`: `int32` `[batch, kv_heads, slots]`."""
+        batch, kv_heads, _ = self.shape
+        new, backend = self.chunk.new, self.chunk.store.backend
+        parts = [
+            backend.read_field(self.rows, tier, "position", width).view(batch, kv_heads, width)
+            for tier, width in enumerate(self.widths[:-2])
+            if width
+        ]
+        if self.widths[-2]:
+            parts.append(self.tail.positions[:, None].expand(batch, kv_heads, -1))
+        fresh = torch.arange(new.position, new.position + new.tokens, dtype=torch.int32, device=new.key.device)
+        return _joined([*parts, fresh.expand(batch, kv_heads, -1)])
+
+    @cached_property
+    def filled(self) -> torch.Tensor:
+        """`torch.Tensor`: `bool` `[batch, kv_heads, slots]`."""
+        batch, kv_heads, _ = self.shape
+        new, device = self.chunk.new, self.chunk.new.key.device
+        parts = [
+            torch.arange(width, device=device) < self.rows.lengths[tier].view(batch, kv_heads, 1)
+            for tier, width in enumerate(self.widths[:-2])
+            if width
+        ]
+        if self.widths[-2]:
+            in_tail = torch.arange(self.widths[-2], device=device) < self.tail.lengths[:, None]
+            parts.append(in_tail[:, None].expand(batch, kv_heads, -1))
+        real = torch.ones((batch, new.tokens), dtype=torch.bool, device=device) if new.valid is None else new.valid
+        return _joined([*parts, real[:, None].expand(batch, kv_heads, -1)])
 
     def order(self) -> torch.Tensor:
         """Slots in the order of their positions, empty ones last: `int64` `[batch, kv_heads, slots]`."""
@@ -49,8 +88,10 @@ class AttentionSeen:
         Returns:
             `torch.Tensor`: float32 `[batch, kv_heads, slots]`, zero where nothing is stored.
         """
-        batch, kv_heads, slots = self.positions.shape
+        batch, kv_heads, slots = self.shape
         scores = self.scores.view(batch, kv_heads, -1, slots)
+        if self.all_filled:
+            return function(scores, self.order)
         reduced = function(torch.where(self.filled[:, :, None], scores, 0.0), self.order)
         return torch.where(self.filled, reduced, 0.0)
 
@@ -66,7 +107,8 @@ class AttentionSeen:
         Returns:
             `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the scores of the new tokens.
         """
-        return write_field_of_all(self.store, self.layer, self.valid, reduced, self.widths, field, add, largest)
+        chunk = self.chunk
+        return write_field_of_all(chunk.store, chunk.layer, chunk.new.valid, reduced, self.widths, field, add, largest)
 
 
 def write_field_of_all(
@@ -95,6 +137,9 @@ def write_field_of_all(
     Returns:
         `torch.Tensor`: float32 `[batch, kv_heads, tokens]`, the values of the new tokens.
     """
+
+    if not any(widths[:-1]):
+        return values.contiguous()
 
     def merge(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if largest:
@@ -136,17 +181,17 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
     Returns:
         `AttentionSeen`: The sums per query head, and the slots that they belong to.
     """
-    store, (valid, positions) = chunk.store, _new_slots(chunk)
-    scores = store.backend.window_scores(
+    rows, tail = chunk.store.rows(chunk.layer), chunk.store.tail(chunk.layer)
+    scores = chunk.store.backend.window_scores(
         chunk.new.query[:, :, -observing:],
         chunk.new.key,
-        store.rows(chunk.layer),
-        store.tail(chunk.layer),
+        rows,
+        tail,
         power=power,
         exclude=exclude,
         **_options(chunk, observing),
     )
-    return _place(store, chunk.layer, valid, positions, scores)
+    return _seen(chunk, rows, tail, scores)
 
 
 def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, AttentionSeen]:
@@ -159,15 +204,15 @@ def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, At
     Returns:
         `tuple[AttentionSeen, AttentionSeen]`: Sums of probabilities, and sums of squared ones.
     """
-    store, (valid, positions) = chunk.store, _new_slots(chunk)
-    first, second = store.backend.column_scores(
+    rows, tail = chunk.store.rows(chunk.layer), chunk.store.tail(chunk.layer)
+    first, second = chunk.store.backend.column_scores(
         chunk.new.query[:, :, -observing:],
         chunk.new.key,
-        store.rows(chunk.layer),
-        store.tail(chunk.layer),
+        rows,
+        tail,
         **_options(chunk, observing),
     )
-    return _place(store, chunk.layer, valid, positions, first), _place(store, chunk.layer, valid, positions, second)
+    return _seen(chunk, rows, tail, first), _seen(chunk, rows, tail, second)
 
 
 def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
@@ -183,44 +228,11 @@ def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
     )
 
 
-def _new_slots(chunk: Chunk) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Which new tokens are real, `[batch, tokens]`, and the positions of all, `[tokens]`."""
-    new = chunk.new
-    positions = torch.arange(new.position, new.position + new.tokens, dtype=torch.int32, device=new.key.device)
-    return new.valid, positions
-
-
-def _place(
-    store: PagedStore, layer: int, valid: torch.Tensor | None, new_positions: torch.Tensor, scores: WindowScores
-) -> AttentionSeen:
-    """Says which slot each score belongs to."""
-    past, tail_scores, fresh = scores
-    batch, kv_heads, tokens = len(tail_scores), store.geometry.kv_heads, len(new_positions)
-    rows, tail = store.rows(layer), store.tail(layer)
-    device, pieces = new_positions.device, [*past, tail_scores, fresh]
-    positions, filled = [], []
-    for tier, part in enumerate(past):
-        width = part.shape[-1]
-        if width:
-            positions.append(store.backend.read_field(rows, tier, "position", width).view(batch, kv_heads, width))
-            filled.append(torch.arange(width, device=device) < rows.lengths[tier].view(batch, kv_heads, 1))
-    capacity = tail_scores.shape[-1]
-    if capacity:
-        in_tail = torch.arange(capacity, device=device) < tail.lengths[:, None]
-        positions.append(tail.positions[:, None].expand(batch, kv_heads, capacity))
-        filled.append(in_tail[:, None].expand(batch, kv_heads, capacity))
-    positions.append(new_positions.expand(batch, kv_heads, tokens))
-    real = torch.ones((batch, tokens), dtype=torch.bool, device=device) if valid is None else valid
-    filled.append(real[:, None].expand(batch, kv_heads, tokens))
-    return AttentionSeen(
-        store=store,
-        layer=layer,
-        valid=valid,
-        scores=_joined([part for part in pieces if part.shape[-1]] or [fresh]),
-        widths=tuple(part.shape[-1] for part in pieces),
-        positions=_joined(positions),
-        filled=_joined(filled),
-    )
+def _seen(chunk: Chunk, rows: Rows, tail: Tail, scores: WindowScores) -> AttentionSeen:
+    past, in_tail, fresh = scores
+    pieces = [*past, in_tail, fresh]
+    joined = _joined([part for part in pieces if part.shape[-1]] or [fresh])
+    return AttentionSeen(chunk, rows, tail, joined, tuple(part.shape[-1] for part in pieces))
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

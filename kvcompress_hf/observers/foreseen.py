@@ -14,6 +14,7 @@ follow from the next key do not look for the next token, and are left alone.
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def foreseen_scores(
         `torch.Tensor`: float32 `[batch, q_heads, tokens]`; 0 for padding and for other heads.
     """
     result = torch.zeros(query.shape[:3], device=query.device)
-    whole = whole.to(query.dtype)  # that models make keys in; what a store has taken off is added in float32
+    whole = whole.to(query.dtype)  # that models make keys in
     if valid is None:
         _score(backend, (query, key, whole), logits, rotation, result)
         return result
@@ -85,21 +86,26 @@ def _score(
     maps = find_maps(query, whole, rotation)
     copies = maps.explained.unflatten(1, (-1, group)).mean(-1) > _COPIES  # [batch, kv_heads]
     here = known(copies)
-    if here is None or bool(here.any(0).all()):
+    if here is None:
         scores = backend.non_causal_scores(
             foreseen_queries(query, whole, maps, rotation), key, logits=logits, rotation=rotation
         )
         result[:] = scores * copies.repeat_interleave(group, 1)[..., None]
         return
-    heads = here.any(0).nonzero().flatten()
-    if not heads.numel():
-        return
-    asked = (heads[:, None] * group + torch.arange(group)).flatten()
-    if logits.sinks is not None:
-        logits = replace(logits, sinks=logits.sinks[asked])
-    foreseen = foreseen_queries(query[:, asked], whole[:, heads], maps.of(asked), rotation)
-    scores = backend.non_causal_scores(foreseen, key[:, heads], logits=logits, rotation=rotation)
-    result[:, asked] = scores * copies[:, heads].repeat_interleave(group, 1)[..., None]
+    for heads in _neighbours(here.any(0).tolist()):
+        asked = slice(heads.start * group, heads.stop * group)
+        own = logits if logits.sinks is None else replace(logits, sinks=logits.sinks[asked])
+        foreseen = foreseen_queries(query[:, asked], whole[:, heads], maps.of(asked), rotation)
+        scores = backend.non_causal_scores(foreseen, key[:, heads], logits=own, rotation=rotation)
+        if len(here) > 1:
+            scores *= copies[:, heads].repeat_interleave(group, 1)[..., None]
+        result[:, asked] = scores
+
+
+def _neighbours(chosen: list[bool]) -> list[slice]:
+    """The chosen places, those next to each other together: a part of a tensor need not be copied."""
+    edges = [place for place, pair in enumerate(pairwise([False, *chosen, False])) if pair[0] != pair[1]]
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 class Maps(NamedTuple):
@@ -116,7 +122,7 @@ class Maps(NamedTuple):
     offset: torch.Tensor
     explained: torch.Tensor
 
-    def of(self, heads: torch.Tensor) -> "Maps":
+    def of(self, heads: slice) -> "Maps":
         """Those of some query heads."""
         return Maps(*(each[:, heads] for each in self))
 

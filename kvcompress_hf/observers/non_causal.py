@@ -70,11 +70,12 @@ def _scores(chunk: Chunk, rotation: Rotation, foresee: bool) -> torch.Tensor:
         new.query, new.key, logits=new.logits, rotation=rotation, valid=new.valid
     )
     if foresee:
-        found = found + foreseen_scores(
+        shift = chunk.store.key_shift_of(chunk.layer)
+        found += foreseen_scores(
             chunk.store.backend,
             new.query,
             new.key,
-            chunk.store.whole(chunk.layer, new.key),
+            new.key if shift is None else new.key + shift,  # whole: added in float32, and rounded as models round
             logits=new.logits,
             rotation=rotation,
             valid=new.valid,

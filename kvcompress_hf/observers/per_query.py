@@ -37,7 +37,7 @@ def add_each_query(chunk: Chunk, observing: int, fields: tuple[str, ...], judge:
         valid = None if new.valid is None else new.valid[:, until].contiguous()
         part = replace(new, query=query, key=key, value=value, valid=valid)
         seen = attention_seen(replace(chunk, new=part), 1, 1)
-        batch, kv_heads, slots = seen.filled.shape
+        batch, kv_heads, slots = seen.shape
         visible = seen.filled
         if new.logits.window is not None:
             visible = visible & (seen.positions > new.position + last - new.logits.window)
