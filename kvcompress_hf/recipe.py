@@ -432,6 +432,11 @@ class Recipe:
         return self.protect.sinks if alone and len(self.tiers) == 2 else 0
 
     @property
+    def resting_tiers(self) -> tuple[int, ...]:
+        """`tuple[int, ...]`: Indices of the tiers in which slots stay; those of the others move on at the next plan."""
+        return tuple(range(len(self.tiers))) if self.plan is None else self.plan.resting_tiers(self)
+
+    @property
     def evicts(self) -> bool:
         """`bool`: Whether the recipe ever drops a slot or moves it to a lower tier."""
         return self.plan is not None

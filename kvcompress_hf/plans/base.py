@@ -229,6 +229,17 @@ class Plan(Part, abc.ABC):
         allowed so many bytes less."""
         return False
 
+    def resting_tiers(self, recipe: "Recipe") -> tuple[int, ...]:
+        """The tiers in which it leaves slots whatever comes; new slots pass through the first on their way there.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Returns:
+            `tuple[int, ...]`: Indices of tiers; all of them unless the plan knows better.
+        """
+        return tuple(range(len(recipe.tiers)))
+
     def check(self, recipe: "Recipe") -> None:
         """Refuses recipes that this plan cannot work with; called when the recipe is made.
 

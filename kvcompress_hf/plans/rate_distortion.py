@@ -66,6 +66,12 @@ class RateDistortion(Plan):
         """`bool`: Always."""
         return True
 
+    def resting_tiers(self, recipe: Recipe) -> tuple[int, ...]:
+        """The cheapest `small_tiers` for a budget below `small`; see [`Plan.resting_tiers`]."""
+        tiers, amount = super().resting_tiers(recipe), None if recipe.budget is None else recipe.budget.amount
+        small = isinstance(amount, float) and amount < self.small and not recipe.protect.prompt
+        return tiers[-self.small_tiers :] if small else tiers
+
     def check(self, recipe: Recipe) -> None:
         """Needs a budget; see [`Plan.check`]."""
         super().check(recipe)
