@@ -8,22 +8,21 @@ import torch
 from kvcompress_hf.observers import checked
 from kvcompress_hf.paging.store import Describe, PagedStore
 from kvcompress_hf.paging.waiting import known_as, to_device
-from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.state import CacheState, LayerState
 
 
-def entry_of(recipe: Recipe, window: int | None) -> tuple[int, int]:
+def entry_of(state: CacheState, window: int | None) -> tuple[int, int]:
     """Where new slots enter.
 
     Args:
-        recipe (`Recipe`): The recipe.
+        state (`CacheState`): The cache.
         window (`int`, *optional*): Sliding window of their layer: its first tokens do not stay.
 
     Returns:
         `tuple[int, int]`: The tier, and how many slots at the beginning of a row enter the first tier instead.
     """
-    return (int(recipe.sinks_apart > 0), recipe.sinks_apart if window is None else 0)
+    return state.entry, state.recipe.sinks_apart if window is None else 0
 
 
 def describe_of(state: CacheState) -> Describe | None:
@@ -112,7 +111,7 @@ def pack_chunk(
     """
     key, value, valid = new.key, new.value, new.valid
     batch, heads, tokens, _ = key.shape
-    describe, (tier, sinks) = describe_of(state), entry_of(state.recipe, layer.window)
+    describe, (tier, sinks) = describe_of(state), entry_of(state, layer.window)
     if layer.tail_used:
         store.pack_tail(tier, layer.index, describe, state.tails(state.owned[store.geometry]), sinks)
         layer.emptied()
@@ -173,7 +172,7 @@ def pack_tails(state: CacheState) -> None:
         owners = [owned for owned in owners if state.tail_used(owned) >= every]
     state.learn_tails()
     for owned in owners:
-        tier, sinks = entry_of(state.recipe, state.layers[owned.layers[0]].window)
+        tier, sinks = entry_of(state, state.layers[owned.layers[0]].window)
         owned.store.pack_tail(tier, describe=describe_of(state), tails=state.tails(owned), sinks=sinks)
         for index in owned.layers:
             state.layers[index].emptied()

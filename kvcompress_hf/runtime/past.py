@@ -324,7 +324,7 @@ class Past(CacheState):
         store = owned.store
         in_tail = self.tail_used(owned)
         if removed > in_tail:
-            tier, _ = packing.entry_of(self.recipe, self.layers[owned.layers[0]].window)
+            tier, _ = packing.entry_of(self, self.layers[owned.layers[0]].window)
             packed = store.lengths_on_host()
             left = torch.full((self.batch,), target, dtype=packed.dtype)
             if self.counters.gaps is not None:

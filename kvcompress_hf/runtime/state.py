@@ -82,6 +82,13 @@ class CacheState:
         return self.counters.recipes
 
     @property
+    def entry(self) -> int:
+        """`int`: The tier that new slots enter, but for sinks that are stored apart: the best that any may stay in."""
+        if self.recipe.sinks_apart:
+            return 1
+        return min(tier for recipe in self.recipes for tier in recipe.resting_tiers)
+
+    @property
     def windows(self) -> list[int | None]:
         """`list[int | None]`: Sliding window of each layer."""
         return [layer.window for layer in self.layers]
