@@ -58,7 +58,7 @@ def test_parsing_a_full_dict_restores_every_part():
         Budget("3MiB"),
         RateDistortion(kappa=0.5),
         ("k8v4", "k4v2"),
-        When(False, 7, False),
+        When(False, 7, False, tight=3),
         4096,
     )
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -82,6 +82,7 @@ def test_parsing_a_full_dict_restores_every_part():
         ("kv-compress", {"observer": {"half_life": 0}}, ValueError, "half_life"),
         ("snapkv", {"observer": {"half_life": 9}}, ValueError, "nothing fades"),
         ("snapkv", {"when": {"decode": True}}, ValueError, "gives them no score"),
+        ("auto", {"when": {"tight": 0}}, ValueError, "tight"),
         ("snapkv", {"when": {"interval": 64}}, ValueError, "nothing is planned while decoding"),
         ("kv-compress", {"plan": {"floor": 1}}, ValueError, "floor"),
         ("kv-compress", {"plan": {"bias": [1.0]}}, ValueError, "nested"),

@@ -28,6 +28,7 @@ class Limits:
         held_slots (`torch.Tensor`): `int64` `[batch]`, slots held now, over all rows.
         allowed_bytes (`torch.Tensor`, *optional*): `int64` `[batch]`, pages allowed; `None` without a budget.
         entry (`int`): The tier that new slots enter, but for sinks that are stored apart.
+        every (`int`): Slots that each packing adds to a row.
     """
 
     slots_per_page: torch.Tensor
@@ -37,6 +38,7 @@ class Limits:
     held_slots: torch.Tensor
     allowed_bytes: torch.Tensor | None
     entry: int
+    every: int
 
     def of(self, sequences: torch.Tensor | slice) -> "Limits":
         """Picks sequences of the batch.
@@ -111,7 +113,7 @@ def make_limits(
     expected: torch.Tensor,
     held: tuple[torch.Tensor, torch.Tensor],
     on_top: torch.Tensor,
-    entry: int,
+    entering: tuple[int, int],
 ) -> Limits:
     """Works out what the sequences of a recipe may hold.
 
@@ -124,7 +126,8 @@ def make_limits(
         held (`tuple[torch.Tensor, torch.Tensor]`): `int64` `[batch]` each, bytes of pages and slots held now.
         on_top (`torch.Tensor`): `int64` `[batch]`, tokens that come on top of the budget, see [`prompt_on_top`]; they
             are allowed what they take in the tier that they enter.
-        entry (`int`): The tier that new slots enter, but for sinks that are stored apart.
+        entering (`tuple[int, int]`): The tier that new slots enter, but for sinks that are stored apart; and how many
+            each packing adds to a row.
 
     Returns:
         `Limits`: What each sequence may hold.
@@ -136,7 +139,7 @@ def make_limits(
     groups = [
         RowGroup(
             rows=part.rows,
-            slots_per_page=part.store.layout.tiers[entry].slots,
+            slots_per_page=part.store.layout.tiers[entering[0]].slots,
             page_bytes=cost_of_page(part.store),
             dense_slot_bytes=2 * part.store.layout.head_dim * part.store.geometry.dtype.itemsize,
             tail_bytes=outside,
@@ -157,7 +160,7 @@ def make_limits(
             if recipe.sinks_apart and group.window is None and isinstance(recipe.budget.amount, int):
                 # Sinks start their own page.
                 allowed += group.page_bytes * group.rows
-    return Limits(per_page, page_bytes, dense, *held, allowed, entry)
+    return Limits(per_page, page_bytes, dense, *held, allowed, *entering)
 
 
 def prompt_on_top(recipe: Recipe, prompt: int, padding: torch.Tensor) -> torch.Tensor:
@@ -259,9 +262,9 @@ def _room_for_packings(recipe: Recipe, limits: Limits, worth: torch.Tensor) -> t
     what it alone decides: how many slots it holds.
     """
     slot_of_each_row = (limits.page_bytes / limits.slots_per_page[:, limits.entry]).sum()
-    packings = (worth / slot_of_each_row / recipe.when.every).long()
+    packings = (worth / slot_of_each_row / limits.every).long()
     spread = packings // 2
     turn = limits.held_slots % (2 * spread + 1)
     room = torch.zeros((len(packings), len(recipe.tiers)), dtype=torch.int64)
-    room[:, limits.entry] = (packings - spread + turn) * recipe.when.every
+    room[:, limits.entry] = (packings - spread + turn) * limits.every
     return room

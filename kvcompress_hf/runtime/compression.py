@@ -304,7 +304,7 @@ class Compression:
                 expected=expected[rows],
                 held=(held[rows], stored[rows]),
                 on_top=on_top,
-                entry=state.entry,
+                entering=(state.entry, state.every),
             )
             ruled.append(_Ruled(recipe, plan, rows, limits))
         return ruled
@@ -341,7 +341,7 @@ class Compression:
         What depends on the other sequences of the batch is left out: a sequence must be compressed alike whatever it
         is batched with.
         """
-        geometry, every = store.geometry, self.state.recipe.when.every
+        geometry, every = store.geometry, self.state.every
         slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
         rows = store.layers * geometry.kv_heads
         means = 8 * geometry.head_dim if describe_of(self.state) is not None else 0

@@ -50,7 +50,7 @@ def append(
         new (`AttentionCall`): The tokens.
         fields (`dict[str, torch.Tensor]`): Their slot fields, `[batch, kv_heads, tokens]`.
     """
-    store.reserve_tail(max(state.recipe.when.every, layer.tail_used + new.tokens))
+    store.reserve_tail(max(state.every, layer.tail_used + new.tokens))
     tail = store.tail(layer.index)
     before = tail.lengths.clone()
     store.backend.append(tail, new.key, store.rotated(new.value), new.position, new.valid)
@@ -155,7 +155,7 @@ def packs_next(state: CacheState) -> bool:
     """
     if state.counters.unfinished:
         return True
-    every = state.recipe.when.every
+    every = state.every
     return any(layer.tail_used >= every for layer in state.layers)
 
 
@@ -166,7 +166,7 @@ def pack_tails(state: CacheState) -> None:
         state (`CacheState`): The cache.
     """
     started = time.perf_counter()
-    every = state.recipe.when.every
+    every = state.every
     owners = list(state.owned.values())
     if not state.counters.unfinished:
         owners = [owned for owned in owners if state.tail_used(owned) >= every]

@@ -89,6 +89,14 @@ class CacheState:
         return min(tier for recipe in self.recipes for tier in recipe.resting_tiers)
 
     @property
+    def every(self) -> int:
+        """`int`: Tokens that gather in the tails before they are packed."""
+        when = self.recipe.when
+        if when.tight is None or any(len(each.resting_tiers) == len(each.tiers) for each in self.recipes):
+            return when.every
+        return min(when.every, when.tight)
+
+    @property
     def windows(self) -> list[int | None]:
         """`list[int | None]`: Sliding window of each layer."""
         return [layer.window for layer in self.layers]
