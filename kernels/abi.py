@@ -27,7 +27,7 @@ class KvcTier(Structure):
 
 class KvcLayout(Structure):
     _fields_ = [
-        *_fields(i32="head_dim dtype n_tiers n_fields", i64="page_bytes", i32_b="rotation_block reserved"),
+        *_fields(i32="head_dim dtype n_tiers n_fields", i64="page_bytes", i32_b="rotation_block resting"),
         ("tier", KvcTier * MAX_TIERS),
     ]
 

@@ -118,11 +118,13 @@ def page_layout(
     tiers: Sequence[tuple[int, int]],
     fields: Sequence[str] = (),
     page_bytes: int | None = None,
+    resting: Sequence[int] = (),
 ) -> PageLayout:
     """Computes the page layout of a cache.
 
-    Without `page_bytes`, the size is the one near 8 KiB that wastes least in the worst tier; with several tiers it is
-    at most 96 bytes per head dimension, because every head holds about half a page too much of each.
+    Without `page_bytes`, the size is the one near 8 KiB that wastes least in the worst tier that slots stay in; with
+    several such tiers it is at most 96 bytes per head dimension, because every head holds about half a page too much of
+    each, and with one it holds at most 64 slots.
 
     Args:
         head_dim: Elements of a key or value vector: a multiple of 16, at most 256.
@@ -130,6 +132,8 @@ def page_layout(
         tiers: `(key_bits, value_bits)` of each tier, bits in 8, 4, 2; `(0, 0)` is the native tier. At most 4.
         fields: Names of the slot fields, at most 4.
         page_bytes: Bytes of a page, a multiple of 64; `None` chooses.
+        resting: Indices of the tiers that slots stay in, where they only pass through the others: what a page has left
+            over in those does not matter. None given: all.
 
     Returns:
         Size and sections of a page in each tier.
@@ -151,11 +155,14 @@ def page_layout(
             raise ValueError(f"a tier is (key_bits, value_bits) with bits in {BITS}, or (0, 0), got {bits}")
     if len(fields) > MAX_FIELDS or len(set(fields)) != len(fields):
         raise ValueError(f"a layout has at most {MAX_FIELDS} slot fields of different names, got {tuple(fields)}")
+    if any(not 0 <= tier < len(tiers) for tier in resting):
+        raise ValueError(f"resting are indices of {len(tiers)} tiers, got {tuple(resting)}")
     if page_bytes is not None and (page_bytes <= 0 or page_bytes % PAGE_MULTIPLE):
         raise ValueError(f"page_bytes must be a positive multiple of {PAGE_MULTIPLE}, got {page_bytes}")
 
     c = KvcLayout(head_dim=head_dim, dtype=DTYPES[dtype], n_tiers=len(tiers), n_fields=len(fields))
     c.page_bytes = page_bytes or 0
+    c.resting = sum(1 << tier for tier in set(resting))
     for i, (key_bits, value_bits) in enumerate(tiers):
         c.tier[i].key_bits, c.tier[i].value_bits = key_bits, value_bits
     if load_library().kvc_layout(ctypes.byref(c)) != KVC_OK:

@@ -236,7 +236,7 @@ class PlanOperations(abc.ABC):
             protected: bool `[batch, rows, slots]`.
             tier: int64 `[slots]`.
             pages: Slots of a page in each tier, int64 `[rows, tiers]`, and its bytes, int64 `[rows]`.
-            limits: Bytes allowed, int64 `[batch]`, and slots of the first tier to leave room for, int64 `[batch]`.
+            limits: Bytes allowed, int64 `[batch]`, and slots to leave room for, int64 `[batch, tiers]`.
             hulls: The tiers to use.
             guesses: Whether to evict nothing where every slot fits into the cheapest tier.
 

@@ -61,7 +61,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             budget=Budget(0.25),
             plan=_RATE_DISTORTION,
             tiers=("k8v4", "k4v4", "k4v2"),
-            when=When(every=8),
+            when=When(every=8, tight=4),
         ),
         "rate-distortion: each slot in the tier where its importance buys the most per byte, one multiplier for all",
     ),

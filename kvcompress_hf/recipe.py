@@ -240,16 +240,19 @@ class When:
         interval (`int`, *optional*): Tokens to be decoded since the last plan before the next packing plans again, so
             the budget may be exceeded by this many in between; `None` plans at each packing. Every decode step adds one
             token to each sequence, so this is also the number of steps.
+        tight (`int`, *optional*): In place of a larger `every` where slots stay in some of the tiers only, as those of
+            `auto` do below a tenth of the dense bytes: the tail's room comes out of the budget, and is much of it there.
     """
 
     prefill: bool = True
     every: int = 32
     decode: bool = True
     interval: int | None = None
+    tight: int | None = None
 
     def __post_init__(self) -> None:
         require_int("When", "every", self.every, 1, 4096)
-        check_ints(self, "interval", low=1)
+        check_ints(self, "interval", "tight", low=1)
         check_flags(self, "prefill", "decode")
         if self.interval is not None and not self.decode:
             raise ValueError(f"When(interval={self.interval}, decode=False): nothing is planned while decoding.")
@@ -432,6 +435,11 @@ class Recipe:
         return self.protect.sinks if alone and len(self.tiers) == 2 else 0
 
     @property
+    def resting_tiers(self) -> tuple[int, ...]:
+        """`tuple[int, ...]`: Indices of the tiers in which slots stay; those of the others move on at the next plan."""
+        return tuple(range(len(self.tiers))) if self.plan is None else self.plan.resting_tiers(self)
+
+    @property
     def evicts(self) -> bool:
         """`bool`: Whether the recipe ever drops a slot or moves it to a lower tier."""
         return self.plan is not None
@@ -493,6 +501,8 @@ class Recipe:
         result["tiers"] = list(self.tiers)
         if not self.keeps_mean:  # so that packages of before this choice go on reading all others
             del result["evicted"]
+        if self.when.tight is None:
+            del result["when"]["tight"]
         for family in _FAMILIES:
             part = getattr(self, family)
             if part is not None:

@@ -23,6 +23,25 @@ def test_the_default_keeps_every_token_unless_a_budget_is_given():
     assert resolve_recipe(None, budget=1 / 8) == kvc.get_preset("auto").with_overrides(budget=1 / 8)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stay"),
+    [
+        (dict(preset="auto"), (0, 1, 2)),
+        (dict(preset="auto", budget=0.1), (0, 1, 2)),
+        (dict(preset="auto", budget=1 / 16), (2,)),
+        (dict(preset="auto", budget=1 / 16, plan={"small_tiers": 2}), (1, 2)),
+        (dict(preset="auto", budget=1 / 16, protect={"prompt": True}), (0, 1, 2)),
+        (dict(preset="auto", budget=64), (0, 1, 2)),
+        (dict(preset="auto", budget="1MiB"), (0, 1, 2)),
+        (dict(preset="auto-kvzip", budget=1 / 32), (1,)),
+        (dict(preset="leankv"), (0, 1)),
+        (dict(preset="k4v2"), (0, 1)),
+    ],
+)
+def test_which_tiers_slots_stay_in(recipe, stay):
+    assert resolve_recipe(recipe).resting_tiers == stay
+
+
 def test_parts_combine_freely():
     recipe = resolve_recipe("kv-compress", tiers="k8v4", budget=1 / 8, protect={"sinks": 4})
     assert recipe.tiers == ("k8v4",) and recipe.budget == Budget(0.125)
@@ -39,7 +58,7 @@ def test_parsing_a_full_dict_restores_every_part():
         Budget("3MiB"),
         RateDistortion(kappa=0.5),
         ("k8v4", "k4v2"),
-        When(False, 7, False),
+        When(False, 7, False, tight=3),
         4096,
     )
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -63,6 +82,7 @@ def test_parsing_a_full_dict_restores_every_part():
         ("kv-compress", {"observer": {"half_life": 0}}, ValueError, "half_life"),
         ("snapkv", {"observer": {"half_life": 9}}, ValueError, "nothing fades"),
         ("snapkv", {"when": {"decode": True}}, ValueError, "gives them no score"),
+        ("auto", {"when": {"tight": 0}}, ValueError, "tight"),
         ("snapkv", {"when": {"interval": 64}}, ValueError, "nothing is planned while decoding"),
         ("kv-compress", {"plan": {"floor": 1}}, ValueError, "floor"),
         ("kv-compress", {"plan": {"bias": [1.0]}}, ValueError, "nested"),

@@ -35,26 +35,30 @@ constexpr int64_t kPreferredBytes = 8 << 10;
 constexpr int64_t kBytesPerDim = 96;  // with several tiers every head holds half a page too much of each: keep them small
 constexpr int64_t kSingleTierSlots = 64;
 
+// Pages must hold slots of every tier; beyond that only the tiers count in which slots stay.
 int64_t choose_page_bytes(KvcLayout& layout) {
   int64_t smallest = 0;
+  int resting[KVC_MAX_TIERS], n_resting = 0;
   for (int i = 0; i < layout.n_tiers; i++) {
     const int64_t unit = place(layout, layout.tier[i], KVC_SLOT_MULTIPLE);
     if (unit > smallest) smallest = unit;
+    if (layout.resting == 0 || layout.resting >> i & 1) resting[n_resting++] = i;
   }
   const int64_t several = kBytesPerDim * layout.head_dim;
-  const int64_t limit = layout.n_tiers == 1 ? smallest * kSingleTierSlots : smallest > several ? smallest : several;
+  const int64_t limit = n_resting == 1 ? smallest * kSingleTierSlots : smallest > several ? smallest : several;
   int64_t best = smallest;
   double best_waste = 1e9, best_distance = 1e9;
-  for (int i = 0; i < layout.n_tiers; i++) {
+  for (int i = 0; i < n_resting; i++) {
     for (int64_t slots = KVC_SLOT_MULTIPLE; ; slots += KVC_SLOT_MULTIPLE) {
-      if (layout.n_tiers == 1 && slots > kSingleTierSlots) break;
-      const int64_t page_bytes = place(layout, layout.tier[i], slots);
+      if (n_resting == 1 && slots > kSingleTierSlots) break;
+      const int64_t page_bytes = place(layout, layout.tier[resting[i]], slots);
       if (page_bytes > limit) break;
       if (page_bytes < smallest) continue;
       double waste = 0;
-      for (int j = 0; j < layout.n_tiers; j++) {
-        const int64_t fit = slots_that_fit(layout, layout.tier[j], page_bytes);
-        const double left = 1.0 - static_cast<double>(place(layout, layout.tier[j], fit)) / page_bytes;
+      for (int j = 0; j < n_resting; j++) {
+        KvcTier& other = layout.tier[resting[j]];
+        const int64_t fit = slots_that_fit(layout, other, page_bytes);
+        const double left = 1.0 - static_cast<double>(place(layout, other, fit)) / page_bytes;
         if (left > waste) waste = left;
       }
       waste = std::floor(waste * 200 + 0.5);  // steps of 0.5 %
@@ -69,7 +73,7 @@ int64_t choose_page_bytes(KvcLayout& layout) {
 
 }  // namespace
 
-// In: head_dim, dtype, n_tiers, n_fields, key_bits and value_bits of each tier, page_bytes (0 = choose).
+// In: head_dim, dtype, n_tiers, n_fields, resting, key_bits and value_bits of each tier, page_bytes (0 = choose).
 // Out: everything else. KVC_BAD_ARGUMENT for anything page_layout.h does not allow, or when a page of the given
 // bytes (a multiple of 64) cannot hold 16 slots of every tier.
 extern "C" __attribute__((visibility("default"))) int kvc_layout(KvcLayout* layout) {
@@ -78,7 +82,7 @@ extern "C" __attribute__((visibility("default"))) int kvc_layout(KvcLayout* layo
   if (l.dtype != KVC_F32 && l.dtype != KVC_F16 && l.dtype != KVC_BF16) return KVC_BAD_ARGUMENT;
   if (l.n_tiers < 1 || l.n_tiers > KVC_MAX_TIERS) return KVC_BAD_ARGUMENT;
   if (l.n_fields < 0 || l.n_fields > KVC_MAX_FIELDS) return KVC_BAD_ARGUMENT;
-  if (l.page_bytes < 0 || l.page_bytes % 64) return KVC_BAD_ARGUMENT;
+  if (l.page_bytes < 0 || l.page_bytes % 64 || l.resting >> l.n_tiers) return KVC_BAD_ARGUMENT;
   for (int i = 0; i < l.n_tiers; i++) {
     KvcTier& tier = l.tier[i];
     const bool native = tier.key_bits == 0 && tier.value_bits == 0;

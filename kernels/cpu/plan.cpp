@@ -266,6 +266,7 @@ struct Shares {
     return below + ((row * tiers + of_tier) * 2 + stored) * kPerRow;
   }
   int64_t spp(int64_t row, int of_tier) const { return a.slots_per_page[row * tiers + of_tier]; }
+  int32_t room(int of_tier) const { return a.room[b * tiers + of_tier]; }
 
   void count() {
     const int64_t n = static_cast<int64_t>(a.rows) * a.slots, base = b * n;
@@ -323,7 +324,7 @@ struct Shares {
   }
   int32_t pages_of(int64_t row, const int32_t* slots) const {
     int64_t total = 0;
-    for (int t = 0; t < tiers; t++) total += (slots[t] + (t == 0 ? a.room[b] : 0) + spp(row, t) - 1) / spp(row, t);
+    for (int t = 0; t < tiers; t++) total += (slots[t] + room(t) + spp(row, t) - 1) / spp(row, t);
     return static_cast<int32_t>(total);
   }
   int32_t pages_at(int64_t row, const int* threshold) const {
@@ -353,7 +354,7 @@ struct Shares {
           }
       }
       const double per_page = static_cast<double>(spp(row, t));
-      const int32_t more = (t == 0 ? a.room[b] : 0) + static_cast<int32_t>(spp(row, t)) - 1;
+      const int32_t more = room(t) + static_cast<int32_t>(spp(row, t)) - 1;
       for (int c = 0; c < n; c++) result[c] += static_cast<int32_t>((slots[c] + more) / per_page);
     }
   }
@@ -364,8 +365,8 @@ struct Shares {
     occupancy(row, at, slots);
     for (int step = steps - 1; step >= 0; step--) {
       const int into = tier[step];
-      const int64_t reserved = into == 0 ? a.room[b] : 0;
-      const int64_t room = (slots[into] + reserved + spp(row, into) - 1) / spp(row, into) * spp(row, into) - reserved;
+      const int64_t kept_free = room(into);
+      const int64_t most = (slots[into] + kept_free + spp(row, into) - 1) / spp(row, into) * spp(row, into) - kept_free;
       int64_t taken = 0;
       if (step + 1 < steps)
         for (int t = 0; t < into; t++) taken += counts(row, t, false)[at[step + 1]];
@@ -374,7 +375,7 @@ struct Shares {
         const int middle = (low + high + 1) / 2;
         int64_t sum = -taken;
         for (int t = 0; t <= into; t++) sum += counts(row, t, step == 0)[middle];
-        if (sum <= room) low = middle;
+        if (sum <= most) low = middle;
         else high = middle - 1;
       }
       if (step && low > at[step - 1]) low = at[step - 1];

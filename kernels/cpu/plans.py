@@ -132,6 +132,7 @@ class CpuPlanOperations(PlanOperations):
         for name, mask in (("filled", filled), ("protected", protected)):
             checks.check_tensor(name, mask, importance.shape, torch.bool, CPU, contiguous=False)
         checks.check_tensor("pages", pages[0], (rows, tiers), torch.int64, CPU, contiguous=False)
+        checks.check_tensor("room", limits[1], (batch, tiers), torch.int64, CPU, contiguous=False)
         most = checks.bounds(tier) if slots else (0, 0)
         if most[0] < 0 or most[1] >= tiers or len(hulls.tiers) != batch or int(pages[0].min()) < 1:
             raise ValueError(f"tier must be of {tiers} tiers, pages have slots, and each of {batch} sequences a hull")

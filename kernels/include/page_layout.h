@@ -46,7 +46,7 @@ typedef struct {
   int32_t n_tiers, n_fields;
   int64_t page_bytes;
   int32_t rotation_block;        // Hadamard block: the largest power of two dividing head_dim
-  int32_t reserved;
+  uint32_t resting;              // bit i: slots stay in tier i; no bit: in all. A chosen page_bytes suits these tiers
   KvcTier tier[KVC_MAX_TIERS];
 } KvcLayout;
 #endif

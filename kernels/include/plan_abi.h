@@ -69,7 +69,7 @@ typedef struct {  // the rate-distortion plan (plans/rate_distortion.py)
   const int32_t* slots_per_page;          // [rows, tiers]
   const int64_t* page_bytes;              // [rows]
   const int64_t* allowed;                 // [batch]
-  const int32_t* room;                    // [batch] slots to leave free in each row's started pages of the first tier
+  const int32_t* room;                    // [batch, tiers] slots to leave free in each row's started pages
   const int32_t* steps;                   // [batch] steps of the hull
   const int32_t *hull_tier, *offset;      // [batch, KVC_MAX_TIERS] tier of each, and bins above the first
   int8_t* targets;                        // [batch, rows, slots] a tier, or -1

@@ -51,18 +51,18 @@ class StorePart:
         self._file = file
         self._name = f"store.{index}"
         self.geometry = header.geometry(index)
+        values = header.store(index, len(recipe.tiers), most_capacity(max(state.tail_used), recipe.when.every))
+        if recipe.page_bytes not in (None, values.page_bytes):
+            raise file.error(f"pages of {values.page_bytes} bytes, where the recipe makes {recipe.page_bytes}")
         try:
-            self.layout = layout_for(recipe, self.geometry)
+            self.layout = layout_for([recipe], self.geometry, values.page_bytes)
         except ValueError as error:
             raise file.error(f"there are no such pages ({error})") from error
         tiers = self.layout.tiers
-        values = header.store(index, len(tiers), most_capacity(max(state.tail_used), recipe.when.every))
         self.layers, counts, self._evicted, self.order = values.layers, values.pages, values.evicted, values.order
         self._rotates_values = values.rotates_values
         if values.rotates_values and not recipe.rotates_values:
             raise file.error("rotated values, where the recipe keeps them as they are")
-        if values.page_bytes != self.layout.page_bytes:
-            raise file.error(f"pages of {values.page_bytes} bytes, where the recipe makes {self.layout.page_bytes}")
         self.pages = file.expect(f"{self._name}.pages", torch.uint8, (sum(counts), values.page_bytes))
         self._batch, self._capacity = state.batch, values.tail_capacity
         self._spare = _SPARE_TAIL // len(header.stores)

@@ -45,8 +45,8 @@ class PlanView:
             importance may be of much.
         sinks_apart (`bool`): Whether the first tier holds the sinks alone, and all else the second; a plan is then
             shown the second only.
-        room (`torch.Tensor`, *optional*): `int64` `[batch]`, slots that the next packings add to each row, for plans
-            that leave room for them ([`Plan.leaves_room`]); `None` for none.
+        room (`torch.Tensor`, *optional*): `int64` `[batch, tiers]`, slots that the next packings add to each row, for
+            plans that leave room for them ([`Plan.leaves_room`]); `None` for none.
     """
 
     importance: torch.Tensor
@@ -108,9 +108,11 @@ class PlanView:
         """The slots that the next packings add to each row, as far as room is to be left for them.
 
         Returns:
-            `torch.Tensor`: `int64` `[batch]`, on the host.
+            `torch.Tensor`: `int64` `[batch, tiers]`, on the host.
         """
-        return torch.zeros(self.filled.shape[0], dtype=torch.int64) if self.room is None else on_host(self.room)
+        if self.room is None:
+            return torch.zeros((self.filled.shape[0], self.tiers), dtype=torch.int64)
+        return on_host(self.room)
 
     def slots_allowed(self) -> torch.Tensor:
         """The even share of the budget; a recipe's plan is checked to have one.
@@ -228,6 +230,17 @@ class Plan(Part, abc.ABC):
         """`bool`: Whether it leaves its headroom as room in the pages that rows hold ([`PlanView.room`]); if not, it is
         allowed so many bytes less."""
         return False
+
+    def resting_tiers(self, recipe: "Recipe") -> tuple[int, ...]:
+        """The tiers in which it leaves slots whatever comes; new slots pass through the first on their way there.
+
+        Args:
+            recipe (`Recipe`): The recipe.
+
+        Returns:
+            `tuple[int, ...]`: Indices of tiers; all of them unless the plan knows better.
+        """
+        return tuple(range(len(recipe.tiers)))
 
     def check(self, recipe: "Recipe") -> None:
         """Refuses recipes that this plan cannot work with; called when the recipe is made.

@@ -38,9 +38,9 @@ class RateDistortion(Plan):
         small (`float`): Below this many bytes per dense byte only `small_tiers` stored tiers are used: every further
             tier costs half a page per head.
         small_tiers (`int`): Stored tiers at small budgets, the cheapest of the hull.
-        headroom (`float`): Share of the budget, in slots of the first tier, that a plan made during decoding leaves
-            free in the pages that rows hold anyway, in whole packings; the next plan is due when that is used up and
-            rows need new pages. Where nothing is stored in the first tier, as at small budgets, no room is left there.
+        headroom (`float`): Share of the budget, in slots of the tier that new ones enter, that a plan made during
+            decoding leaves free in the pages that rows hold anyway, in whole packings; the next plan is due when that
+            is used up and rows need new pages. Where nothing is stored in that tier, no room is left there.
     """
 
     kind = "rate-distortion"
@@ -65,6 +65,12 @@ class RateDistortion(Plan):
     def leaves_room(self) -> bool:
         """`bool`: Always."""
         return True
+
+    def resting_tiers(self, recipe: Recipe) -> tuple[int, ...]:
+        """The cheapest `small_tiers` for a budget below `small`; see [`Plan.resting_tiers`]."""
+        tiers, amount = super().resting_tiers(recipe), None if recipe.budget is None else recipe.budget.amount
+        small = isinstance(amount, float) and amount < self.small and not recipe.protect.prompt
+        return tiers[-self.small_tiers :] if small else tiers
 
     def check(self, recipe: Recipe) -> None:
         """Needs a budget; see [`Plan.check`]."""
@@ -198,8 +204,9 @@ class _Ladder:
         self._tiers = [tier for tier, _ in hull]
         self._stored, self._above = counts.stored(), counts.above()
         self.offsets = offsets(hull)
-        #: Slots of the first tier to leave free in started pages, `int32` `[batch, 1, 1]`.
-        self._room = to_device(_room_in(hull, view.room_left()), self._stored.device).to(torch.int32)[:, None, None]
+        room = torch.stack([_room_in(hull, mine) for mine in view.room_left()])
+        #: Slots to leave free in started pages, `int32` `[batch, 1, tiers, 1]`.
+        self._room = to_device(room, self._stored.device).to(torch.int32)[:, None, :, None]
         #: Sequences of which every slot is stored, `bool` `[batch]`; `None` if there is none.
         self._whole: torch.Tensor | None = None
         if view.guesses:
@@ -241,9 +248,7 @@ class _Ladder:
     def _pages(self, slots: torch.Tensor) -> torch.Tensor:
         """Pages of each row in each tier, those counted in which room is left: as `slots`."""
         per_page = self._view.slots_per_page.to(torch.int32)[:, :, None]
-        slots = slots + (per_page - 1)
-        slots[:, :, 0] += self._room
-        return slots.div_(per_page, rounding_mode="floor")
+        return (slots + (per_page - 1) + self._room).div_(per_page, rounding_mode="floor")
 
     def row_bytes(self, thresholds: torch.Tensor) -> torch.Tensor:
         """Bytes of each row, every started page counted whole: `int64` `[batch, rows, n]`."""
@@ -251,8 +256,7 @@ class _Ladder:
 
     def fill_pages(self, thresholds: torch.Tensor) -> torch.Tensor:
         """Lowers thresholds as far as the pages that are started anyway have room, from the best tier down."""
-        room = self._pages(self.occupancy(thresholds)) * self._view.slots_per_page[:, :, None]  # slots
-        room[:, :, 0] -= self._room
+        room = self._pages(self.occupancy(thresholds)) * self._view.slots_per_page[:, :, None] - self._room  # slots
         steps = list(thresholds.unbind(2))
         for step in reversed(range(len(steps))):
             tier = self._tiers[step]
@@ -302,8 +306,10 @@ def offsets(hull: Hull) -> list[int]:
 
 
 def _room_in(hull: Hull, room: torch.Tensor) -> torch.Tensor:
-    """The room to leave in the first tier: none where nothing is stored there, as it would cost every row a page."""
-    return room if any(tier == 0 for tier, _ in hull) else torch.zeros_like(room)
+    """The room to leave in each tier: none where nothing is stored, as it would cost every row a page; `[tiers]`."""
+    stored = torch.zeros_like(room, dtype=torch.bool)
+    stored[[tier for tier, _ in hull]] = True
+    return torch.where(stored, room, 0)
 
 
 def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:

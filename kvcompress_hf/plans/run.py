@@ -27,6 +27,8 @@ class Limits:
         held_bytes (`torch.Tensor`): `int64` `[batch]`, pages held now.
         held_slots (`torch.Tensor`): `int64` `[batch]`, slots held now, over all rows.
         allowed_bytes (`torch.Tensor`, *optional*): `int64` `[batch]`, pages allowed; `None` without a budget.
+        entry (`int`): The tier that new slots enter, but for sinks that are stored apart.
+        every (`int`): Slots that each packing adds to a row.
     """
 
     slots_per_page: torch.Tensor
@@ -35,6 +37,8 @@ class Limits:
     held_bytes: torch.Tensor
     held_slots: torch.Tensor
     allowed_bytes: torch.Tensor | None
+    entry: int
+    every: int
 
     def of(self, sequences: torch.Tensor | slice) -> "Limits":
         """Picks sequences of the batch.
@@ -109,6 +113,7 @@ def make_limits(
     expected: torch.Tensor,
     held: tuple[torch.Tensor, torch.Tensor],
     on_top: torch.Tensor,
+    entering: tuple[int, int],
 ) -> Limits:
     """Works out what the sequences of a recipe may hold.
 
@@ -120,7 +125,9 @@ def make_limits(
         expected (`torch.Tensor`): `int64` `[batch]`, tokens that a fraction budget is a fraction of.
         held (`tuple[torch.Tensor, torch.Tensor]`): `int64` `[batch]` each, bytes of pages and slots held now.
         on_top (`torch.Tensor`): `int64` `[batch]`, tokens that come on top of the budget, see [`prompt_on_top`]; they
-            are allowed what they take in the first tier, or in the second where the first is for sinks.
+            are allowed what they take in the tier that they enter.
+        entering (`tuple[int, int]`): The tier that new slots enter, but for sinks that are stored apart; and how many
+            each packing adds to a row.
 
     Returns:
         `Limits`: What each sequence may hold.
@@ -129,11 +136,10 @@ def make_limits(
         [torch.tensor([[tier.slots for tier in part.store.layout.tiers]] * part.rows) for part in parts]
     )
     page_bytes = torch.cat([torch.full((part.rows,), cost_of_page(part.store)) for part in parts])
-    entry = int(recipe.sinks_apart > 0)  # the tier of all slots but sinks
     groups = [
         RowGroup(
             rows=part.rows,
-            slots_per_page=part.store.layout.tiers[entry].slots,
+            slots_per_page=part.store.layout.tiers[entering[0]].slots,
             page_bytes=cost_of_page(part.store),
             dense_slot_bytes=2 * part.store.layout.head_dim * part.store.geometry.dtype.itemsize,
             tail_bytes=outside,
@@ -151,9 +157,10 @@ def make_limits(
         for group in groups:
             tokens = on_top if group.window is None else on_top.clamp(max=group.window)
             allowed += (tokens + group.slots_per_page - 1) // group.slots_per_page * group.page_bytes * group.rows
-            if entry and group.window is None and isinstance(recipe.budget.amount, int):  # sinks start their own page
+            if recipe.sinks_apart and group.window is None and isinstance(recipe.budget.amount, int):
+                # Sinks start their own page.
                 allowed += group.page_bytes * group.rows
-    return Limits(per_page, page_bytes, dense, *held, allowed)
+    return Limits(per_page, page_bytes, dense, *held, allowed, *entering)
 
 
 def prompt_on_top(recipe: Recipe, prompt: int, padding: torch.Tensor) -> torch.Tensor:
@@ -249,13 +256,15 @@ def make_view(
 
 
 def _room_for_packings(recipe: Recipe, limits: Limits, worth: torch.Tensor) -> torch.Tensor:
-    """Slots of the first tier that so many bytes are worth in every row, in whole packings; `int64` `[batch]`.
+    """Slots that so many bytes are worth in every row, in whole packings: `int64` `[batch, tiers]`.
 
     Sequences of a batch would all use up their room at the same step, so each gets up to half as much more or less, by
     what it alone decides: how many slots it holds.
     """
-    slot_of_each_row = (limits.page_bytes / limits.slots_per_page[:, 0]).sum()
-    packings = (worth / slot_of_each_row / recipe.when.every).long()
+    slot_of_each_row = (limits.page_bytes / limits.slots_per_page[:, limits.entry]).sum()
+    packings = (worth / slot_of_each_row / limits.every).long()
     spread = packings // 2
     turn = limits.held_slots % (2 * spread + 1)
-    return (packings - spread + turn) * recipe.when.every
+    room = torch.zeros((len(packings), len(recipe.tiers)), dtype=torch.int64)
+    room[:, limits.entry] = (packings - spread + turn) * limits.every
+    return room

@@ -330,7 +330,7 @@ class PagedAttention(LayerWork):
         Returns:
             `bool`: What `start` returned; if that is False, nothing has happened.
         """
-        every = self.recipe.when.every
+        every = self.every
         packs = any(layer.tail_used + 1 >= every for layer in self.layers)
         try:
             self.rollback.begin(packs=packs, statistics=packs and self._adds_up)

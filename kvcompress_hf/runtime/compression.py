@@ -297,7 +297,14 @@ class Compression:
                 return None
             on_top = prompt_on_top(recipe, state.counters.prompt, padding[rows])
             limits = make_limits(
-                recipe, parts, windows, aside, expected=expected[rows], held=(held[rows], stored[rows]), on_top=on_top
+                recipe,
+                parts,
+                windows,
+                aside,
+                expected=expected[rows],
+                held=(held[rows], stored[rows]),
+                on_top=on_top,
+                entering=(state.entry, state.every),
             )
             ruled.append(_Ruled(recipe, plan, rows, limits))
         return ruled
@@ -334,7 +341,7 @@ class Compression:
         What depends on the other sequences of the batch is left out: a sequence must be compressed alike whatever it
         is batched with.
         """
-        geometry, every = store.geometry, self.state.recipe.when.every
+        geometry, every = store.geometry, self.state.every
         slot = 2 * geometry.head_dim * geometry.dtype.itemsize + 4 * len(store.layout.fields)
         rows = store.layers * geometry.kv_heads
         means = 8 * geometry.head_dim if describe_of(self.state) is not None else 0
@@ -416,7 +423,7 @@ class Compression:
                     window = state.layers[owned.layers[0]].window
                     kept = tokens if window is None else min(tokens, window - 1)
                     lengths = after.get(id(store))
-                    tier, sinks = entry_of(state.recipe, window)
+                    tier, sinks = entry_of(state, window)
                     needed += store.pages_to_pack(tier, kept, len(owned.layers), state.tails(owned), lengths, sinks)
                     live -= 0 if lengths is None else store.pages_freed(lengths)
             over = (live + needed) * arena.page_bytes - state.max_bytes if needed and state.max_bytes else 0

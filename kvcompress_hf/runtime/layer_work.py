@@ -54,7 +54,7 @@ class LayerWork(Past):
         """Makes the tail private and large enough for a token more."""
         if layer.tail_used >= store.tail_capacity or store.tail_is_shared:
             room = layer.tail_used + 1
-            store.reserve_tail(max(self.recipe.when.every, 2 * room if self.recording else room))
+            store.reserve_tail(max(self.every, 2 * room if self.recording else room))
             self.note_peak()
 
     def _plan_of(self, layer: LayerState, store: PagedStore, logits: Logits, centred: bool) -> DecodePlan:
@@ -88,7 +88,7 @@ class LayerWork(Past):
                 store.own_all()
             self.rollback.counts(layer, new)
             # Before a pass that has been captured this is done for all layers at once.
-            if observer.last_only and layer.tail_used + 1 >= self.recipe.when.every and not self._capturing:
+            if observer.last_only and layer.tail_used + 1 >= self.every and not self._capturing:
                 store.clear_field(str(self._sum_field), layer.index)
         if self._remembers:
             self._remember(observer, layer, store, new)
@@ -185,7 +185,7 @@ class LayerWork(Past):
         Decoding rounds attention over quantised pages in its own way, so a draft that is verified in one block could
         differ from the tokens of plain decoding where two of them are nearly equal.
         """
-        if not self.recording or not layer.seen or new.tokens > self.recipe.when.every or layer.sharing is not None:
+        if not self.recording or not layer.seen or new.tokens > self.every or layer.sharing is not None:
             return False
         if all(TIERS[name] == (0, 0) for name in self.recipe.tiers):
             return False

@@ -8,22 +8,21 @@ import torch
 from kvcompress_hf.observers import checked
 from kvcompress_hf.paging.store import Describe, PagedStore
 from kvcompress_hf.paging.waiting import known_as, to_device
-from kvcompress_hf.recipe import Recipe
 from kvcompress_hf.runtime.call import AttentionCall
 from kvcompress_hf.runtime.state import CacheState, LayerState
 
 
-def entry_of(recipe: Recipe, window: int | None) -> tuple[int, int]:
+def entry_of(state: CacheState, window: int | None) -> tuple[int, int]:
     """Where new slots enter.
 
     Args:
-        recipe (`Recipe`): The recipe.
+        state (`CacheState`): The cache.
         window (`int`, *optional*): Sliding window of their layer: its first tokens do not stay.
 
     Returns:
         `tuple[int, int]`: The tier, and how many slots at the beginning of a row enter the first tier instead.
     """
-    return (int(recipe.sinks_apart > 0), recipe.sinks_apart if window is None else 0)
+    return state.entry, state.recipe.sinks_apart if window is None else 0
 
 
 def describe_of(state: CacheState) -> Describe | None:
@@ -51,7 +50,7 @@ def append(
         new (`AttentionCall`): The tokens.
         fields (`dict[str, torch.Tensor]`): Their slot fields, `[batch, kv_heads, tokens]`.
     """
-    store.reserve_tail(max(state.recipe.when.every, layer.tail_used + new.tokens))
+    store.reserve_tail(max(state.every, layer.tail_used + new.tokens))
     tail = store.tail(layer.index)
     before = tail.lengths.clone()
     store.backend.append(tail, new.key, store.rotated(new.value), new.position, new.valid)
@@ -112,7 +111,7 @@ def pack_chunk(
     """
     key, value, valid = new.key, new.value, new.valid
     batch, heads, tokens, _ = key.shape
-    describe, (tier, sinks) = describe_of(state), entry_of(state.recipe, layer.window)
+    describe, (tier, sinks) = describe_of(state), entry_of(state, layer.window)
     if layer.tail_used:
         store.pack_tail(tier, layer.index, describe, state.tails(state.owned[store.geometry]), sinks)
         layer.emptied()
@@ -156,7 +155,7 @@ def packs_next(state: CacheState) -> bool:
     """
     if state.counters.unfinished:
         return True
-    every = state.recipe.when.every
+    every = state.every
     return any(layer.tail_used >= every for layer in state.layers)
 
 
@@ -167,13 +166,13 @@ def pack_tails(state: CacheState) -> None:
         state (`CacheState`): The cache.
     """
     started = time.perf_counter()
-    every = state.recipe.when.every
+    every = state.every
     owners = list(state.owned.values())
     if not state.counters.unfinished:
         owners = [owned for owned in owners if state.tail_used(owned) >= every]
     state.learn_tails()
     for owned in owners:
-        tier, sinks = entry_of(state.recipe, state.layers[owned.layers[0]].window)
+        tier, sinks = entry_of(state, state.layers[owned.layers[0]].window)
         owned.store.pack_tail(tier, describe=describe_of(state), tails=state.tails(owned), sinks=sinks)
         for index in owned.layers:
             state.layers[index].emptied()

@@ -102,7 +102,7 @@ class Past(CacheState):
         """Whether a decode step writes over statistics of stored slots, and does not only add to them."""
         if observer is None or not self._counts_steps:
             return False
-        clears = observer.last_only and any(layer.tail_used + 1 >= self.recipe.when.every for layer in self.layers)
+        clears = observer.last_only and any(layer.tail_used + 1 >= self.every for layer in self.layers)
         return observer.observes_steps or clears
 
     def _settle_last_pass(self) -> None:
@@ -318,13 +318,13 @@ class Past(CacheState):
             `int`: Number of tokens, at least 0.
         """
         used = max((self.tail_used(owned) for owned in self.owned.values()), default=0)
-        return max(0, self.recipe.when.every - used)
+        return max(0, self.every - used)
 
     def _crop_store(self, owned: StoreLayers, removed: int, target: int) -> None:
         store = owned.store
         in_tail = self.tail_used(owned)
         if removed > in_tail:
-            tier, _ = packing.entry_of(self.recipe, self.layers[owned.layers[0]].window)
+            tier, _ = packing.entry_of(self, self.layers[owned.layers[0]].window)
             packed = store.lengths_on_host()
             left = torch.full((self.batch,), target, dtype=packed.dtype)
             if self.counters.gaps is not None:

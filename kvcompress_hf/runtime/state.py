@@ -82,6 +82,21 @@ class CacheState:
         return self.counters.recipes
 
     @property
+    def entry(self) -> int:
+        """`int`: The tier that new slots enter, but for sinks that are stored apart: the best that any may stay in."""
+        if self.recipe.sinks_apart:
+            return 1
+        return min(tier for recipe in self.recipes for tier in recipe.resting_tiers)
+
+    @property
+    def every(self) -> int:
+        """`int`: Tokens that gather in the tails before they are packed."""
+        when = self.recipe.when
+        if when.tight is None or any(len(each.resting_tiers) == len(each.tiers) for each in self.recipes):
+            return when.every
+        return min(when.every, when.tight)
+
+    @property
     def windows(self) -> list[int | None]:
         """`list[int | None]`: Sliding window of each layer."""
         return [layer.window for layer in self.layers]
@@ -280,7 +295,7 @@ class CacheState:
         geometry = Geometry(key.device, key.dtype, heads, head_dim, layer.window is not None)
         owned = self.owned.get(geometry)
         if owned is None:
-            layout = layout_for(self.recipe, geometry)
+            layout = layout_for(self.recipes, geometry)
             place = (key.device, layout.page_bytes)
             if place not in self.pools:
                 self.pools[place] = Arena(layout.page_bytes, key.device, self.max_bytes)
@@ -375,20 +390,25 @@ class CacheState:
         self.note_peak()
 
 
-def layout_for(recipe: Recipe, geometry: Geometry) -> kernels.PageLayout:
+def layout_for(recipes: Sequence[Recipe], geometry: Geometry, page_bytes: int | None = None) -> kernels.PageLayout:
     """Works out what the pages of a cache look like.
 
     Args:
-        recipe (`Recipe`): Its recipe: tiers, page size, and whether slots need positions and scores.
+        recipes (`Sequence[Recipe]`): Its recipes: tiers, page size, which tiers slots stay in, and whether slots need
+            positions and scores.
         geometry (`Geometry`): Shape and dtype of the keys.
+        page_bytes (`int`, *optional*): Size of pages that there are already, as in a file.
 
     Returns:
-        `PageLayout`: Size and sections of a page in each of the recipe's tiers.
+        `PageLayout`: Size and sections of a page in each of the recipes' tiers.
 
     Raises:
-        ValueError: If the recipe's `page_bytes` cannot hold a page, or `head_dim` is not supported.
+        ValueError: If pages of that size, or the recipes', hold too little, or `head_dim` is not supported.
     """
+    recipe = recipes[0]
     observed = () if recipe.observer is None else recipe.observer.fields
     slot_fields = ("position", *observed) if recipe.evicts or geometry.windowed else ()
     tiers = [TIERS[name] for name in recipe.tiers]
-    return kernels.page_layout(geometry.head_dim, geometry.dtype, tiers, slot_fields, recipe.page_bytes)
+    resting = sorted({tier for each in recipes for tier in each.resting_tiers})
+    size = recipe.page_bytes if page_bytes is None else page_bytes
+    return kernels.page_layout(geometry.head_dim, geometry.dtype, tiers, slot_fields, size, resting)

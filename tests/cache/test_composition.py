@@ -211,6 +211,15 @@ def test_measured_bytes_never_exceed_the_budget(preset, budget):
     assert cache.run_report.statistics.plans > 1
 
 
+@pytest.mark.parametrize("every", [4, 8])
+def test_measured_bytes_never_exceed_a_small_budget(every):
+    prompt, steps, budget = 2400, 160, 1 / 16
+    cache = cache_of(kvc.get_preset("auto").with_overrides(budget=budget, when={"every": every}), prompt_tokens=prompt)
+    for seen, _ in read(cache, states_of(prompt + steps), [prompt] + [1] * steps):
+        assert cache.memory().total <= budget * DENSE * seen, seen
+    assert 1 < cache.run_report.statistics.plans < cache.run_report.statistics.packings
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("preset", PLANNING)
 def test_statistics_are_fp32_and_finite_in_half_precision(preset, dtype):

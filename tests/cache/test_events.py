@@ -75,6 +75,32 @@ def test_the_room_that_is_left_saves_plans_and_keeps_the_budget(stock):
     assert 0 < made[1 / 8] < made[1 / 256] / 2
 
 
+def test_new_slots_enter_the_best_tier_that_any_stay_in(stock):
+    """At small budgets that is the cheapest, where a plan leaves room for them, so that few plans follow packings."""
+    model, budget = kvc.patch(copy.deepcopy(stock), "auto"), 1 / 16
+    recipe, sizes, better, packed = kvc.get_preset("auto").with_overrides(budget=budget), [], [], []
+
+    def look(cache):
+        sizes.append(cache.memory())
+        packed.append(cache.run_report.statistics.packings)
+        better.extend(int(store.lengths[:2].sum()) for store in cache._attention.stores)
+
+    _, plans, cache = run(model, recipe, tokens(1, 1400, seed=2), 200, look)
+    assert not any(better) and int(torch.stack(cache.slots()).sum()) > 0
+    assert all(report.total <= budget * report.dense * 1.02 for report in sizes)
+    packings = 200 // recipe.when.tight
+    assert cache.run_report.statistics.packings - packed[0] == packings
+    (store,) = cache._attention.stores
+    assert store.tail(0).capacity == recipe.when.tight < recipe.when.every
+    assert 0 < sum(plans) <= packings * 2 // 3
+    rows = [recipe.with_overrides(budget=each) for each in (budget, 1 / 4)]
+    cache = kvc.CompressedPagedCache(model.config, rows)
+    logits(model, tokens(2, 300), cache)
+    assert (cache._attention.entry, cache._attention.every) == (0, recipe.when.every)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert (cache._attention.entry, cache._attention.every) == (2, recipe.when.tight)
+
+
 def test_sequences_take_turns_and_each_as_if_alone(stock):
     model = kvc.patch(copy.deepcopy(stock), "auto")
     plan = kvc.RateDistortion(small=0.0, headroom=1 / 8)

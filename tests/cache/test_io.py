@@ -103,6 +103,23 @@ def test_a_loaded_cache_goes_on_with_the_very_same_logits(model, recipe, pads, t
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_pages_need_not_be_of_the_size_that_is_chosen_now(model, tmp_path, monkeypatch):
+    """As in files of before pages suited the tiers that slots stay in."""
+    recipe = kvc.get_preset("auto").with_overrides(budget=1 / 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(kvc.RateDistortion, "resting_tiers", kvc.plans.base.Plan.resting_tiers)
+        cache, _ = filled(model, recipe, prompt=600)
+    cache.save(tmp_path / "cache")
+    loaded = kvc.CompressedPagedCache.load(tmp_path / "cache", model)
+    fresh, _ = filled(model, recipe, prompt=600)
+    sizes = [each.inspect().stores[0].layout.page_bytes for each in (cache, loaded, fresh)]
+    assert sizes[0] == sizes[1] != sizes[2]
+    goes_on_alike(model, cache, loaded)
+    rows = [{"preset": "auto", "budget": budget} for budget in (1 / 16, 1 / 4)]
+    both, _ = filled(model, rows, prompt=600)
+    assert both.inspect().stores[0].layout.page_bytes == sizes[0]  # one of the rows needs every tier
+
+
 MODELS = {
     "mistral": ("Mistral", {"sliding_window": 32}),
     "gemma2": (

@@ -137,12 +137,13 @@ def test_shares_are_those_of_torch(native, make_view, seed):
         allowed_bytes=allowed,
         distortion=LOSS[:, :tiers] * torch.tensor([[1.0], [1.0], [1.3]]),
         guesses=seed % 4 == 0,
-        room=torch.tensor([8, 0, 40]) if seed % 2 else None,
+        room=torch.tensor([[8, 0, 3], [0, 0, 0], [40, 24, 0]])[:, :tiers] if seed % 2 else None,
     )
     plan = RateDistortion(kappa=1.0, small=0.0)
     hulls = [lower_hull([64.0, 32.0, 16.0][:tiers], losses) for losses in view.distortion.tolist()]
-    room = torch.zeros(3, dtype=torch.int64) if view.room is None else view.room
-    room = torch.stack([each * (0 in [tier for tier, _ in hull]) for each, hull in zip(room, hulls, strict=True)])
+    room = torch.zeros(3, tiers, dtype=torch.int64) if view.room is None else view.room.clone()
+    for each, hull in zip(room, hulls, strict=True):
+        each[[tier for tier in range(tiers) if tier not in [used for used, _ in hull]]] = 0
     steps = Hulls([[tier for tier, _ in hull] for hull in hulls], [offsets(hull) for hull in hulls])
     found = native.shares(
         importance,
@@ -166,7 +167,7 @@ def test_room_is_left_in_started_pages(make_view):
         allowed_bytes=torch.tensor([60 * 1024]),
     )
     for room in (0, 16, 32):
-        view = make_view(importance, room=torch.tensor([room]), **given)
+        view = make_view(importance, room=torch.tensor([[room]]), **given)
         targets = RateDistortion().targets(view)
         lengths = (targets >= 0).sum(-1)
         pages_now, pages_then = -(-lengths // 48), -(-(lengths + room) // 48)

@@ -72,6 +72,25 @@ def test_usual_recipes_waste_little(head_dim, fields):
                 assert waste <= worst_waste(page_layout(head_dim, torch.bfloat16, tiers, fields, page_bytes)) + 0.005
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pages_suit_the_tiers_that_slots_stay_in(head_dim, dtype):
+    tiers, fields = [(8, 4), (4, 4), (4, 2)], ("position", "score")
+    for stays in range(3):
+        layout = page_layout(head_dim, dtype, tiers, fields, resting=[stays])
+        assert layout.tiers[stays].used == layout.page_bytes and layout.tiers[stays].slots <= 64
+        assert min(tier.slots for tier in layout.tiers) >= 16
+    two = page_layout(head_dim, dtype, tiers, fields, resting=[2, 1])
+    assert two.page_bytes == page_layout(head_dim, dtype, tiers[1:], fields).page_bytes
+    every = page_layout(head_dim, dtype, tiers, fields, resting=[0, 1, 2])
+    assert every == page_layout(head_dim, dtype, tiers, fields)
+    given = page_layout(head_dim, dtype, tiers, fields, every.page_bytes, resting=[2])
+    assert given == every
+    # Where 64 slots of the tier are less than 16 of another, that other decides.
+    large = page_layout(head_dim, dtype, [(0, 0), (2, 2)], resting=[1])
+    assert large.tiers[0].slots >= 16 and large.page_bytes >= 16 * large.slot_bytes(0)
+
+
 def worst_waste(layout):
     return max(1 - tier.used / layout.page_bytes for tier in layout.tiers)
 
@@ -112,6 +131,8 @@ def test_c_struct_holds_the_same_numbers():
         (dict(page_bytes=1024), "page_bytes=1024 is too small"),
         (dict(page_bytes=10001), "multiple of 64"),
         (dict(page_bytes=0), "multiple of 64"),
+        (dict(resting=[2]), "indices of 2 tiers"),
+        (dict(resting=[-1]), "indices of 2 tiers"),
     ],
 )
 def test_errors_name_what_is_wrong(arguments, message):
