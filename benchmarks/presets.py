@@ -44,14 +44,14 @@ def marks(cell: dict[str, Any], floor: dict[str, Any] | None, mode: str, probe: 
     """What is to be said of a figure; see above."""
     budget = parse_budget(cell["budget"]) if cell["budget"] else 1.0
     found = "!" if isinstance(budget, float) and cell["bytes"]["ratio"] > 1.005 * budget else ""
-    if floor is not None and floor is not cell:
+    if floor is not None and floor is not cell:  # paired by context
         _, high = interval(kl_of(cell, mode, probe), kl_of(floor, mode, probe))
         found += "" if high is not None and high < 0 else "†"
     return found
 
 
 def table(figures: dict[str, Any], mode: str, probe: str) -> str:
-    """One row per preset, best first at the first budget that all have; one column per budget."""
+    """One row per preset, the smallest sum over the budgets first; one column per budget."""
     (length,) = figures["full"]
     cells = [cell for cell in in_order(figures["cells"], int(length)) if cell["budget"]]
     budgets = list(dict.fromkeys(cell["budget"] for cell in cells))

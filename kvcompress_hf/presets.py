@@ -114,7 +114,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
         Recipe(
             name="h2o",
             observer=RunningScores(score="sum"),
-            protect=Protect(recent=64),
+            protect=Protect(recent=32),
             budget=Budget(0.5),
             plan=LowestPlan(),
             when=When(every=16),
