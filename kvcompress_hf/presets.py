@@ -114,7 +114,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
         Recipe(
             name="h2o",
             observer=RunningScores(score="sum"),
-            protect=Protect(recent=64),
+            protect=Protect(recent=32),
             budget=Budget(0.5),
             plan=LowestPlan(),
             when=When(every=16),
@@ -215,7 +215,7 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
     "expected-attention": (
         Recipe(
             name="expected-attention",
-            observer=ExpectedAttention(),
+            observer=ExpectedAttention(epsilon=0.01),
             protect=Protect(sinks=4, recent=32),
             budget=Budget(0.5),
             plan=LowestPlan(scope="layer", floor=0.2),
@@ -230,9 +230,9 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             protect=Protect(recent=8),
             budget=Budget(1024),
             plan=LowestPlan(),
-            when=When(every=128),
+            when=When(every=32),
         ),
-        "R-KV (arXiv 2505.24133): every 128 tokens, what the last 8 queries look at less what is like the rest",
+        "R-KV (arXiv 2505.24133): every 32 tokens, what the last 8 queries look at less what is like the rest",
     ),
     "triattention": (
         Recipe(
@@ -240,9 +240,9 @@ _PRESETS: dict[str, tuple[Recipe, str]] = {
             observer=QueryCentres(),
             budget=Budget(2048),
             plan=LowestPlan(),
-            when=When(every=128),
+            when=When(every=32),
         ),
-        "TriAttention (arXiv 2604.04921), centres learnt online: every 128 tokens, by expected logits; no attention",
+        "TriAttention (arXiv 2604.04921), centres learnt online: every 32 tokens, by expected logits; no attention",
     ),
     "think": (
         Recipe(

@@ -89,6 +89,7 @@ def test_parsing_a_full_dict_restores_every_part():
         ("kv-compress", {"plan": {"normalise": 1}}, ValueError, "normalise"),
         ("scissorhands", {"observer": {"count": "both"}}, ValueError, "'below' or 'above'"),
         ("expected-attention", {"observer": {"queries": 0}}, ValueError, "queries"),
+        ("expected-attention", {"observer": {"value": False, "epsilon": 0.1}}, ValueError, "epsilon"),
         ("kv-compress", {"plan": None}, ValueError, "no plan"),
         ("kv-compress", {"plan": WindowScores()}, TypeError, "plan classes"),
         ("kv-compress", {"tiers": ("k8v4", "k4v2")}, ValueError, "PagePlan only keeps or evicts"),

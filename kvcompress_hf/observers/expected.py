@@ -8,7 +8,7 @@ from kvcompress_hf.observers.attention_seen import write_field_of_all
 from kvcompress_hf.observers.base import Chunk, Observer
 from kvcompress_hf.paging.new_tokens import NewTokens
 from kvcompress_hf.paging.slots import Slots
-from kvcompress_hf.validation import check_flags, require_int
+from kvcompress_hf.validation import check_flags, check_numbers, require_int
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,19 @@ class ExpectedAttention(Observer):
     """Observer: the attention that a normally distributed future query gives a slot, times the norm of its value.
 
     For query heads with mean `m` and covariance `C` a key `k` expects `exp(s m.k + s**2 k'Ck / 2)` with the factor `s`
-    on the logits; this is normalised over all slots, averaged over the query heads of the group, and multiplied by
-    `|v|` (arXiv 2510.00636, equations 5-9). The paper takes mean and covariance before rotary embedding and turns them
-    by the mean rotation of the next 512 positions. Here they are those of the last `queries` rotated queries, so past
-    positions stand for the coming ones and the spread of their rotations is part of the covariance; this needs
-    nothing of the model's rotary embedding. Later chunks of a prompt score what is stored anew, from the keys as they
-    are stored. A soft cap on logits is not modelled.
+    on the logits; this is normalised over all slots and averaged over the query heads of the group, `epsilon` is added,
+    and the sum is multiplied by `|v|` (arXiv 2510.00636, equations 5-9). The paper takes mean and covariance before
+    rotary embedding and turns them by the mean rotation of the next 512 positions. Here they are those of the last
+    `queries` rotated queries, so past positions stand for the coming ones and the spread of their rotations is part of
+    the covariance; this needs nothing of the model's rotary embedding. Later chunks of a prompt score what is stored
+    anew, from the keys as they are stored. A soft cap on logits is not modelled.
 
     Args:
         queries (`int`): Last queries of the prompt or chunk whose statistics stand for the future.
         covariance (`bool`): Count the spread of the queries, not their mean alone.
         value (`bool`): Multiply by the norm of the value.
+        epsilon (`float`): Added to the attention before that. It lets large values count where little attention is
+            expected; without it what only a later question looks at is lost first.
     """
 
     kind = "expected"
@@ -34,10 +36,14 @@ class ExpectedAttention(Observer):
     queries: int = 512
     covariance: bool = True
     value: bool = True
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         require_int("ExpectedAttention", "queries", self.queries, 1)
         check_flags(self, "covariance", "value")
+        check_numbers(self, "epsilon", low=0, high=1)
+        if self.epsilon and not self.value:
+            raise ValueError("ExpectedAttention(epsilon=..., value=False): only values make something of epsilon.")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -78,7 +84,7 @@ class ExpectedAttention(Observer):
         score = torch.where(held, attention, 0.0)
         if self.value:
             norms = [torch.where(f, v.float().norm(dim=-1), 0.0) for v, f in zip(values, filled, strict=True)]
-            score = score * torch.cat(norms, dim=-1)
+            score = (score + self.epsilon) * torch.cat(norms, dim=-1)
         widths = tuple(part.shape[-1] for part in filled)
         return {"score": write_field_of_all(chunk.store, chunk.layer, new.valid, score, widths, "score")}
 

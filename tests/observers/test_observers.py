@@ -187,10 +187,12 @@ def test_heads_that_disagree_look_settled_to_a_group_mean(make_slots_of):
 
 
 @pytest.mark.parametrize("chunks", [(50,), (30, 20)])
-@pytest.mark.parametrize(("covariance", "value_norm"), [(True, True), (False, False)])
-def test_expected_attention_is_the_mean_over_normal_queries(chunks, covariance, value_norm):
+@pytest.mark.parametrize(
+    ("covariance", "value_norm", "epsilon"), [(True, True, 0), (True, True, 0.01), (False, False, 0)]
+)
+def test_expected_attention_is_the_mean_over_normal_queries(chunks, covariance, value_norm, epsilon):
     query, key, value = states(50, 6)
-    cache = cache_with(kvc.ExpectedAttention(queries=16, covariance=covariance, value=value_norm))
+    cache = cache_with(kvc.ExpectedAttention(queries=16, covariance=covariance, value=value_norm, epsilon=epsilon))
     start = 0
     for tokens in chunks:
         part = slice(start, start + tokens)
@@ -207,7 +209,7 @@ def test_expected_attention_is_the_mean_over_normal_queries(chunks, covariance, 
                     logits[b, h, g, j] = SCALE * k @ mean + (SCALE**2 / 2 * k @ spread @ k if covariance else 0)
     expected = logits.softmax(-1).mean(2)
     if value_norm:
-        expected = expected * value.double().norm(dim=-1)
+        expected = (expected + epsilon) * value.double().norm(dim=-1)
     torch.testing.assert_close(stored(cache, "score"), expected.float(), atol=1e-6, rtol=1e-4)
 
 
