@@ -241,7 +241,7 @@ class When:
             the budget may be exceeded by this many in between; `None` plans at each packing. Every decode step adds one
             token to each sequence, so this is also the number of steps.
         tight (`int`, *optional*): In place of a larger `every` where slots stay in some of the tiers only, as those of
-            `auto` do below a tenth of the dense bytes: the tail's room comes out of the budget, and is much of it there.
+            `auto` do below a tenth of the dense bytes: the tail's room comes out of the budget, and is much of it.
     """
 
     prefill: bool = True
@@ -458,12 +458,14 @@ class Recipe:
 
     @property
     def feeds_back(self) -> bool:
-        """`bool`: Whether keys of 4 bits and fewer are rounded with feedback.
+        """`bool`: Whether keys of 4 bits and fewer are rounded with feedback; see [`Recipe.keeps_feedback`]."""
+        return any(0 < TIERS[name][0] <= 4 for name in self.tiers)
 
-        Its factors take the room of four tokens per row. A recipe that evicts keeps more tokens for it instead: at 1/32
-        of the bytes it was ahead so on SmolLM2, and at 1/8 it made no difference.
-        """
-        return not self.evicts and any(0 < TIERS[name][0] <= 4 for name in self.tiers)
+    @property
+    def keeps_feedback(self) -> bool:
+        """`bool`: Whether that goes on after the prompt. Its factors take the room of four tokens per row, and a recipe
+        that evicts keeps more tokens instead."""
+        return self.feeds_back and not self.evicts
 
     @property
     def keeps_mean(self) -> bool:

@@ -65,6 +65,12 @@ class KeyFeedback:
         self.tensors.values["key_feedback"] = feedback
         self.tensors.moved()
 
+    def drop(self) -> None:
+        """Forgets it, and gives its memory back."""
+        if self.value is not None:
+            rest = {name: x for name, x in self.tensors.values.items() if name != "key_feedback"}
+            self.tensors.replace(rest)
+
 
 def key_feedback(query: torch.Tensor, kv_heads: int, real: torch.Tensor | None = None) -> torch.Tensor:
     """Directions in which errors are collected, and how much of them each channel makes good.

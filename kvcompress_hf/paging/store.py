@@ -61,6 +61,10 @@ class PagedStore(StoredRows):
         """
         self._feedback.settle(layer, query, real, sequences)
 
+    def drop_key_feedback(self) -> None:
+        """Rounds keys that are packed from now on each to the nearest."""
+        self._feedback.drop()
+
     def key_shift_of(self, layer: int) -> torch.Tensor | None:
         """What is taken off the keys of a layer before they are attended to and stored.
 

@@ -249,6 +249,7 @@ class PagedAttention(LayerWork):
                 self.counters.unfinished = True  # the plan of a prompt
                 self.compression.plan()
                 self.counters.unfinished = False
+                self.compression.drop_feedback()
                 self.give_back()
                 self.statistics.seconds_planning += time.perf_counter() - started
                 self.note_peak()

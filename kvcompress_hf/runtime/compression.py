@@ -124,7 +124,14 @@ class Compression:
         if counters.unfinished:
             self._tell_clamped(ask(self._clamped))
         counters.unfinished = False
+        self.drop_feedback()
         state.statistics.seconds_planning += time.perf_counter() - started
+
+    def drop_feedback(self) -> None:
+        """Forgets how keys of the prompt were to be rounded, once they are, unless those to come are rounded so too."""
+        if not self.state.recipe.keeps_feedback and not self.state.counters.awaits_second_reading:
+            for owned in self.state.owned.values():
+                owned.store.drop_key_feedback()
 
     def _due(self) -> bool:
         """Whether a packing during decoding also plans."""
@@ -346,7 +353,9 @@ class Compression:
         rows = store.layers * geometry.kv_heads
         means = 8 * geometry.head_dim if describe_of(self.state) is not None else 0
         of_keys = [
-            each.nbytes // self.state.batch for each in (store.key_shift, store.key_feedback) if each is not None
+            each.nbytes // self.state.batch
+            for each, stays in ((store.key_shift, True), (store.key_feedback, self.state.recipe.keeps_feedback))
+            if each is not None and stays
         ]
         queries = store.queries.nbytes // self.state.batch
         if self.state.recipe.keeps_mean and not geometry.windowed:  # of what is evicted, and how much that is

@@ -7,6 +7,7 @@ import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
 from kvcompress_hf.kernels.quantize import dequantize, hadamard, quantize
 from kvcompress_hf.paging.key_feedback import key_feedback
+from kvcompress_hf.patches.second_reading import read_again
 
 
 def peaked(tokens, batch=2, heads=4, dim=32, seed=0):
@@ -98,8 +99,25 @@ def test_it_is_settled_where_all_is_kept_in_few_bits_and_counted(model):
     assert cache.memory().metadata >= feedback.nbytes
 
 
-def test_a_saved_cache_comes_back_with_it(model, tmp_path):
-    cache = filled(model, "k4v4")
+@pytest.mark.parametrize("budget", [1 / 16, 1 / 4])  # keys enter a tier of 4 bits, or are lowered to one
+def test_recipes_that_evict_round_prompts_so_and_forget_how(model, budget, monkeypatch):
+    recipe = kvc.get_preset("auto").with_overrides(budget=budget)
+    cache = filled(model, recipe, 400)
+    with monkeypatch.context() as patched:
+        patched.setattr(kvc.Recipe, "feeds_back", False)
+        plain = filled(model, recipe, 400)
+    (store,), (other,) = cache.inspect().stores, plain.inspect().stores
+    assert store.key_feedback is None and cache.memory() == plain.memory()
+    assert torch.equal(store.lengths, other.lengths) and int(store.lengths[1:].sum())
+    assert not torch.equal(store.arena.slabs[0], other.arena.slabs[0])
+
+
+@pytest.mark.parametrize("recipe", ["k4v4", "auto-kvzip"])  # the second lowers keys at its second reading
+def test_a_saved_cache_comes_back_with_it(model, recipe, tmp_path):
+    cache = filled(model, recipe)
     cache.save(tmp_path / "cache.safetensors")
     loaded = kvc.CompressedPagedCache.load(tmp_path / "cache.safetensors", model)
     assert torch.equal(loaded.inspect().stores[0].key_feedback, cache.inspect().stores[0].key_feedback)
+    if cache.awaits_second_reading:
+        read_again(model, loaded, torch.randint(3, 96, (2, 90), generator=torch.Generator().manual_seed(0)), None)
+        assert loaded.inspect().stores[0].key_feedback is None
