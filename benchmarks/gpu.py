@@ -11,8 +11,8 @@ Each meant for ten minutes without network. In order, so that a run that is cut 
 - `sweep`: the same without dense attention from 16 slots on, which tells what a launch costs whatever it does.
 - `tests`: `tests/gpu`, every kernel against the reference.
 - `statistics`: a step that adds probabilities up.
-- `chunk`: later turns and drafted tokens against SDPA over the past dequantised before; `prefill`: window scores and
-  packing against the prefill they belong to.
+- `chunk`: later turns and drafted tokens against SDPA over the past dequantised before; `prefill`: window scores, the
+  second look (also in plain torch) and packing against the prefill they belong to.
 - `model`: a decode step of Llama-8B's shape with random weights against `DynamicCache`, by the clock and by the device,
   run and replayed from a CUDA graph; median of a step, and the mean with packings and captures.
 - `throughput`: how many sequences fit into a fixed KV memory, and tokens per second with that many.

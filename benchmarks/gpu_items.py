@@ -11,8 +11,9 @@ from gpu_timing import Form, clock, copies_for, gpu_milliseconds, graph_clock, h
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from kvcompress_hf.kernels import Backend, DecodePlan, Logits, Rows, Tail, get_backend, page_layout
+from kvcompress_hf.kernels import Backend, DecodePlan, Logits, Rotation, Rows, Tail, get_backend, page_layout
 from kvcompress_hf.kernels.cuda import CudaBackend, launcher_for
+from kvcompress_hf.kernels.non_causal import non_causal_scores
 
 TIERS = {"native": (0, 0), "k8v8": (8, 8), "k8v4": (8, 4), "k4v4": (4, 4), "k4v2": (4, 2), "k2v2": (2, 2)}
 SLAB_BYTES = 4 << 20  # as the cache allocates its pages
@@ -209,23 +210,37 @@ def chunk_item(args: argparse.Namespace, queries: int, context: int) -> dict:
 
 
 def prefill_item(args: argparse.Namespace, context: int) -> dict:
-    """Window scores and packing against the prefill attention of the same tokens, one layer."""
+    """Window scores, the second look and packing against the prefill attention of the same tokens, one layer."""
     device, heads, backend = args.device, args.kv_heads * args.group, get_backend(args.device)
     q = torch.randn(1, heads, context, args.head_dim, device=device, dtype=args.dtype)
     k, v = (torch.randn(1, args.kv_heads, context, args.head_dim, device=device, dtype=args.dtype) for _ in range(2))
     rows = packed_rows(args, "k8v4", context, 1)
     rows.lengths[0].zero_()
     counts = torch.full((1, args.kv_heads), context, dtype=torch.int32, device=device)
-    window = dict(position=context - 32, key_position=0, logits=Logits(args.head_dim**-0.5))
+    logits = Logits(args.head_dim**-0.5)
+    window = dict(position=context - 32, key_position=0, logits=logits)
+    turns = Rotation(5e5 ** -(torch.arange(0, args.head_dim, 2) / args.head_dim))
+    look = partial(backend.non_causal_scores, q, k, logits=logits, rotation=turns)
+    look_in_torch = partial(non_causal_scores, q, k, logits, turns, None, q.dtype)
     forms: dict[str, Form] = {
         "prefill attention (SDPA)": partial(sdpa, q, k, v, is_causal=True, enable_gqa=True),
         "window scores, last 32 queries": partial(backend.window_scores, q[:, :, -32:], k, rows, None, **window),
+        "second look": look,
+        "second look in torch": look_in_torch,
         "pack into k8v4": partial(backend.pack, rows, 0, k, v, counts, None, {}),
     }
     times = clock(forms, device, max(3, args.rounds // 3))
     whole = times["prefill attention (SDPA)"]
     gpu = {name: gpu_milliseconds(form, device).get("gpu_ms") for name, form in forms.items()}
-    return dict(context=context, ms=times, gpu_ms=gpu, share={name: ms / whole for name, ms in times.items()})
+    expected = look_in_torch()
+    return dict(
+        context=context,
+        ms=times,
+        gpu_ms=gpu,
+        share={name: ms / whole for name, ms in times.items()},
+        times_look_in_torch=times["second look in torch"] / times["second look"],
+        difference_of_looks=float((look() - expected).norm() / expected.norm()),
+    )
 
 
 def ceilings_item(args: argparse.Namespace) -> dict:

@@ -477,7 +477,7 @@ class Backend(abc.ABC):
         Nothing stored is looked at, and no queries x keys matrix is kept in memory.
 
         This default runs plain torch in the dtype of `q`, on whatever device the tensors are: what the CUDA backend
-        does.
+        does with shapes that its kernel does not take.
 
         Args:
             q: `[batch, q_heads, n, head_dim]`.

@@ -7,6 +7,7 @@ decoding step waits for the device, unless the tail may be full.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,16 +17,20 @@ from .. import abi, checks
 from ..arguments import fill_logits, fill_rows, fill_strides, fill_tail, pointer
 from ..backend import Backend, DecodePlan, WindowScores
 from ..layout import DTYPES, PageLayout
+from ..rotation import Rotation
 from ..types import Logits, Rows, Tail
 from .chunk import aligned, launch_chunk, launch_scores, takes_chunks
 from .hadamard import launch_hadamard
 from .launch import Launcher
+from .non_causal import launch_non_causal, takes_non_causal
+from .nvrtc import NvrtcError
 from .plan import GeneralDecodePlan, TensorCoreDecodePlan, fits_tensor_cores
 
 __all__ = ["CudaBackend"]
 
 WARPS = 4  # of a block, one slot each
 THREADS = 32 * WARPS
+SUMMED = 256  # slots that a block sums some of up
 TILE = 16  # query rows, or slots, that a block of the attention kernels works on
 
 
@@ -163,6 +168,21 @@ class CudaBackend(Backend):
         c.k, c.v = k.data_ptr(), v.data_ptr()
         self._launch("kvc_dense", rows.count * blocks_for(width, WARPS), device, rows.layout.c, c)
         return k, v
+
+    def slot_sums(self, rows: Rows, tier: int, chosen: Tensor) -> Tensor:
+        device = self._device(rows.lengths[0])
+        checks.check_rows(rows, device)
+        checks.check_tensor("chosen", chosen, (rows.count, None), torch.bool, device, contiguous=False)
+        width = chosen.shape[1]
+        checks.check_width(rows, tier, width, look=False)
+        chosen = chosen.contiguous()
+        parts = blocks_for(width, SUMMED)
+        sums = torch.empty(rows.count, parts, 2, rows.layout.head_dim, device=device)
+        c = abi.KvcSlotSums(tier=tier, stride=width)
+        fill_rows(c, rows)
+        c.chosen, c.sums = chosen.data_ptr(), sums.data_ptr()
+        self._launch("kvc_slot_sums", rows.count * parts, device, rows.layout.c, c)
+        return sums.sum(1)
 
     def hadamard(self, x: Tensor, block: int) -> Tensor:
         device = self._device(x)
@@ -327,6 +347,17 @@ class CudaBackend(Backend):
         places = (position, key_position)
         first, second = self._scores((1, 2), q, k_new, rows, tail, places, logits, exclude, masks)
         return first, second
+
+    def non_causal_scores(
+        self, q: Tensor, k_new: Tensor, *, logits: Logits, rotation: Rotation, valid: Tensor | None = None
+    ) -> Tensor:
+        checks.check_non_causal(q, k_new, logits, rotation, valid, self._device(k_new))
+        if takes_non_causal(k_new, logits):
+            try:
+                return launch_non_causal(self.launcher, q, k_new, logits, rotation, valid)
+            except NvrtcError as error:
+                warnings.warn(f"kvcompress_hf looks a second time in plain torch, which is slow; {error}")
+        return super().non_causal_scores(q, k_new, logits=logits, rotation=rotation, valid=valid)
 
     def _scores(
         self,

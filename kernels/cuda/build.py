@@ -41,6 +41,9 @@ REGISTERS: dict[str, int] = {
     "scores64": 128,
     "scores128": 168,
     "scores256": 255,
+    "non_causal64": 168,
+    "non_causal128": 168,
+    "non_causal256": 255,
 }
 REGISTERS |= {unit: REGISTERS[unit.removesuffix(BULK)] for unit in SOURCES if unit.endswith(BULK)}
 #: What a multiprocessor has room for: warps, blocks, bytes of shared memory (CUDA programming guide, by capability).

@@ -410,9 +410,9 @@ KVC_DEVICE void finish(const KvcChunk& a, int first_row, int b, int h, Shared<kD
 }
 
 template <int kDim, bool kBfloat, int kRowWarps>
-KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t* key_valid, const KvcPartials& w) {
+KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t* key_valid, const KvcPartials& w,
+                      Shared<kDim, kRowWarps>& shared) {
   using S = Shape<kDim, kRowWarps>;
-  __shared__ Shared<kDim, kRowWarps> shared;
   const Task<kDim, kRowWarps> task{layout, a, (a.n_q * a.group + S::kRows - 1) / S::kRows};
   const int items = a.batch * a.kv_heads * task.query_tiles;
   const int tiles = count_tiles<kDim, kRowWarps>(task, items, 0x7fffffff, shared);
@@ -618,12 +618,14 @@ KVC_DEVICE void chunk(const KvcLayout& layout, const KvcChunk& a, const uint8_t*
 
 #define KVC_JOIN_(a, b, c, d, e) a##b##c##d##e
 #define KVC_JOIN(a, b, c, d, e) KVC_JOIN_(a, b, c, d, e)
+// Shared memory is declared here: g++ forgets the section of the shim's in a template.
 #define KVC_CHUNK(bfloat, type, rows)                                                                   \
   KVC_KERNEL __launch_bounds__(kThreads, KVC_HEAD_DIM * rows <= 2048 ? 3 : 2)                            \
   KVC_JOIN(kvc_chunk_, KVC_HEAD_DIM, _, rows, type)                                                     \
   (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcChunk a, const uint8_t* key_valid,                  \
    KVC_PARAMETER KvcPartials w) {                                                                       \
-    chunk<KVC_HEAD_DIM, bfloat, rows / 16>(layout, a, key_valid, w);                                    \
+    __shared__ Shared<KVC_HEAD_DIM, rows / 16> shared;                                                  \
+    chunk<KVC_HEAD_DIM, bfloat, rows / 16>(layout, a, key_valid, w, shared);                            \
   }
 #if KVC_HEAD_DIM <= 128
 KVC_CHUNK(false, _f16, 64)

@@ -155,6 +155,7 @@ KVC_DEVICE const int32_t* positions_of(const Task& task, const Row& r, int tier,
 struct Shared;
 #if KVC_RING
 KVC_DEVICE Ring<KVC_RING>& ring_of(Shared& shared);  // of this warp
+KVC_DEVICE uint4& ones_of(Shared& shared);
 #endif
 
 // The way of a warp over its blocks of a tier or the tail, one after the other.
@@ -280,12 +281,13 @@ struct RingWalk {
   uint32_t phase;                       // of its gate
   uint32_t keys, values, back, offset;  // from a page to the lane's words of its first slot
   const uint8_t *k, *v, *w, *params;    // the lane's words of the block at hand: see load_values
-  int on_page;                          // slots from that to the end of the page
+  int left_then;                        // what is left at the last block of the page
   Ring<KVC_RING>& ring;
+  uint4& ones;                          // in shared memory, see Usual
   Pages pages;
 
   KVC_DEVICE_METHOD RingWalk(const Task& task, const Row& r, int tier, int first, int until, Shared& shared)
-      : task(task), r(r), tier(tier), ring(ring_of(shared)), pages{task} {
+      : task(task), r(r), tier(tier), ring(ring_of(shared)), ones(ones_of(shared)), pages{task} {
     const KvcTier& its = task.layout.tier[tier];
     const int g = thread_lane() >> 2, t = thread_lane() & 3;
     slots = its.slots, bytes = static_cast<int>(its.fields), other = 2 * bytes <= KVC_RING;
@@ -348,18 +350,17 @@ struct RingWalk {
     pass_gate(&ring.gates[stage], phase);
     const uint8_t* at = ring.bytes + stage * bytes;
     k = at + keys, v = at + values, w = at + back, params = at + offset;
-    on_page = slots;
+    left_then -= slots;
   }
   // To the first block.
   KVC_DEVICE_METHOD void enter() {
+    left_then = left + inside + kBlock;
     arrive();
     k += inside * Key::kBytes, v += inside * Value::kBytes, w += inside * Value::kBytes, params += 2 * inside;
-    on_page -= inside;
   }
   // To the next block; there must be one.
   KVC_DEVICE_METHOD void advance() {
-    on_page -= kBlock;
-    if (on_page) {
+    if (left != left_then) {
       k += kBlock * Key::kBytes, v += kBlock * Value::kBytes, w += kBlock * Value::kBytes, params += 2 * kBlock;
       return;
     }
@@ -492,6 +493,7 @@ KVC_DEVICE int place_of(int d) { return d % (kDim / 8) * 8 + d / (kDim / 8); }
 struct Shared {
 #if KVC_RING
   Ring<KVC_RING> rings[kWarps];
+  uint4 ones;  // of fp16
 #endif
   float q[kHeads][kPitch];                   // queries; outputs, each at its place_of, when the row is finished
   uint4 queries[kSteps * kTiles / 2][32];    // fragments for the tier at hand
@@ -507,6 +509,7 @@ struct Shared {
 
 #if KVC_RING
 KVC_DEVICE Ring<KVC_RING>& ring_of(Shared& shared) { return shared.rings[thread_warp()]; }
+KVC_DEVICE uint4& ones_of(Shared& shared) { return shared.ones; }
 #endif
 
 // Largest logits seen by any lane, and what has been summed up is to be multiplied by.
@@ -590,6 +593,7 @@ struct Usual {  // what is the same for all blocks of a section
   float factor;                // of the products with keys
   int slots;                   // a block with fewer to come than this needs `settle`
   float query_sum[kTiles][2];  // of this lane's heads, see Shared
+  uint4 ones;                  // an operand; read from shared memory, as the compiler makes a constant anew every time
 };
 
 // Attends to the block whose words are in `words`. As soon as some of these have served, those of the next are asked
@@ -692,7 +696,11 @@ KVC_DEVICE void attend(Running& run, Loaded<kKeyBits, kValueBits>& words, const 
   const Outputs<kKeyBits, kValueBits, kBfloat> outputs{words, p, run.o, values};
   Repeat<0, kOutputs>::run(outputs);
   if (coded) {
-    values[0] = values[2] = 0x3c003c00u;  // a row of ones; of the other eight rows' sums nobody takes notice
+    if constexpr (Way::kRing) {
+      values[0] = usual.ones.x, values[1] = usual.ones.y, values[2] = usual.ones.z, values[3] = usual.ones.w;
+    } else {
+      values[0] = values[2] = 0x3c003c00u;  // a row of ones; of the other eight rows' sums nobody takes notice
+    }
     KVC_UNROLL
     for (int j = 0; j < kTiles; j++) mma_f16(run.weight[j], values, p[j][0], p[j][1]);
   }
@@ -840,6 +848,7 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
   Loaded<kKeyBits, kValueBits> words;
   if constexpr (Way::kRing) {
     if (first < last) walk.begin();
+    if (threadIdx.x == 0) walk.ones = uint4{0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
   }
   if (both) {  // these are under way while the queries are made ready
     words.load_keys(walk.k, walk.left), words.load_params(walk.params), words.load_values(walk.v, walk.left);
@@ -861,7 +870,10 @@ KVC_DEVICE void attend_tier(const Task& task, const Row& r, int tier, int from, 
       KVC_UNROLL
       for (int i = 0; i < 4 * kTiles; i++) run.weight[i / 4][i % 4] = 0.f;
     }
-    if constexpr (Way::kRing) walk.enter();
+    if constexpr (Way::kRing) {
+      usual.ones = walk.ones;
+      walk.enter();
+    }
     bool more;
     do {
       more = walk.left > kBlock;

@@ -45,6 +45,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "kvc_retier",
         "kvc_fields",
         "kvc_dense",
+        "kvc_slot_sums",
         "kvc_hadamard",
         "kvc_append",
         "kvc_advance",
@@ -59,7 +60,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
         f"chunk{dim}": tuple(f"kvc_chunk_{dim}_{n}_{dtype}" for n in rows for dtype in ("f16", "bf16"))
         for dim, rows in CHUNK_ROWS.items()
     },
-    **{f"scores{dim}": (f"kvc_scores_{dim}_f16", f"kvc_scores_{dim}_bf16") for dim in CHUNK_ROWS},
+    **{
+        f"{name}{dim}": (f"kvc_{name}_{dim}_f16", f"kvc_{name}_{dim}_bf16")
+        for name in ("scores", "non_causal")
+        for dim in CHUNK_ROWS
+    },
 }
 
 

@@ -23,7 +23,8 @@ ALONE: dict[tuple[int, int], int] = {(8, 4): 4, (4, 4): 4, (4, 2): 4, (2, 2): 4}
 #: block has else, no more than the 48 KiB of shared memory that are there without asking.
 RING_BYTES: dict[int, int] = {64: 10240, 128: 10240, 256: 8832}
 BULK = "_bulk"  # at the end of the names of these kernels and of their units
-#: Query rows that a thread block of `chunk.cu` may take, by head_dim; `scores.cu` takes the same head_dims.
+#: Query rows that a thread block of `chunk.cu` may take, by head_dim; `scores.cu` and `non_causal.cu` take the same
+#: head_dims.
 CHUNK_ROWS = {64: (16, 32, 64), 128: (16, 32, 64), 256: (32,)}
 
 
@@ -50,7 +51,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "storage": ("storage.cu", "--fmad=false"),  # codes must be those of quantize.py, bit for bit
     "attention": ("attention.cu",),
     **_decode_units(),
-    **{f"{name}{dim}": (f"{name}.cu", f"-DKVC_HEAD_DIM={dim}") for name in ("chunk", "scores") for dim in CHUNK_ROWS},
+    **{
+        f"{name}{dim}": (f"{name}.cu", f"-DKVC_HEAD_DIM={dim}")
+        for name in ("chunk", "scores", "non_causal")
+        for dim in CHUNK_ROWS
+    },
 }
 HEADERS = (
     "abi.h",

@@ -22,6 +22,10 @@ typedef struct {         // memory of the tensor-core decode; partial sums and l
   float* logits;         // [blocks of 16 slots][16][heads, an even number up to 8 or 16], for statistics; null without
 } KvcWorkspace;
 
+typedef struct {         // how far a step of one position turns each pair of channels
+  uint64_t step[KVC_MAX_HEAD_DIM / 2];  // in 2^-64 of a turn; whole turns are left out, as they are of its multiples
+} KvcTurns;
+
 typedef struct {         // memory of the tensor-core chunk_attention, for one call
   float* partial;        // [2 * blocks][rows of a tile][head_dim] sums of query tiles that several blocks share
   float* partial_max;    // [2 * blocks][rows of a tile] their largest logit, in powers of two

@@ -40,8 +40,7 @@ KVC_DEVICE void products(float (&c)[2][4], const uint32_t (&keys)[kDim / 16][4],
 // Grid: batch x kv_heads x `tiles` of 64 slots: those of each tier, then the tail's, then the new tokens'. The sums are
 // zero before.
 template <int kDim, bool kBfloat>
-KVC_DEVICE void scores(const KvcLayout& layout, const KvcScores& a, const float* lse, int tiles) {
-  __shared__ Shared<kDim> shared;
+KVC_DEVICE void scores(const KvcLayout& layout, const KvcScores& a, const float* lse, int tiles, Shared<kDim>& shared) {
   const int row = blockIdx.x / tiles, b = row / a.kv_heads, h = row % a.kv_heads;
   const Sections<kDim> sections{layout, a.rows, a.tail, a.k, nullptr, a.k_b, a.k_h, a.k_t, 0, 0, 0, a.key_valid,
                                 a.n_k, a.key_position, a.position_field, true, b, h, row};
@@ -190,11 +189,13 @@ KVC_DEVICE void scores(const KvcLayout& layout, const KvcScores& a, const float*
 
 #define KVC_JOIN_(a, b, c) a##b##c
 #define KVC_JOIN(a, b, c) KVC_JOIN_(a, b, c)
+// Shared memory is declared here: g++ forgets the section of the shim's in a template.
 #define KVC_SCORES(bfloat, type)                                                                        \
   KVC_KERNEL __launch_bounds__(kThreads, KVC_HEAD_DIM > 128 ? 2 : 3)                                    \
   KVC_JOIN(kvc_scores_, KVC_HEAD_DIM, type)                                                             \
   (KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcScores a, const float* lse, int32_t tiles) {        \
-    scores<KVC_HEAD_DIM, bfloat>(layout, a, lse, tiles);                                                \
+    __shared__ Shared<KVC_HEAD_DIM> shared;                                                             \
+    scores<KVC_HEAD_DIM, bfloat>(layout, a, lse, tiles, shared);                                        \
   }
 KVC_SCORES(false, _f16)
 KVC_SCORES(true, _bf16)

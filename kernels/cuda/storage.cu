@@ -1,11 +1,12 @@
-// Storing and moving slots: append, pack, move, retier, fields, dense, hadamard. One warp works on one slot; in canonical
-// order no two slots share a byte, so no order among warps matters. Compiled without fusing multiply and add: the
+// Storing and moving slots: append, pack, move, retier, fields, dense, slot sums, hadamard. One warp works on one slot; in
+// canonical order no two slots share a byte, so no order among warps matters. Compiled without fusing multiply and add: the
 // codes must be those of quantize.py, bit for bit.
 #include "pages.cuh"
 
 namespace {
 
 constexpr int kWarps = 4;
+constexpr int kSummed = 256;  // slots that a thread block looks at to sum some of them up
 constexpr float kHalfMax = 65504.f;
 constexpr float kTwoBitKeys = 0.85f, kTwoBitValues = 0.8f, kTwoBitSearch = 0.9375f;  // quantize.py
 
@@ -245,6 +246,47 @@ KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_dense(KVC_PARAMETER KvcLayout l
     for (int d = thread_lane(); d < layout.head_dim; d += 32) to[d] = scratch.x[d];
     __syncwarp();
   }
+}
+
+// Sums over the chosen of kSummed slots each. Grid: rows x parts of kSummed; a.sums: [rows, parts, 2, D]. What all of
+// them are rotated by, the sum is rotated by.
+KVC_KERNEL __launch_bounds__(kWarps * 32, 1) kvc_slot_sums(KVC_PARAMETER KvcLayout layout, KVC_PARAMETER KvcSlotSums a) {
+  __shared__ float sums[2][kWarps][KVC_MAX_HEAD_DIM];
+  const int warp = thread_warp(), lane = thread_lane();
+  const int parts = static_cast<int>((a.stride + kSummed - 1) / kSummed);
+  const int64_t row = blockIdx.x / parts;
+  const int first = blockIdx.x % parts * kSummed;
+  const int until = least(first + kSummed, least(a.rows.length[a.tier][row], static_cast<int>(a.stride)));
+  const KvcTier& tier = layout.tier[a.tier];
+  float total[2][KVC_MAX_HEAD_DIM / 32] = {};
+  for (int slot = first + warp; slot < until; slot += kWarps) {
+    if (!a.chosen[row * a.stride + slot]) continue;
+    uint8_t* page = page_of(layout, a.rows, a.tier, row, slot);
+    KVC_UNROLL
+    for (int part = 0; part < 2; part++) {
+      const Half of = half_of(layout, tier, page, slot % tier.slots, part == 0);
+      const float scale = of.bits ? half_to_float(*of.scale) : 0.f, offset = of.bits ? half_to_float(*of.offset) : 0.f;
+      KVC_UNROLL
+      for (int i = 0; i < KVC_MAX_HEAD_DIM / 32; i++) {
+        const int d = lane + 32 * i;
+        if (d < layout.head_dim) total[part][i] += read_element(layout, of, d, scale, offset);
+      }
+    }
+  }
+  KVC_UNROLL
+  for (int i = 0; i < 2 * KVC_MAX_HEAD_DIM / 32; i++) {
+    sums[i % 2][warp][lane + i / 2 * 32] = total[i % 2][i / 2];
+  }
+  __syncthreads();
+  if (warp > 1) return;
+  float* sum = sums[warp][0];
+  for (int d = lane; d < layout.head_dim; d += 32) {
+    for (int other = 1; other < kWarps; other++) sum[d] += sums[warp][other][d];
+  }
+  __syncwarp();
+  if (warp == 0 && tier.rotate_keys) rotate(sum, layout.head_dim, layout.rotation_block);
+  float* to = a.sums + (2 * static_cast<int64_t>(blockIdx.x) + warp) * layout.head_dim;
+  for (int d = lane; d < layout.head_dim; d += 32) to[d] = sum[d];
 }
 
 // Orthonormal Walsh-Hadamard transform of vectors, one warp each.

@@ -389,6 +389,8 @@ KVC_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 KVC_DEVICE float fast_exp2(float x) { return exp2f(x); }
 KVC_DEVICE float fast_log2(float x) { return log2f(x); }
 KVC_DEVICE float fast_reciprocal(float x) { return 1.f / x; }
+KVC_DEVICE float fast_sine(float x) { return sinf(x); }
+KVC_DEVICE float fast_cosine(float x) { return cosf(x); }
 
 namespace shim {
 inline float first(uint32_t pair, bool bfloat) {

@@ -24,6 +24,9 @@ namespace chunk64 {
 namespace scores64 {
 #include "scores.cu"
 }
+namespace non_causal64 {
+#include "non_causal.cu"
+}
 #undef KVC_RING
 #define KVC_RING 10240
 #undef KVC_CODED
@@ -46,6 +49,9 @@ namespace chunk128 {
 }
 namespace scores128 {
 #include "scores.cu"
+}
+namespace non_causal128 {
+#include "non_causal.cu"
 }
 #undef KVC_CODED
 #undef KVC_SUFFIX
@@ -126,6 +132,9 @@ namespace chunk256 {
 namespace scores256 {
 #include "scores.cu"
 }
+namespace non_causal256 {
+#include "non_causal.cu"
+}
 #undef KVC_RING
 #define KVC_RING 8832
 #undef KVC_CODED
@@ -164,6 +173,7 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(storage, kvc_retier)
   KVC_LAUNCH(storage, kvc_fields)
   KVC_LAUNCH(storage, kvc_dense)
+  KVC_LAUNCH(storage, kvc_slot_sums)
   KVC_LAUNCH(storage, kvc_hadamard)
   KVC_LAUNCH(storage, kvc_append)
   KVC_LAUNCH(storage, kvc_advance)
@@ -221,10 +231,16 @@ extern "C" int kvc_shim_launch(const char* name, int order, uint32_t grid, uint3
   KVC_LAUNCH(chunk256, kvc_chunk_256_32_bf16)
   KVC_LAUNCH(scores64, kvc_scores_64_f16)
   KVC_LAUNCH(scores64, kvc_scores_64_bf16)
+  KVC_LAUNCH(non_causal64, kvc_non_causal_64_f16)
+  KVC_LAUNCH(non_causal64, kvc_non_causal_64_bf16)
   KVC_LAUNCH(scores128, kvc_scores_128_f16)
   KVC_LAUNCH(scores128, kvc_scores_128_bf16)
+  KVC_LAUNCH(non_causal128, kvc_non_causal_128_f16)
+  KVC_LAUNCH(non_causal128, kvc_non_causal_128_bf16)
   KVC_LAUNCH(scores256, kvc_scores_256_f16)
   KVC_LAUNCH(scores256, kvc_scores_256_bf16)
+  KVC_LAUNCH(non_causal256, kvc_non_causal_256_f16)
+  KVC_LAUNCH(non_causal256, kvc_non_causal_256_bf16)
 #undef KVC_LAUNCH
   return 3;
 }

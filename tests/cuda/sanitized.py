@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from conftest import _make
 
-from kvcompress_hf.kernels import Logits
+from kvcompress_hf.kernels import Logits, Rotation
 from kvcompress_hf.kernels.host_shim import shim_backend
 
 backend = shim_backend(Path(sys.argv[1]), "shuffled")
@@ -37,12 +37,16 @@ for head_dim, group, dtype, tiers in SHAPES[:1] if sys.argv[2:] else SHAPES:
         backend.move(rows, tier, row, dst, src)
         backend.retier(rows, row, tier, src, (tier + 1) % len(tiers), dst)
         backend.read_slots(rows, tier, 50)
+        backend.slot_sums(rows, tier, torch.ones(4, 300, dtype=torch.bool))
         backend.write_field(rows, tier, "sum", torch.zeros(4, 50))
     backend.chunk_attention(q, k, v, rows, tail, position=900, logits=Logits(0.1))
     backend.chunk_attention(q[:, :, :1], k, v, rows, tail, position=900, logits=Logits(0.1, window=99))
     many = [twins.randn(heads, 70) for heads in (6, 2, 2)]
     backend.chunk_attention(*many, rows, None, position=900, logits=Logits(0.1))
     backend.window_scores(q, k, rows, tail, position=900, key_position=900, logits=Logits(0.1, window=99), exclude=2)
+    valid = torch.arange(70) > 20 * row[:, None]
+    for turns in (Rotation(torch.full((channels,), 0.1)) for channels in (head_dim // 2, 3)):
+        backend.non_causal_scores(many[0], many[1], logits=Logits(0.1), rotation=turns, valid=valid)
     backend.append(tail, k[:, :, :3], v[:, :, :3], 900)
     token = (x[:, :, :1] for x in (q, k, v))
     statistics = dict(sum_field="sum", square_field="square")

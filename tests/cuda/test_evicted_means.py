@@ -106,9 +106,18 @@ def test_statistics_and_scores(make_twins, shim, exact, head_dim, dtype):
         torch.testing.assert_close(one, two, rtol=2e-2, atol=1e-4)
 
 
-def test_sums_over_slots(make_twins, shim, exact):
-    twins = make_twins(tiers=[(8, 4), (4, 2), (0, 0)])
-    for tier, lengths in enumerate(twins.rows.lengths):
-        chosen = torch.rand(4, int(lengths.max()) + 3, generator=twins.generator) < 0.5
-        got, wanted = shim.slot_sums(twins.rows, tier, chosen), exact.slot_sums(twins.expected_rows, tier, chosen)
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("head_dim, dtype", [(64, torch.float16), (256, torch.bfloat16), (80, torch.float32)])
+@pytest.mark.parametrize("lengths", [[[5, 90, 17, 0], [1, 2, 64, 3]], [[600, 511, 0, 512], [257, 1, 256, 255]]])
+def test_sums_over_slots(make_twins, backend, exact, lengths, head_dim, dtype):
+    twins = make_twins(
+        tiers=[(8, 4), (4, 2)] if head_dim > 80 else [(2, 8), (0, 0)], lengths=lengths, head_dim=head_dim, dtype=dtype
+    )
+    for tier, filled in enumerate(twins.rows.lengths):
+        for width in (0, 7, int(filled.max()) - 3, int(filled.max()) + 300):
+            chosen = torch.rand(width, 4, generator=twins.generator).T < 0.5  # not contiguous
+            got, wanted = (
+                backend.slot_sums(twins.rows, tier, chosen),
+                exact.slot_sums(twins.expected_rows, tier, chosen),
+            )
+            assert got.shape == (4, 2, head_dim) and got.dtype == torch.float32
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)

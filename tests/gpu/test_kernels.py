@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from kvcompress_hf.kernels import Logits, ReferenceBackend, Rows, Tail, page_layout
+from kvcompress_hf.kernels import Logits, ReferenceBackend, Rotation, Rows, Tail, page_layout
 from kvcompress_hf.kernels.cuda import CudaBackend, launcher_for
 
 pytestmark = pytest.mark.gpu
@@ -230,6 +230,22 @@ def test_chunk_and_scores_on_tensor_cores(gpu, head_dim, dtype, n_q, n_k):
             parts = [*zip(got.past, exactly.past, strict=True), (got.tail, exactly.tail), (got.fresh, exactly.fresh)]
             for a, b in parts:
                 torch.testing.assert_close(a.cpu(), b, rtol=3e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group, n", [(1, 5), (4, 700), (8, 130)])
+def test_the_second_look(gpu, group, n, head_dim, dtype):
+    q, k = (torch.randn(2, n, heads, head_dim).to(dtype).transpose(1, 2) for heads in (2 * group, 2))
+    valid = torch.ones(2, n, dtype=torch.bool)
+    valid[1, : n // 3] = False
+    inv_freq = 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    for turns in (Rotation(inv_freq), Rotation(inv_freq[:16], start=8), Rotation(inv_freq, interleaved=True)):
+        for mask in (None, valid):
+            asked = dict(logits=Logits(head_dim**-0.5, softcap=9.0), rotation=turns)
+            wanted = EXACT.non_causal_scores(q, k, **asked, valid=mask)
+            got = gpu.non_causal_scores(q.cuda(), k.cuda(), **asked, valid=None if mask is None else mask.cuda()).cpu()
+            assert (got - wanted).norm() <= 2e-4 * wanted.norm() and torch.equal(got == 0, wanted == 0)
 
 
 def test_another_stream(gpu):
