@@ -289,7 +289,8 @@ def apply_targets(
             kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
             if remembers:
                 remember_evicted(store, tier, decided < 0, store.lengths_on_host()[tier] - on_host(kept))
-            _drop(store, tier, (decided, -1), kept, decided, stay, *turning)
+            lowers = tier < len(store.layout.tiers) - 1
+            _drop(store, tier, (decided, -1), kept, *((decided, stay) if lowers else ()), *turning)
             if turning and inv_freq is not None:
                 by, seed = turning
                 store.turn_keys(tier, by, seed, inv_freq)
