@@ -176,7 +176,7 @@ class KvcConvert(Structure):
 class KvcGather(Structure):
     _fields_ = [
         ("rows", KvcRows),
-        *_fields(ptr="values wanted", i64="width values_l values_b values_h", i32="tier field batch kv_heads"),
+        *_fields(ptr="values place", i64="width values_l values_b values_h", i32="tier field batch kv_heads"),
     ]
 
 

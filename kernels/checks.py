@@ -43,7 +43,10 @@ def check_tensor(
 
 def bounds(values: Tensor) -> tuple[int, int]:
     """The least and the largest of some integers; a device is waited for once."""
-    low, high = torch.stack(values.aminmax()).tolist()
+    low, high = values.aminmax()
+    if values.is_cpu:
+        return int(low), int(high)
+    low, high = torch.stack((low, high)).tolist()
     return low, high
 
 

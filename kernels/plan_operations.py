@@ -126,7 +126,7 @@ class PlanOperations(abc.ABC):
         """
 
     @abc.abstractmethod
-    def gather(self, rows: Rows, tier: int, field: str, out: Tensor, wanted: Tensor | None = None) -> None:
+    def gather(self, rows: Rows, tier: int, field: str, out: Tensor, place: Tensor | None = None) -> None:
         """Reads a slot field of every row to where it is wanted.
 
         Args:
@@ -135,7 +135,8 @@ class PlanOperations(abc.ABC):
             field: The field's name.
             out: `[layers, batch, kv_heads, width]` of the field's dtype, contiguous in its last dimension; what lies
                 beyond a row's length is left as it is.
-            wanted: bool `[batch]`, the sequences that are read; `None` = all.
+            place: int32 `[batch of the rows]`, where in `out` each sequence goes, -1 for those that are not read;
+                `None` = all, as they come.
 
         Raises:
             ValueError: A shape or dtype is wrong, or the tier or field does not exist.

@@ -84,9 +84,9 @@ int gather(KvcGather* args) {
   for (int row = 0; row < a.rows.rows; row++) {
     const int64_t length = a.rows.length[a.tier][row], n = length < a.width ? length : a.width;
     const int64_t sequence = row / a.kv_heads;
-    if (a.wanted && !a.wanted[sequence % a.batch]) continue;
-    uint32_t* values = a.values + sequence / a.batch * a.values_l + sequence % a.batch * a.values_b +
-                       row % a.kv_heads * a.values_h;
+    const int64_t place = a.place ? a.place[sequence % a.batch] : sequence % a.batch;
+    if (place < 0) continue;
+    uint32_t* values = a.values + sequence / a.batch * a.values_l + place * a.values_b + row % a.kv_heads * a.values_h;
     const int32_t* table = a.rows.table[a.tier] + row * a.rows.table_stride[a.tier];
     for (int64_t slot = 0; slot < n; slot += t.slots) {
       const int32_t id = table[slot / t.slots];
@@ -270,22 +270,16 @@ struct Shares {
 
   void count() {
     const int64_t n = static_cast<int64_t>(a.rows) * a.slots, base = b * n;
-    int32_t top = 0;
-    for (int64_t i = 0; i < n; i++) {
-      const int32_t bits = a.filled[base + i] ? bits_of(a.importance[base + i]) : 0;
-      top = bits > top ? bits : top;
-    }
+    const int32_t top = highest(a.importance + base, a.filled + base, n);
     for (int64_t row = 0; row < a.rows; row++) {
       int32_t* mine = below + row * tiers * 2 * kPerRow;
+      uint16_t* deep = depth + row * a.slots;
+      const uint8_t* filled = a.filled + base + row * a.slots;
+      const uint8_t* protects = a.protects + base + row * a.slots;
       memset(mine, 0, sizeof(int32_t) * tiers * 2 * kPerRow);
-      for (int64_t i = 0; i < a.slots; i++) {
-        const int64_t at = base + row * a.slots + i;
-        const int32_t bits = a.filled[at] ? bits_of(a.importance[at]) : 0;
-        const int32_t deep = (top - bits) >> a.shift;
-        depth[row * a.slots + i] = static_cast<uint16_t>(deep < kBins - 1 ? deep : kBins - 1);
-        if (a.filled[at])
-          mine[(a.tier_of[i] * 2 + !a.protects[at]) * kPerRow + depth[row * a.slots + i] + 1]++;
-      }
+      look_up(a.importance + base + row * a.slots, filled, a.slots, top, a.shift, deep);
+      for (int64_t i = 0; i < a.slots; i++)
+        if (filled[i]) mine[(a.tier_of[i] * 2 + !protects[i]) * kPerRow + deep[i] + 1]++;
       for (int t = 0; t < tiers; t++) {  // [protected, free] to [both, free and all protected]
         int32_t *kept = mine + t * 2 * kPerRow, *free = kept + kPerRow;
         for (int k = 1; k < kPerRow; k++) kept[k] += kept[k - 1], free[k] += free[k - 1];
@@ -294,11 +288,28 @@ struct Shares {
       }
     }
   }
+  // In the order of numbers; below zero and NaN count as zero, infinity as the largest number.
   static int32_t bits_of(float x) {
-    if (!(x > 0.0f)) return 0;  // below zero, and NaN
     int32_t bits;
     memcpy(&bits, &x, 4);
+    bits = bits > 0x7f800000 ? 0 : bits < 0 ? 0 : bits;
     return bits > 0x7f7fffff ? 0x7f7fffff : bits;
+  }
+  static int32_t highest(const float* __restrict importance, const uint8_t* __restrict filled, int64_t n) {
+    int32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+      const int32_t bits = filled[i] ? bits_of(importance[i]) : 0;
+      top = bits > top ? bits : top;
+    }
+    return top;
+  }
+  // How many bins each slot lies below the top.
+  static void look_up(const float* __restrict importance, const uint8_t* __restrict filled, int64_t n, int32_t top,
+                      int shift, uint16_t* __restrict deep) {
+    for (int64_t i = 0; i < n; i++) {
+      const int32_t bins = (top - (filled[i] ? bits_of(importance[i]) : 0)) >> shift;
+      deep[i] = static_cast<uint16_t>(bins < kBins - 1 ? bins : kBins - 1);
+    }
   }
 
   int threshold(int c, int step) const {
@@ -332,8 +343,17 @@ struct Shares {
     occupancy(row, threshold, slots);
     return pages_of(row, slots);
   }
+  // Adds to slots[last + 1] how many pass a step at every multiplier, `sign` times.
+  void add_passing(const int32_t* __restrict passing, int step, int32_t sign, int32_t* __restrict slots) const {
+    const int n = last + 1, first = step == 0 && whole ? 0 : offset[step];
+    const int end = step == 0 && whole ? 0 : first + kBins < n ? first + kBins : n;  // as threshold() has it
+    const int32_t none = sign * passing[0], all = sign * passing[kBins];
+    for (int c = 0; c < first; c++) slots[c] += none;
+    for (int c = first; c < end; c++) slots[c] += sign * passing[c - first];
+    for (int c = end; c < n; c++) slots[c] += all;
+  }
   // The same for every multiplier: [last + 1], with as many integers to work in.
-  void pages_at_all(int64_t row, const int32_t* at, int32_t* result, int32_t* slots) const {
+  void pages_at_all(int64_t row, int32_t* result, int32_t* slots) const {
     const int n = last + 1;
     memset(result, 0, sizeof(int32_t) * n);
     for (int t = 0; t < tiers; t++) {
@@ -341,17 +361,10 @@ struct Shares {
       while (step < steps && tier[step] > t) step++;
       memset(slots, 0, sizeof(int32_t) * n);
       if (step < steps) {
-        const int32_t* own = at + step * n;
         const bool all = tier[step] == t;
-        for (int other = all ? 0 : t; other <= t; other++) {
-          const int32_t* passing = counts(row, other, step == 0);
-          for (int c = 0; c < n; c++) slots[c] += passing[own[c]];
-        }
-        if (all && step + 1 < steps)
-          for (int other = 0; other < t; other++) {
-            const int32_t* passing = counts(row, other, false);
-            for (int c = 0; c < n; c++) slots[c] -= passing[own[n + c]];
-          }
+        for (int other = all ? 0 : t; other <= t; other++) add_passing(counts(row, other, step == 0), step, 1, slots);
+        for (int other = 0; all && step + 1 < steps && other < t; other++)
+          add_passing(counts(row, other, false), step + 1, -1, slots);
       }
       const double per_page = static_cast<double>(spp(row, t));
       const int32_t more = room(t) + static_cast<int32_t>(spp(row, t)) - 1;
@@ -393,15 +406,13 @@ struct Shares {
     }
     const int n = last + 1;
     Buffer<int64_t> total(n);
-    Buffer<int32_t> at(static_cast<int64_t>(steps) * n), spare(n);
+    Buffer<int32_t> spare(n);
     Buffer<int> following(a.rows), filled(a.rows * kSteps);
-    if (!total.at || !at.at || !spare.at || !following.at || !filled.at) return false;
+    if (!total.at || !spare.at || !following.at || !filled.at) return false;
     memset(total.at, 0, sizeof(int64_t) * n);
-    for (int step = 0; step < steps; step++)
-      for (int c = 0; c < n; c++) at.at[step * n + c] = threshold(c, step);
     for (int64_t row = 0; row < a.rows; row++) {
       int32_t* mine = pages + row * n;
-      pages_at_all(row, at.at, mine, spare.at);
+      pages_at_all(row, mine, spare.at);
       for (int c = 0; c < n; c++) total.at[c] += mine[c] * a.page_bytes[row];
     }
     int best = 0;

@@ -31,20 +31,24 @@ class CpuPlanOperations(PlanOperations):
     def __init__(self, call: Callable[[str, ctypes.Structure], None]) -> None:
         self._call = call
 
-    def gather(self, rows: Rows, tier: int, field: str, out: Tensor, wanted: Tensor | None = None) -> None:
+    def gather(self, rows: Rows, tier: int, field: str, out: Tensor, place: Tensor | None = None) -> None:
         checks.check_rows(rows, CPU)
         checks.check_tensor("out", out, (None, None, None, None), rows.layout.field_dtype(field), CPU)
         layers, batch, kv_heads, width = out.shape
         checks.check_width(rows, tier, width)
+        if place is not None:
+            checks.check_tensor("place", place, (None,), torch.int32, CPU)
+            most = checks.bounds(place)[1] if place.numel() else -1
+            if most >= batch:
+                raise ValueError(f"out is for {batch} sequences, and one is to go to place {most}")
+            batch = place.numel()
         used = layers * batch * kv_heads
         if used > rows.count or not batch or not kv_heads:
             raise ValueError(f"out is for {layers} layers x {batch} x {kv_heads} rows, and there are {rows.count}")
         c = abi.KvcGather(tier=tier, field=rows.layout.field_index(field), width=width, batch=batch, kv_heads=kv_heads)
         fill_rows(c, rows)
         c.rows.rows = used
-        if wanted is not None:
-            checks.check_tensor("wanted", wanted, (batch,), torch.bool, CPU)
-        c.values, c.wanted = out.data_ptr(), pointer(wanted)
+        c.values, c.place = out.data_ptr(), pointer(place)
         c.values_l, c.values_b, c.values_h, _ = out.stride()
         self._call("gather", c)
 

@@ -11,7 +11,7 @@ enum { KVC_NO_MEMORY = 5 };  // besides those of abi.h
 typedef struct {  // a 4-byte field of every slot -> [layers, batch, kv_heads, width] by strides; the rest is left as it is
   KvcRows rows;                           // those of layers, one after the other
   uint32_t* values;
-  const uint8_t* wanted;                  // [batch] 0 = nothing is read of this sequence; null = all are
+  const int32_t* place;                   // [batch] where a sequence goes, -1 = nowhere; null = all as they come
   int64_t width, values_l, values_b, values_h;
   int32_t tier, field, batch, kv_heads;
 } KvcGather;

@@ -95,7 +95,7 @@ class Slots:
 
 
 def gather_slots(
-    parts: Sequence[StorePart], fields: Sequence[str], seen: int, prompt: int, wanted: torch.Tensor | None = None
+    parts: Sequence[StorePart], fields: Sequence[str], seen: int, prompt: int, sequences: torch.Tensor | None = None
 ) -> Slots:
     """Reads the fields of every slot.
 
@@ -104,17 +104,17 @@ def gather_slots(
         fields (`Sequence[str]`): Names of the float32 fields to read.
         seen (`int`): Tokens seen.
         prompt (`int`): Tokens that came in chunks.
-        wanted (`torch.Tensor`, *optional*): `bool` `[batch]` on the host, sequences that will be looked at; positions
-            and fields of the others may be left out.
+        sequences (`torch.Tensor`, *optional*): `int64` `[n]` on the host, in ascending order, those of the batch that
+            are read; all when left out.
 
     Returns:
-        `Slots`: Every slot, with the fields asked for.
+        `Slots`: Every slot of these sequences, with the fields asked for.
     """
     device = parts[0].store.geometry.device
     tiers = len(parts[0].store.layout.tiers)
     longest = [part.store.lengths_on_host().amax(1).tolist() for part in parts]
     widths = [max(row[t] for row in longest) for t in range(tiers)]
-    joined = _gather(parts, ("position", *fields), widths, longest, wanted)
+    joined = _gather(parts, ("position", *fields), widths, longest, sequences)
     heads = [part.store.geometry.kv_heads for part in parts]
     layers = [layer for part, h in zip(parts, heads, strict=True) for layer in part.layers for _ in range(h)]
     groups = [group for part, h in zip(parts, heads, strict=True) for group in part.groups for _ in range(h)]
@@ -136,12 +136,13 @@ def _gather(
     names: Sequence[str],
     widths: Sequence[int],
     longest: Sequence[Sequence[int]],
-    wanted: torch.Tensor | None,
+    sequences: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """The named fields and `filled`, `[batch, rows, slots]`, where the first part lies."""
     store = parts[0].store
     device, layout = store.geometry.device, store.layout
-    shape = (store.batch, sum(part.rows for part in parts), sum(widths))
+    batch = store.batch if sequences is None else sequences.numel()
+    shape = (batch, sum(part.rows for part in parts), sum(widths))
     joined = {name: torch.zeros(shape, dtype=layout.field_dtype(name), device=device) for name in names}
     filled = joined["filled"] = torch.empty(shape, dtype=torch.bool, device=device)
     start = 0
@@ -150,17 +151,20 @@ def _gather(
         start += part.rows
         for tier, width in enumerate(widths):
             lengths = to_device(_by_sequence(part.store.lengths[tier][:, None], part), device)
+            lengths = lengths if sequences is None else lengths[to_device(sequences, device)]
             column = torch.arange(width, dtype=torch.int32, device=device)
             torch.lt(column, lengths, out=filled[:, rows, begin : begin + width])
             for name in names if own[tier] else ():
-                part.store.read_field_to(tier, name, joined[name][:, rows, begin : begin + own[tier]], wanted)
+                part.store.read_field_to(tier, name, joined[name][:, rows, begin : begin + own[tier]], sequences)
             begin += width
     return joined
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What targets mean for each store. Whoever knows how many slots go where can do all of it without asking again.
+    """What targets mean for each store, of all its sequences.
+
+    Whoever knows how many slots go where can do all of it without asking again.
 
     Args:
         targets (`tuple[torch.Tensor, ...]`): Per store `int8` `[store rows, slots]`: the tier of each slot from now
@@ -175,7 +179,14 @@ class Decision:
     protected: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, parts: Sequence[StorePart], slots: Slots, targets: torch.Tensor, protected: torch.Tensor) -> "Decision":
+    def of(
+        cls,
+        parts: Sequence[StorePart],
+        slots: Slots,
+        targets: torch.Tensor,
+        protected: torch.Tensor,
+        sequences: torch.Tensor | None = None,
+    ) -> "Decision":
         """Counts what goes where.
 
         Args:
@@ -184,6 +195,8 @@ class Decision:
             targets (`torch.Tensor`): Integers `[batch, rows, slots]`: tier to keep each slot in, -1 to evict it. A slot
                 whose target is above its tier stays where it is.
             protected (`torch.Tensor`): `bool` `[batch, rows, slots]`: slots that may not go.
+            sequences (`torch.Tensor`, *optional*): Those that were gathered, as for [`gather_slots`]; the others stay
+                as they are.
 
         Returns:
             `Decision`: What has to be done; nothing of it has been done yet.
@@ -194,10 +207,16 @@ class Decision:
         for part in parts:
             own, device = slice(start, start + part.rows), part.store.geometry.device
             start += part.rows
-            rows.append(_by_row(to_device(targets[:, own], device), part))
-            stays.append(_by_row(to_device(protected[:, own], device), part, False))
-            of_rows = _by_row(to_device(table[:, own].flatten(2), device), part, 0)
-            counts.append(of_rows.t().contiguous().unflatten(0, (tiers, tiers)))
+            rows.append(_by_row(_in_batch(to_device(targets[:, own], device), part, sequences), part))
+            stays.append(_by_row(_in_batch(to_device(protected[:, own], device), part, sequences), part, False))
+            of_rows = _by_row(_in_batch(to_device(table[:, own].flatten(2), device), part, sequences), part, 0)
+            of_tiers = of_rows.t().contiguous().unflatten(0, (tiers, tiers))
+            if sequences is not None:
+                stay = torch.ones(part.store.batch, dtype=torch.bool).index_fill_(0, sequences, False)
+                stay = to_device(stay.repeat_interleave(part.store.geometry.kv_heads).repeat(len(part.layers)), device)
+                for tier in range(tiers):
+                    of_tiers[tier, tier, : stay.numel()] += part.store.lengths[tier, : stay.numel()] * stay
+            counts.append(of_tiers)
         return cls(tuple(rows), tuple(counts), tuple(stays))
 
 
@@ -270,7 +289,8 @@ def apply_targets(
             kept = derive(pick(counts, tier), lambda to: to.sum(0, dtype=torch.int32))
             if remembers:
                 remember_evicted(store, tier, decided < 0, store.lengths_on_host()[tier] - on_host(kept))
-            _drop(store, tier, (decided, -1), kept, decided, stay, *turning)
+            lowers = tier < len(store.layout.tiers) - 1
+            _drop(store, tier, (decided, -1), kept, *((decided, stay) if lowers else ()), *turning)
             if turning and inv_freq is not None:
                 by, seed = turning
                 store.turn_keys(tier, by, seed, inv_freq)
@@ -398,3 +418,12 @@ def _by_row(values: torch.Tensor, part: StorePart, absent: int = -1) -> torch.Te
     rows = values.view(store.batch, used, heads, values.shape[-1]).transpose(0, 1).flatten(0, 2)
     missing = store.lengths.shape[1] - rows.shape[0]
     return F.pad(rows, (0, 0, 0, missing), value=absent) if missing else rows
+
+
+def _in_batch(values: torch.Tensor, part: StorePart, sequences: torch.Tensor | None) -> torch.Tensor:
+    """`[gathered sequences, ...]` to `[batch, ...]`; 0, which as a target changes nothing, for those not gathered."""
+    if sequences is None:
+        return values
+    every = values.new_zeros(part.store.batch, *values.shape[1:])
+    every[to_device(sequences, values.device)] = values
+    return every

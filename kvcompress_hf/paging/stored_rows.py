@@ -21,6 +21,7 @@ from kvcompress_hf.paging.sequence_tensors import Declared, SequenceTensors
 from kvcompress_hf.paging.tables import Tables, declare_tables
 from kvcompress_hf.paging.tail import TailSlots, declare_tail
 from kvcompress_hf.paging.usage import Usage, measure_usage
+from kvcompress_hf.paging.waiting import to_device
 
 
 def declare(layout: PageLayout, device: torch.device) -> list[Declared]:
@@ -283,7 +284,7 @@ class StoredRows:
         return self.backend.read_field(self.rows(), tier, field, width)
 
     @changes_pages
-    def read_field_to(self, tier: int, field: str, out: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+    def read_field_to(self, tier: int, field: str, out: torch.Tensor, sequences: torch.Tensor | None = None) -> None:
         """Reads a field of every packed slot to where it is wanted, by sequence.
 
         Args:
@@ -291,14 +292,21 @@ class StoredRows:
             field (`str`): Name of the field.
             out (`torch.Tensor`): `[batch, rows of a sequence, slots]`, zeros, on any device; as many slots as the
                 longest row has.
-            wanted (`torch.Tensor`, *optional*): `bool` `[batch]` on the host, sequences whose fields are wanted.
+            sequences (`torch.Tensor`, *optional*): `int64` `[n]` on the host, those of the batch that are read, in the
+                order of `out`; all when left out.
         """
         by_layer = out.unflatten(1, (-1, self.geometry.kv_heads)).transpose(0, 1)
         if self.backend.plans is not None and out.device == self.geometry.device:
-            self.backend.plans.gather(self.rows(), tier, field, by_layer, wanted)
+            place = None
+            if sequences is not None:
+                place = torch.full((self.batch,), -1, dtype=torch.int32)
+                place[sequences] = torch.arange(sequences.numel(), dtype=torch.int32)
+            self.backend.plans.gather(self.rows(), tier, field, by_layer, place)
             return
         values = self.backend.read_field(self.rows(), tier, field, out.shape[-1])
         values = values.view(self.layers, self.batch, self.geometry.kv_heads, -1)[: by_layer.shape[0]]
+        if sequences is not None:
+            values = values[:, to_device(sequences, values.device)]
         by_layer.copy_(values, non_blocking=True)
 
     @changes_pages

@@ -101,7 +101,7 @@ class Tables:
             slab_pages=pool.sizes,
             slab_shift=self.arena.slab_shift,
             tables=[table[part] for table in self.tables],
-            lengths=[length[part] for length in self.lengths],
+            lengths=list(self.lengths[:, part].unbind()),
             widths=widths,
         )
 

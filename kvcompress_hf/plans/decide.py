@@ -20,7 +20,7 @@ class Ruling:
     Args:
         plan (`Plan`): The plan.
         view (`PlanView`): Every slot of the sequences it rules.
-        sequences (`torch.Tensor` or `slice`): Which these are, `int64` `[n]` on the host.
+        sequences (`torch.Tensor` or `slice`): Which of those that were gathered, `int64` `[n]` on the host.
     """
 
     plan: Plan
@@ -29,7 +29,11 @@ class Ruling:
 
 
 def decide(
-    parts: Sequence[StorePart], slots: Slots, rulings: Sequence[Ruling], others: Sequence[torch.Tensor] = ()
+    parts: Sequence[StorePart],
+    slots: Slots,
+    rulings: Sequence[Ruling],
+    others: Sequence[torch.Tensor] = (),
+    sequences: torch.Tensor | None = None,
 ) -> tuple[Decision, list[torch.Tensor]]:
     """Asks every plan for its targets, and the device how many slots go where.
 
@@ -41,12 +45,13 @@ def decide(
         slots (`Slots`): The slots, as they were gathered.
         rulings (`Sequence[Ruling]`): The plans; the slots of sequences that none of them rules stay as they are.
         others (`Sequence[torch.Tensor]`): Integers on devices that are to be asked for along with it.
+        sequences (`torch.Tensor`, *optional*): Those that were gathered, as for [`gather_slots`].
 
     Returns:
         `tuple[Decision, list[torch.Tensor]]`: The decision, its counts known on the host; and the others, there too.
     """
     tables = torch.stack([ragged_entries(of_tier) for part in parts for of_tier in part.store.pages_of_rows()]).sum(0)
-    tables *= ENTRY_BYTES
+    tables = ENTRY_BYTES * (tables if sequences is None else tables[sequences])
     tried = [_attempt(ruling.plan, ruling.view, tables[ruling.sequences]) for ruling in rulings]
     while True:
         targets, protected = _as_they_are(slots), torch.zeros_like(slots.filled)
@@ -54,7 +59,7 @@ def decide(
             rows = ruling.sequences
             at = rows if isinstance(rows, slice) else to_device(rows, targets.device)
             targets[at], protected[at] = trial.targets.to(torch.int8), ruling.view.protected
-        decision = Decision.of(parts, slots, targets, protected)
+        decision = Decision.of(parts, slots, targets, protected, sequences)
         answers = ask([*decision.counts, *(trial.excess for trial in tried), *others])
         counts, excesses = answers[: len(parts)], answers[len(parts) : len(parts) + len(tried)]
         if not any(bool(excess.any()) for excess in excesses):

@@ -18,7 +18,7 @@ from kvcompress_hf.paging.slots import (
     own_before_applying,
 )
 from kvcompress_hf.paging.store import PagedStore
-from kvcompress_hf.paging.waiting import ask, known_as, on_host, to_device
+from kvcompress_hf.paging.waiting import ask, known_as, on_host, pick, to_device
 from kvcompress_hf.plans.base import Plan, PlanView
 from kvcompress_hf.plans.decide import Ruling, decide
 from kvcompress_hf.plans.distortion import MOST_MEASURED, measure_distortion
@@ -62,6 +62,12 @@ class _Ruled:
         if not bool(waits.any()):
             return self
         return None if bool(waits.all()) else self.of(torch.nonzero(~waits).flatten())
+
+    def among(self, chosen: torch.Tensor | None) -> torch.Tensor | slice:
+        """Where its sequences are among the chosen ones of the batch, which are all if `None`."""
+        if chosen is None or isinstance(self.rows, slice):
+            return self.rows
+        return torch.searchsorted(chosen, self.rows)
 
     def split(self, most: int) -> "list[_Ruled]":
         """The same for at most so many sequences at a time."""
@@ -249,10 +255,14 @@ class Compression:
         wanted = torch.zeros(state.batch, dtype=torch.bool)
         for each in due:
             wanted[each.rows] = True
-        if state.recipe.positions == "reindexed":  # all slots may be turned
-            wanted[:] = True
-        slots = gather_slots(parts, observer.fields, state.seen, counters.prompt, wanted)
-        slots = replace(slots, positions=padding_first(slots.positions, counters.gaps), padding=padding)
+        # Where keys are turned or looked at, all are.
+        every = state.recipe.positions == "reindexed" or bool(observer.looks) or bool(wanted.all())
+        chosen = None if every else torch.nonzero(wanted).flatten()
+        slots = gather_slots(parts, observer.fields, state.seen, counters.prompt, chosen)
+        gaps = counters.gaps
+        if chosen is not None:
+            padding, gaps = padding[chosen], None if gaps is None else pick(gaps, chosen)
+        slots = replace(slots, positions=padding_first(slots.positions, gaps), padding=padding)
         if not slots.filled.shape[-1]:  # so far everything was padding
             return None
         if observer.looks:
@@ -263,11 +273,12 @@ class Compression:
             recent = min(recent, self.rollback.note.counters.seen)
         due = [part for each in due for part in each.split(_together(slots))]
         losses = state.losses()
-        views = [self._view(each, slots.of(each.rows), losses, recent) for each in due]
+        among = [each.among(chosen) for each in due]
+        views = [self._view(each, slots.of(rows), losses, recent) for each, rows in zip(due, among, strict=True)]
         if freeing:
             views = under_pressure(views, freeing)
-        rulings = [Ruling(each.plan, view, each.rows) for each, view in zip(due, views, strict=True)]
-        decision, clamped = decide(parts, slots, rulings, self._clamped)
+        rulings = [Ruling(each.plan, view, rows) for each, view, rows in zip(due, views, among, strict=True)]
+        decision, clamped = decide(parts, slots, rulings, self._clamped, chosen)
         self._tell_clamped(clamped)
         return _Decided(parts, slots, decision, ruled)
 

@@ -7,6 +7,7 @@ import torch
 
 import kvcompress_hf as kvc
 from kvcompress_hf.compat import as_argument
+from kvcompress_hf.paging.slots import Decision, StorePart, gather_slots
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,26 @@ def test_sequences_take_turns_and_each_as_if_alone(stock):
         # Matrix products over other batch sizes round differently, and a code may flip to its neighbour.
         assert (together[i : i + 1] - mine).abs().mean() < 2e-3 * mine.std()
         assert all(any_of for any_of, of_mine in zip(plans, own, strict=True) if of_mine)
+
+
+def test_what_is_gathered_and_decided_of_some_sequences_is_that_of_all(stock):
+    model = kvc.patch(copy.deepcopy(stock), "auto")
+    _, _, cache = run(model, kvc.get_preset("auto"), tokens(4, 300), 9)
+    (store,) = cache._attention.stores
+    parts, fields, some = [StorePart(store, (0, 1, 2), (2, 2, 2))], ("score",), torch.tensor([1, 3])
+    whole, part = (gather_slots(parts, fields, 300, 291, sequences) for sequences in (None, some))
+    assert torch.equal(part.filled, whole.filled[some])
+    assert torch.equal(part.positions * part.filled, (whole.positions * whole.filled)[some])
+    assert torch.equal(part.fields["score"] * part.filled, (whole.fields["score"] * whole.filled)[some])
+
+    targets = torch.randint(-1, 3, whole.filled.shape, generator=torch.Generator().manual_seed(1))
+    protected = whole.filled & (whole.positions < 4)
+    stay = whole.tier.expand_as(targets).clone()
+    stay[some] = targets[some]
+    of_all = Decision.of(parts, whole, stay, protected)
+    of_some = Decision.of(parts, part, targets[some], protected[some], some)
+    assert torch.equal(of_all.counts[0], of_some.counts[0])
+    chosen = torch.zeros(4, dtype=torch.bool).index_fill_(0, some, True).repeat_interleave(2).repeat(3)
+    assert torch.equal(of_all.targets[0][chosen], of_some.targets[0][chosen])
+    assert torch.equal(of_all.protected[0][chosen], of_some.protected[0][chosen])
+    assert not (of_some.targets[0][~chosen] < 0).any()
