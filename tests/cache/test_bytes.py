@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import kvcompress_hf as kvc
 
@@ -107,3 +108,22 @@ def test_the_peak_is_never_below_what_is_held(model, new, held_bytes):
     with kvc.patched(model, "lossless"):
         cache = generate(model, 55, new)
     assert cache.run_report.statistics.peak_bytes >= cache.memory().total == held_bytes(cache)
+
+
+#: Those that evict, but for those that read the prompt a second time, which takes a model.
+EVICTING = [name for name in kvc.presets() if kvc.get_preset(name).plan and "kvzip" not in name]
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_a_sixteenth_of_1500_tokens_is_kept_and_not_by_protection_alone(name):
+    shape = dict(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    recipe = kvc.get_preset(name).with_overrides(budget=1 / 16)
+    cache = kvc.CompressedPagedCache(LlamaConfig(num_hidden_layers=2, **shape), recipe)
+    g = torch.Generator().manual_seed(0)
+    for tokens in (1500, 1):  # with the second the tail is there
+        for layer in range(2):
+            states = [torch.randn(1, heads, tokens, 64, generator=g).to(torch.bfloat16) for heads in (4, 2, 2)]
+            cache.attend(layer, *states, None, scaling=0.125, dense=lambda: torch.zeros(1))
+    assert cache.memory().ratio <= 1.005 / 16
+    kept = torch.cat([slots.flatten() for slots in cache.slots()]).float().mean()
+    assert kept >= recipe.protect.sinks + recipe.protect.recent + 1 + 8  # at least eight are chosen
