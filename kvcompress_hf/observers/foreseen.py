@@ -30,7 +30,7 @@ _APART = 4  # one pair of so many is for trying
 _RIDGE = 0.1  # of the mean variance of a key's channels
 _GAIN = 2.0  # how much stronger a query of who knows is than the guess that regression finds
 _LEAST = 1e-12  # of a sum of squares
-_COPIES = 0.3  # share of queries' variance that must follow from the next key in a head that copies, over its group
+_COPIES = 0.4  # share of queries' variance that must follow from the next key in a head that copies, over its group
 
 
 def foreseen_scores(
