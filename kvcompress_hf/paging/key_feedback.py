@@ -85,19 +85,23 @@ def key_feedback(query: torch.Tensor, kv_heads: int, real: torch.Tensor | None =
         makes good per unit of the collected error, and what a unit of its own error adds to it. Zero for a sequence of
         too few tokens.
     """
-    batch, _, tokens, dim = query.shape
+    dim = query.shape[-1]
     if real is None:
-        real = torch.ones((batch, tokens), dtype=torch.bool, device=query.device)
-    index, used = evenly_spread(real, _QUERIES)
-    looks = torch.stack([one.index_select(1, chosen).float() for one, chosen in zip(query, index, strict=True)])
-    looks = looks.masked_fill(~used[:, None, :, None], 0.0)
-    looks = hadamard(looks, dim & -dim).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+        looks = query[:, :, :: 1 + (query.shape[2] - 1) // _QUERIES].float()
+        enough = torch.full((), query.shape[2] >= _LEAST_TOKENS, device=query.device)
+    else:
+        index, used = evenly_spread(real, _QUERIES)
+        looks = torch.stack([one.index_select(1, chosen).float() for one, chosen in zip(query, index, strict=True)])
+        looks = looks.masked_fill(~used[:, None, :, None], 0.0)
+        enough = (real.sum(1) >= _LEAST_TOKENS)[:, None, None, None, None]
+    looks = looks.unflatten(1, (kv_heads, -1)).flatten(2, 3)
     moment = looks.transpose(-1, -2) @ looks
+    for _ in range(2):  # of rotated queries: turned from both sides, and symmetric
+        moment = hadamard(moment, dim & -dim).transpose(-1, -2)
     moment = moment / moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-20)[..., None, None]
     collect, rest = _directions(moment)
     made_good = _coefficients(collect, rest)
     found = torch.stack((made_good, collect), dim=2)
-    enough = (real.sum(1) >= _LEAST_TOKENS)[:, None, None, None, None]
     return torch.where(enough, found.nan_to_num(), 0.0).bfloat16()
 
 
