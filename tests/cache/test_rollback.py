@@ -25,10 +25,14 @@ class Stopped(BaseException):
     """Stands for an interrupt, an allocator that gives up, a cancelled task: nothing catches it by its class."""
 
 
-def leaves_a_block(frame):
-    """Whether a `with` block is about to be left: Python lets no interrupt in before `__exit__`, so nor does a test."""
-    if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
-        return False
+def nothing_can_raise(frame):
+    """Whether a line is one before which Python lets no interrupt in, so that a test must not either.
+
+    That is `try`, and leaving a `with` block before `__exit__` is called; neither lies in the block that it belongs to.
+    """
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    if not line.startswith("with "):
+        return line == "try:"
     here = next(one for one in dis.get_instructions(frame.f_code) if one.offset >= frame.f_lasti)
     return here.opname in ("LOAD_CONST", "POP_BLOCK", "SWAP", "ROT_TWO")  # who enters one loads what manages it
 
@@ -53,7 +57,7 @@ class StopAt:
     def _local(self, frame, event, argument):
         if event == "line":
             self.count += 1
-            if self.line is not None and self.count >= self.line and not leaves_a_block(frame):
+            if self.line is not None and self.count >= self.line and not nothing_can_raise(frame):
                 sys.settrace(None)
                 self.place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 raise Stopped
