@@ -191,7 +191,7 @@ def attention_seen(chunk: Chunk, observing: int, power: int, exclude: int = 0) -
         exclude=exclude,
         **_options(chunk, observing),
     )
-    return _seen(chunk, rows, tail, scores)
+    return AttentionSeen(chunk, rows, tail, *_side_by_side(scores))
 
 
 def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, AttentionSeen]:
@@ -212,7 +212,8 @@ def attention_seen_both(chunk: Chunk, observing: int) -> tuple[AttentionSeen, At
         tail,
         **_options(chunk, observing),
     )
-    return _seen(chunk, rows, tail, first), _seen(chunk, rows, tail, second)
+    sums, squares = (AttentionSeen(chunk, rows, tail, *_side_by_side(scores)) for scores in (first, second))
+    return sums, squares
 
 
 def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
@@ -228,11 +229,12 @@ def _options(chunk: Chunk, observing: int) -> dict[str, Any]:
     )
 
 
-def _seen(chunk: Chunk, rows: Rows, tail: Tail, scores: WindowScores) -> AttentionSeen:
+def _side_by_side(scores: WindowScores) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The scores of all slots, and how many there are of each part; see [`AttentionSeen`]."""
     past, in_tail, fresh = scores
     pieces = [*past, in_tail, fresh]
     joined = _joined([part for part in pieces if part.shape[-1]] or [fresh])
-    return AttentionSeen(chunk, rows, tail, joined, tuple(part.shape[-1] for part in pieces))
+    return joined, tuple(part.shape[-1] for part in pieces)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
