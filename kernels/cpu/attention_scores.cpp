@@ -57,9 +57,8 @@ struct Scores {
     return logits.cap_out == 0.f && !a->window && !a->key_valid && t.n % 16 == 0 && t.position[t.n - 1] <= position;
   }
 
-  // Calls f(tile, its number, row in block, logits, largest logit) for every query row of a block and tile; `exclude`
-  // newest
-  // positions are hidden.
+  // Calls f(tile, its number, row in block, logits, largest logit) for every query row of a block and tile; the `exclude`
+  // newest positions are hidden.
   template <class F>
   void visit(int row, int first, int groups, int from, int to, int exclude, Worker& w, F f) const {
     const int b = row / a->kv_heads;
